@@ -1,0 +1,3 @@
+//! What a compiled Kiln model needs to run: tensors, plans, threads and memory.
+
+pub mod tensor;
