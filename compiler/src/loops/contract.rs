@@ -1,0 +1,510 @@
+//! Contractions as register tiles.
+//!
+//! The last axis of the result goes into vector lanes: one operand steps by one element along it
+//! (or is packed into panels so that it does), the other does not move and is broadcast. A tile of
+//! P rows times Q vectors stays in registers while the sum runs; then the epilogue is computed and
+//! stored. Operands that are packed and constant are packed once, when the model is compiled.
+
+use std::sync::Arc;
+
+use kiln_runtime::tensor::DType;
+
+use super::index::{Index, add, flatten, scale};
+use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
+use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
+use super::nest;
+use crate::graph::op::{Affine, BinaryFn, Op};
+
+/// A contraction while it is lowered: everything as functions of the loop variables.
+struct Product {
+    /// Variables of the result, outermost first.
+    vars: Vec<Var>,
+    /// Variables of the sum.
+    summed: Vec<Var>,
+    /// Operands at these variables.
+    operands: [Arc<Expr>; 2],
+    /// The cell that stands for the sum in the result.
+    cell: BufferId,
+    /// Where the result goes, and its value.
+    out: BufferId,
+    place: Place,
+    result: Arc<Expr>,
+}
+
+/// The kernels of a body with a contraction.
+pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowering<Lowered> {
+    if lower.ty(root).numel() == 0 {
+        return Ok(Lowered::default());
+    }
+    let product = product(&mut lower, root, contract)?;
+    let mut lowered = Lowered::default();
+    match roles(&lower, &product) {
+        Some(roles) => tiles(lower, product, roles, &mut lowered)?,
+        None => {
+            let kernel = plain(lower, product, &mut lowered)?;
+            lowered.kernels.push(kernel);
+        }
+    }
+    for (i, kernel) in lowered.kernels.iter_mut().enumerate() {
+        let pack = kernel.buffers.iter().all(|b| b.param != Param::Out);
+        kernel.name = match (pack, i) {
+            (true, _) => format!("{name}.pack{i}"),
+            (false, 0) => name.to_string(),
+            (false, _) => format!("{name}.{i}"),
+        };
+    }
+    Ok(lowered)
+}
+
+fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product> {
+    let node = &lower.body.nodes[contract];
+    let Op::Contract(spec) = &node.op else { return Err(Refused("a contraction".into())) };
+    let ty = lower.ty(root).clone();
+    let cell = lower.register(node.ty.dtype, 1);
+    let out = lower.out(&ty);
+    let (index, vars) = lower.axes(&ty.shape)?;
+    lower.bind_cell(contract, Expr::Load(cell, origin_place()));
+    let result = lower.value(root, &index)?;
+    let asked = lower.asked(contract).ok_or_else(|| Refused("a dead contraction".into()))?;
+    let empty = spec.extents[spec.n_out..].contains(&0);
+    let (sums, summed) = lower.axes(&spec.extents[spec.n_out..])?;
+    let point: Vec<Index> = asked.into_iter().chain(sums).collect();
+    let mut operand = |k: usize| -> Lowering<Arc<Expr>> {
+        if empty {
+            return Ok(Arc::new(zero(node.ty.dtype)));
+        }
+        let index: Vec<Index> = spec.maps[k]
+            .iter()
+            .map(|a| {
+                let start = Place::affine(Affine::constant(a.offset));
+                a.terms
+                    .iter()
+                    .fold(start, |sum, &(axis, c)| add(&sum, &scale(&point[axis as usize], c, 0)))
+            })
+            .collect();
+        lower.value(node.args[k].index(), &index)
+    };
+    let operands = [operand(0)?, operand(1)?];
+    let summed = if empty { Vec::new() } else { summed };
+    Ok(Product { vars, summed, operands, cell, out, place: flatten(&index, &ty.shape), result })
+}
+
+fn zero(dtype: DType) -> Expr {
+    let number = if dtype.is_float() { Number::Float(0.0) } else { Number::Int(0) };
+    Expr::Const(dtype, number)
+}
+
+/// The affine place of a plain load.
+fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
+    match e {
+        Expr::Load(buffer, Place { affine, dynamic: None }) => Some((*buffer, affine)),
+        _ => None,
+    }
+}
+
+/// Which operand goes into lanes, and whether it is packed.
+#[derive(Clone, Copy)]
+struct Roles {
+    /// The operand that moves along the last axis.
+    lanes: usize,
+    /// Whether that operand is packed into panels.
+    packed: bool,
+}
+
+fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
+    let n = *product.vars.last()? as usize;
+    let loads = [plain_load(&product.operands[0])?, plain_load(&product.operands[1])?];
+    let float = loads.iter().all(|l| lower.buffers[l.0].dtype == DType::F32);
+    let steps = loads.map(|l| l.1.coefficient(n));
+    let lanes = match steps {
+        [0, s] if s != 0 => 1,
+        [s, 0] if s != 0 => 0,
+        _ => return None,
+    };
+    let constant = is_constant(lower, loads[lanes].0);
+    let packed = steps[lanes] != 1 || constant;
+    let fits = !packed || packable(lower, loads[lanes]);
+    (float && fits && !product.summed.is_empty()).then_some(Roles { lanes, packed })
+}
+
+fn is_constant(lower: &Lower, buffer: BufferId) -> bool {
+    match lower.buffers[buffer].param {
+        Param::Arg(i) => lower.constant_args.get(i).copied().unwrap_or(false),
+        Param::Scratch(_) | Param::Out | Param::None => false,
+    }
+}
+
+/// An operand can be packed where every variable picks other elements, so that nothing repeats.
+fn packable(lower: &Lower, (buffer, affine): (BufferId, &Affine)) -> bool {
+    let picked = affine.terms.iter().map(|t| lower.extents[t.0 as usize]);
+    picked.product::<usize>() <= lower.buffers[buffer].len
+}
+
+/// A piece of the last axis that is tiled in one way.
+#[derive(Clone, Copy)]
+struct Strip {
+    /// First element.
+    start: usize,
+    /// Number of tiles.
+    tiles: usize,
+    /// Elements of a tile.
+    width: usize,
+    /// Vectors of a tile; 0 where elements go one by one.
+    vectors: usize,
+}
+
+fn strips(n: usize, lanes: usize, vectors: usize) -> Vec<Strip> {
+    let mut strips = Vec::new();
+    let mut start = 0;
+    let wide = vectors * lanes;
+    if n >= wide {
+        strips.push(Strip { start, tiles: n / wide, width: wide, vectors });
+        start = n / wide * wide;
+    }
+    let left = (n - start) / lanes;
+    if left > 0 {
+        strips.push(Strip { start, tiles: 1, width: left * lanes, vectors: left });
+        start += left * lanes;
+    }
+    if start < n {
+        strips.push(Strip { start, tiles: 1, width: n - start, vectors: 0 });
+    }
+    strips
+}
+
+fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) -> Lowering<()> {
+    let n = *product.vars.last().ok_or_else(|| Refused("a result without axes".into()))?;
+    let extent = lower.extents[n as usize];
+    let rows = row_axis(&product, roles).map_or(1, |m| lower.extents[m as usize]);
+    let vectors = if rows == 1 { 4 } else { 2 };
+    let panel_loads = plain_load(&product.operands[roles.lanes]);
+    let (source, affine) = panel_loads.ok_or_else(|| Refused("a packed load".into()))?;
+    // The sum runs in the order of the broadcast operand's memory, largest steps first.
+    let mut summed = product.summed.clone();
+    let other = plain_load(&product.operands[1 - roles.lanes]).map(|l| l.1.clone());
+    let step = |v: &Var| other.as_ref().map_or(0, |a| a.coefficient(*v as usize).abs());
+    summed.sort_by_key(|v| std::cmp::Reverse(step(v)));
+    let scratch = roles.packed.then(|| {
+        lowered.scratch.push((DType::F32, packed_len(&lower, affine)));
+        lowered.scratch.len() - 1
+    });
+    let mut offset = 0;
+    for strip in strips(extent, lower.target.lanes, vectors) {
+        let mut panel = None;
+        if let Some(scratch) = scratch {
+            let order = panel_order(&product, affine, &summed, n);
+            let (pack, place) =
+                pack(&lower, source, affine, (&order, n), strip, (scratch, offset))?;
+            lowered.kernels.push(pack);
+            offset += strip.tiles * strip.width * order_len(&lower, &order);
+            panel = Some((scratch, place));
+        }
+        let mut copy = lower.fresh();
+        copy.buffers = lower.buffers.clone();
+        copy.extents = lower.extents.clone();
+        lowered.kernels.push(tile(copy, &product, roles, &summed, strip, panel)?);
+    }
+    Ok(())
+}
+
+fn order_len(lower: &Lower, order: &[Var]) -> usize {
+    order.iter().map(|&v| lower.extents[v as usize]).product()
+}
+
+fn packed_len(lower: &Lower, affine: &Affine) -> usize {
+    affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product()
+}
+
+/// Variables of the packed operand but the last axis, in the order of the loops.
+fn panel_order(product: &Product, affine: &Affine, summed: &[Var], n: Var) -> Vec<Var> {
+    product
+        .vars
+        .iter()
+        .chain(summed)
+        .copied()
+        .filter(|&v| v != n && affine.coefficient(v as usize) != 0)
+        .collect()
+}
+
+/// A kernel that copies a strip of an operand into panels `[tile][order..][width]`; and the place
+/// of an element in terms of the product's variables, with the tile as variable 255 and the
+/// element within the tile as variable 254.
+fn pack(
+    lower: &Lower,
+    source: BufferId,
+    affine: &Affine,
+    (order, n): (&[Var], Var),
+    strip: Strip,
+    (scratch, offset): (usize, usize),
+) -> Lowering<(Loops, Affine)> {
+    let mut packer = lower.fresh();
+    let from = &lower.buffers[source];
+    let source = packer.buffer(from.dtype, from.len, Scope::Global, from.param);
+    let len = packed_len(lower, affine);
+    let to = packer.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
+    // Outer axes of the result come before the tile in memory, as they do in the loops.
+    let tile = packer.var(strip.tiles)?;
+    let inner: Vec<Var> =
+        order.iter().map(|&v| packer.var(lower.extents[v as usize])).collect::<Lowering<_>>()?;
+    let element = packer.var(strip.width)?;
+    let mut packed = Affine { offset: offset as i64, ..Affine::axis(254) };
+    let mut step = strip.width as i64;
+    for &v in order.iter().rev() {
+        packed = packed.plus(v as usize, step);
+        step *= lower.extents[v as usize] as i64;
+    }
+    packed = packed.plus(255, step);
+    let place = packed.substitute(&|v| match v {
+        255 => Affine::axis(tile as usize),
+        254 => Affine::axis(element as usize),
+        v => Affine::axis(inner[order.iter().position(|&o| o as usize == v).unwrap_or(0)] as usize),
+    });
+    let n_index = Affine {
+        offset: strip.start as i64,
+        ..Affine::scaled(tile as usize, strip.width as i64).plus(element as usize, 1)
+    };
+    let read = affine.substitute(&|v| match order.iter().position(|&o| o as usize == v) {
+        Some(at) => Affine::axis(inner[at] as usize),
+        None if v == n as usize => n_index.clone(),
+        None => Affine::constant(0),
+    });
+    let mut vars = vec![tile];
+    vars.extend(inner);
+    vars.push(element);
+    let value = Arc::new(Expr::Load(source, Place::affine(read)));
+    Ok((nest::store_nest(packer, vars, to, Place::affine(place), value), packed))
+}
+
+/// The innermost result axis along which only the broadcast operand moves.
+fn row_axis(product: &Product, roles: Roles) -> Option<Var> {
+    let panel = plain_load(&product.operands[roles.lanes])?.1;
+    let other = plain_load(&product.operands[1 - roles.lanes])?.1;
+    let (_, outer) = product.vars.split_last()?;
+    let free =
+        |v: &&Var| panel.coefficient(**v as usize) == 0 && other.coefficient(**v as usize) != 0;
+    outer.iter().rev().find(free).copied()
+}
+
+/// The register-tile kernel of one strip.
+fn tile(
+    mut lower: Lower,
+    product: &Product,
+    roles: Roles,
+    summed: &[Var],
+    strip: Strip,
+    panel: Option<(usize, Affine)>,
+) -> Lowering<Loops> {
+    let lanes = lower.target.lanes;
+    let (&n, outer) =
+        product.vars.split_last().ok_or_else(|| Refused("a result without axes".into()))?;
+    let tile = lower.var(strip.tiles)?;
+    let (vector, lane) = match strip.vectors {
+        0 => (lower.var(strip.width)?, lower.var(1)?),
+        q => (lower.var(q)?, lower.var(lanes)?),
+    };
+    let step = if strip.vectors == 0 { 1 } else { lanes as i64 };
+    let element = Affine::scaled(vector as usize, step).plus(lane as usize, 1);
+    let mut operands = product.operands.clone();
+    if let Some((scratch, packed)) = panel {
+        let len = plain_load(&operands[roles.lanes]).map(|l| packed_len(&lower, l.1)).unwrap_or(0);
+        let buffer = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
+        let place = packed.substitute(&|v| match v {
+            255 => Affine::axis(tile as usize),
+            254 => element.clone(),
+            v => Affine::axis(v),
+        });
+        operands[roles.lanes] = Arc::new(Expr::Load(buffer, Place::affine(place)));
+    }
+    let n_index = Affine {
+        offset: strip.start as i64,
+        ..element.clone().plus(tile as usize, strip.width as i64)
+    };
+    let [x, y] = operands;
+    let cell = Arc::new(Expr::Load(product.cell, origin_place()));
+    let store = |buffer, place: Place, value| Stmt::Store { buffer, place, value };
+    let body = vec![
+        store(product.cell, origin_place(), Expr::Fma(x, y, cell)),
+        store(product.out, product.place.clone(), (*product.result).clone()),
+    ];
+    let body = nest::substitute(&body, n, &n_index);
+    let mut vars: Vec<Var> = outer.to_vec();
+    let mut sums = summed.to_vec();
+    let mut extents = std::mem::take(&mut lower.extents);
+    let body = nest::coalesce(&mut extents, &mut vars, body);
+    let body = nest::coalesce(&mut extents, &mut sums, body);
+    lower.extents = extents;
+    let rows = rows_of(&body, &vars, n, roles);
+    let vars: Vec<Var> = vars.into_iter().filter(|&v| Some(v) != rows).collect();
+    let shape = Shape { tile, vector, lane, scalar: strip.vectors == 0, rows };
+    let inner = row_tiles(&mut lower, product.cell, shape, strip, &sums, body)?;
+    let mut loops = vec![tile];
+    loops.extend(vars);
+    let loops: Vec<Var> = loops.into_iter().filter(|&v| lower.extents[v as usize] > 1).collect();
+    Ok(finish(lower, loops, inner, product.cell))
+}
+
+/// After coalescing: the innermost axis along which the broadcast operand moves and the lanes do
+/// not. `body[0]` is the update of the cell.
+fn rows_of(body: &[Stmt], vars: &[Var], _n: Var, roles: Roles) -> Option<Var> {
+    let Stmt::Store { value: Expr::Fma(x, y, _), .. } = &body[0] else { return None };
+    let operands = [x, y];
+    let panel = plain_load(operands[roles.lanes])?.1;
+    let other = plain_load(operands[1 - roles.lanes])?.1;
+    let free =
+        |v: &&Var| panel.coefficient(**v as usize) == 0 && other.coefficient(**v as usize) != 0;
+    vars.iter().rev().find(free).copied()
+}
+
+/// Variables of a tile.
+#[derive(Clone, Copy)]
+struct Shape {
+    tile: Var,
+    vector: Var,
+    lane: Var,
+    /// Elements one by one instead of in lanes.
+    scalar: bool,
+    rows: Option<Var>,
+}
+
+/// Loops over the row axis: whole tiles of P rows, then the rows that are left.
+fn row_tiles(
+    lower: &mut Lower,
+    cell: BufferId,
+    shape: Shape,
+    strip: Strip,
+    sums: &[Var],
+    body: Vec<Stmt>,
+) -> Lowering<Vec<Stmt>> {
+    let Some(rows) = shape.rows else {
+        return register_tile(lower, cell, (shape, 1, None), strip, sums, &body);
+    };
+    let extent = lower.extents[rows as usize];
+    let most = ((lower.target.registers - 3) / strip.vectors.max(1)).saturating_sub(1).clamp(1, 12);
+    let count = extent.div_ceil(most);
+    let height = extent.div_ceil(count);
+    let (whole, left) = (extent / height, extent % height);
+    let mut out = Vec::new();
+    for (start, turns, height) in [(0, whole, height), (whole * height, 1, left)] {
+        if height == 0 || turns == 0 {
+            continue;
+        }
+        let (turn, row) = (lower.var(turns)?, lower.var(height)?);
+        let index = Affine {
+            offset: start as i64,
+            ..Affine::scaled(turn as usize, height as i64).plus(row as usize, 1)
+        };
+        let piece = nest::substitute(&body, rows, &index);
+        let inner = register_tile(lower, cell, (shape, height, Some(row)), strip, sums, &piece)?;
+        match turns {
+            1 => out.extend(nest::substitute(&inner, turn, &Affine::constant(0))),
+            _ => out.push(Stmt::For { var: turn, extent: turns, kind: Kind::Serial, body: inner }),
+        }
+    }
+    Ok(out)
+}
+
+/// P rows of Q vectors (or single elements): start with 0, sum, store.
+fn register_tile(
+    lower: &mut Lower,
+    cell: BufferId,
+    (shape, height, row): (Shape, usize, Option<Var>),
+    strip: Strip,
+    sums: &[Var],
+    body: &[Stmt],
+) -> Lowering<Vec<Stmt>> {
+    let lanes = if shape.scalar { 1 } else { lower.target.lanes };
+    let across = if shape.scalar { 1 } else { strip.vectors };
+    let tile = lower.register(DType::F32, height * across * lanes);
+    let mut at = Affine::axis(shape.lane as usize);
+    if !shape.scalar {
+        at = at.plus(shape.vector as usize, lanes as i64);
+    } else {
+        at = Affine::default();
+    }
+    if let Some(row) = row {
+        at = at.plus(row as usize, (across * lanes) as i64);
+    }
+    let place = Place::affine(at.clone());
+    let swap = nest::retarget(body, cell, tile, &at);
+    let unrolled = |body: Vec<Stmt>| {
+        let mut body = body;
+        if !shape.scalar {
+            body = vec![Stmt::For { var: shape.lane, extent: lanes, kind: Kind::Vector, body }];
+            body = vec![Stmt::For { var: shape.vector, extent: across, kind: Kind::Unroll, body }];
+        }
+        match row {
+            Some(var) => vec![Stmt::For { var, extent: height, kind: Kind::Unroll, body }],
+            None => body,
+        }
+    };
+    let start = Expr::Const(DType::F32, Number::Float(0.0));
+    let mut out = unrolled(vec![Stmt::Store { buffer: tile, place, value: start }]);
+    out.extend(nest::wrap(&lower.extents, sums, unrolled(vec![swap[0].clone()]), 0));
+    out.extend(unrolled(vec![swap[1].clone()]));
+    if shape.scalar {
+        let extent = lower.extents[shape.vector as usize];
+        out = nest::substitute(&out, shape.lane, &Affine::constant(0));
+        out = vec![Stmt::For { var: shape.vector, extent, kind: Kind::Serial, body: out }];
+    }
+    Ok(out)
+}
+
+fn finish(mut lower: Lower, loops: Vec<Var>, inner: Vec<Stmt>, cell: BufferId) -> Loops {
+    let parallel = nest::parallel_prefix(&lower.extents, &loops);
+    let body = nest::wrap(&lower.extents, &loops, inner, parallel);
+    // The one-element cell has become a tile.
+    lower.buffers[cell].len = 1;
+    lower.finish(body)
+}
+
+/// Any other contraction: every element of the result sums by itself.
+fn plain(mut lower: Lower, product: Product, lowered: &mut Lowered) -> Lowering<Loops> {
+    let mut operands = product.operands.clone();
+    if let Some(&n) = product.vars.last() {
+        for operand in &mut operands {
+            *operand = repacked(&mut lower, operand, &product, n, lowered)?;
+        }
+    }
+    let [x, y] = operands;
+    let dtype = lower.buffers[product.cell].dtype;
+    let cell = Arc::new(Expr::Load(product.cell, origin_place()));
+    let update = match dtype {
+        DType::F32 => Expr::Fma(x, y, cell),
+        _ => Expr::Binary(BinaryFn::Add, cell, Arc::new(Expr::Binary(BinaryFn::Mul, x, y))),
+    };
+    let result = (product.out, product.place, product.result);
+    let start = [zero(dtype), update];
+    Ok(nest::accumulate(lower, product.vars, product.summed, product.cell, start, result))
+}
+
+/// A constant operand that does not step by one along the last axis, packed so that it does: the
+/// weights of a depthwise convolution.
+fn repacked(
+    lower: &mut Lower,
+    operand: &Arc<Expr>,
+    product: &Product,
+    n: Var,
+    lowered: &mut Lowered,
+) -> Lowering<Arc<Expr>> {
+    let Some((buffer, affine)) = plain_load(operand) else { return Ok(operand.clone()) };
+    let step = affine.coefficient(n as usize);
+    let useful = step != 0 && step != 1 && lower.buffers[buffer].dtype == DType::F32;
+    if !useful || !is_constant(lower, buffer) || !packable(lower, (buffer, affine)) {
+        return Ok(operand.clone());
+    }
+    let extent = lower.extents[n as usize];
+    let strip = Strip { start: 0, tiles: 1, width: extent, vectors: 0 };
+    let order = panel_order(product, affine, &product.summed, n);
+    let scratch = lowered.scratch.len();
+    lowered.scratch.push((DType::F32, packed_len(lower, affine)));
+    let (kernel, packed) = pack(lower, buffer, affine, (&order, n), strip, (scratch, 0))?;
+    lowered.kernels.push(kernel);
+    let len = packed_len(lower, affine);
+    let to = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
+    let place = packed.substitute(&|v| match v {
+        255 => Affine::constant(0),
+        254 => Affine::axis(n as usize),
+        v => Affine::axis(v),
+    });
+    Ok(Arc::new(Expr::Load(to, Place::affine(place))))
+}

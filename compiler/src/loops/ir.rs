@@ -1,0 +1,215 @@
+//! The grammar of loops, on one page.
+//!
+//! ```text
+//! kernel    = buffers, statements
+//! statement = For | Store | If
+//! value     = Load | Index | Const | Unary | Binary | Select | Cast | Fma | Fold
+//! ```
+//! Loops run a constant number of times (at least once) and are serial, parallel (outermost only),
+//! vector (innermost only, one step of `lanes`) or unrolled. Places in buffers are affine in the
+//! loop variables plus, where data decides, a value.
+
+use std::sync::Arc;
+
+use kiln_runtime::tensor::DType;
+
+use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
+
+/// Number of a loop variable; indices are [`Affine`] in these.
+pub type Var = u8;
+
+/// Where a buffer lives.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Scope {
+    /// In memory, handed to the kernel.
+    Global,
+    /// In registers: places are constants once loops are unrolled.
+    Register,
+}
+
+/// Who a buffer of global scope belongs to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Param {
+    /// Argument of that number.
+    Arg(usize),
+    /// Memory that lives from one kernel of a node to its next ones.
+    Scratch(usize),
+    /// The result.
+    Out,
+    /// No memory: a register buffer.
+    None,
+}
+
+/// A flat array.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Buffer {
+    /// Element type.
+    pub dtype: DType,
+    /// Number of elements.
+    pub len: usize,
+    /// Where it lives.
+    pub scope: Scope,
+    /// Whose it is.
+    pub param: Param,
+}
+
+/// Number of a buffer.
+pub type BufferId = usize;
+
+/// How a loop runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// One after another.
+    Serial,
+    /// In any order, in pieces, by several threads. Only the outermost loops.
+    Parallel,
+    /// All at once in the lanes of a register. Only innermost; the extent is the lane count.
+    Vector,
+    /// Written out; the variable becomes a constant.
+    Unroll,
+}
+
+/// An element of a buffer: `affine + dynamic`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Place {
+    /// The part that loop variables decide.
+    pub affine: Affine,
+    /// The part that data decides, an i64.
+    pub dynamic: Option<Arc<Expr>>,
+}
+
+impl Place {
+    /// A place without a part that data decides.
+    pub fn affine(affine: Affine) -> Place {
+        Place { affine, dynamic: None }
+    }
+}
+
+/// A statement.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Stmt {
+    /// Runs the body for `var` in `0..extent`.
+    For {
+        /// The loop variable.
+        var: Var,
+        /// Number of iterations, at least 1.
+        extent: usize,
+        /// How it runs.
+        kind: Kind,
+        /// What it runs.
+        body: Vec<Stmt>,
+    },
+    /// `buffer[place] = value`
+    Store {
+        /// Written buffer.
+        buffer: BufferId,
+        /// Written element.
+        place: Place,
+        /// What is written.
+        value: Expr,
+    },
+    /// Runs one of two blocks.
+    If {
+        /// A bool that does not depend on a vector variable.
+        condition: Expr,
+        /// Run where it holds.
+        then: Vec<Stmt>,
+        /// Run where it does not.
+        other: Vec<Stmt>,
+    },
+}
+
+/// A value.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Expr {
+    /// `buffer[place]`
+    Load(BufferId, Place),
+    /// An index, an i64.
+    Index(Affine),
+    /// A number of a dtype; integers exactly, floats rounded.
+    Const(DType, Number),
+    /// f(x)
+    Unary(UnaryFn, Arc<Expr>),
+    /// f(x, y)
+    Binary(BinaryFn, Arc<Expr>, Arc<Expr>),
+    /// condition ? x : y
+    Select(Arc<Expr>, Arc<Expr>, Arc<Expr>),
+    /// x as another dtype.
+    Cast(DType, Arc<Expr>),
+    /// x * y + z, rounded once.
+    Fma(Arc<Expr>, Arc<Expr>, Arc<Expr>),
+    /// All lanes of a register buffer (a power of two of them), folded as a tree: lane i with
+    /// lane i + n/2, and so on with the half.
+    Fold(ReduceFn, BufferId),
+}
+
+/// A literal.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Number {
+    /// Of a floating point dtype.
+    Float(f64),
+    /// Of an integer dtype or bool.
+    Int(i128),
+}
+
+/// One kernel.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Loops {
+    /// Where it comes from, for people.
+    pub name: String,
+    /// Its buffers.
+    pub buffers: Vec<Buffer>,
+    /// Its statements.
+    pub body: Vec<Stmt>,
+}
+
+impl Loops {
+    /// Extent of the collapsed outer parallel loops; 1 where there are none.
+    pub fn parallel_extent(&self) -> usize {
+        let mut extent = 1;
+        let mut body = &self.body;
+        while let [Stmt::For { extent: n, kind: Kind::Parallel, body: inner, .. }] = body.as_slice()
+        {
+            extent *= n;
+            body = inner;
+        }
+        extent
+    }
+
+    /// Floating point operations and other work of one run, counted roughly: one per value node.
+    pub fn work(&self) -> u64 {
+        fn expr(e: &Expr) -> u64 {
+            1 + match e {
+                Expr::Load(..) | Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) => 0,
+                Expr::Unary(_, x) => 8 + expr(x),
+                Expr::Cast(_, x) => expr(x),
+                Expr::Binary(_, x, y) => expr(x) + expr(y),
+                Expr::Select(x, y, z) | Expr::Fma(x, y, z) => expr(x) + expr(y) + expr(z),
+            }
+        }
+        fn block(body: &[Stmt]) -> u64 {
+            body.iter().map(stmt).fold(0, u64::saturating_add)
+        }
+        fn stmt(s: &Stmt) -> u64 {
+            match s {
+                Stmt::For { body, kind: Kind::Vector, .. } => block(body),
+                Stmt::For { extent, body, .. } => block(body).saturating_mul(*extent as u64),
+                Stmt::Store { value, .. } => expr(value),
+                Stmt::If { then, other, .. } => block(then).max(block(other)),
+            }
+        }
+        block(&self.body)
+    }
+
+    /// The dtype of a value.
+    pub fn dtype(&self, e: &Expr) -> DType {
+        match e {
+            Expr::Load(buffer, _) | Expr::Fold(_, buffer) => self.buffers[*buffer].dtype,
+            Expr::Index(_) => DType::I64,
+            Expr::Const(dtype, _) | Expr::Cast(dtype, _) => *dtype,
+            Expr::Unary(_, x) | Expr::Fma(x, _, _) | Expr::Select(_, x, _) => self.dtype(x),
+            Expr::Binary(f, ..) if f.is_comparison() => DType::Bool,
+            Expr::Binary(_, x, _) => self.dtype(x),
+        }
+    }
+}

@@ -1,0 +1,519 @@
+//! From the body of a kernel to loops: views become index maps, and each kind of body gets its
+//! nest. A kernel may need others before it (packing an operand); they share scratch memory.
+
+use std::sync::Arc;
+
+use kiln_runtime::tensor::DType;
+
+use super::index::{
+    Extents, Index, clamp, flatten, from_end, from_expr, inside, scale, to_expr, unflatten,
+};
+use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
+use super::nest;
+use crate::graph::eval::{Data, Value, reduce_identity};
+use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, Type};
+use crate::graph::{Body, Constant};
+
+/// What a machine can do, as far as loops need to know.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Target {
+    /// Lanes of f32 in a vector register.
+    pub lanes: usize,
+    /// Vector registers.
+    pub registers: usize,
+}
+
+/// Kernels of one node, in order, and the scratch memory between them.
+#[derive(Clone, Debug, Default)]
+pub struct Lowered {
+    /// The kernels.
+    pub kernels: Vec<Loops>,
+    /// Type and element count of each scratch buffer.
+    pub scratch: Vec<(DType, usize)>,
+}
+
+/// Why a body has no loops: the operation and what is missing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused(pub String);
+
+/// Result of lowering a piece.
+pub type Lowering<T> = Result<T, Refused>;
+
+/// What lowering knows of one body while it builds a kernel of it.
+pub struct Lower<'a> {
+    /// The body.
+    pub body: &'a Body,
+    /// Constants that bodies name.
+    pub constants: &'a [Constant],
+    /// Value of an argument that is a constant of one element.
+    pub scalars: &'a [Option<Number>],
+    /// Which arguments are constants.
+    pub constant_args: &'a [bool],
+    /// The machine.
+    pub target: Target,
+    /// Buffers so far.
+    pub buffers: Vec<Buffer>,
+    /// Extents of the loop variables so far.
+    pub extents: Extents,
+    /// Nodes whose value is already at hand: demanded index (once known) and value.
+    bound: Vec<Option<Bound>>,
+    memo: Vec<(usize, Vec<Index>, Arc<Expr>)>,
+}
+
+enum Bound {
+    /// The same value wherever it is asked for; remembers for which index.
+    Cell { value: Arc<Expr>, asked: Option<Vec<Index>> },
+    /// An element of a buffer of the node's shape.
+    Row(BufferId),
+}
+
+/// The kernels of a body. For each argument: its value where it is a one-element constant, and
+/// whether it is a constant.
+pub fn lower(
+    body: &Body,
+    constants: &[Constant],
+    (scalars, constant_args): (&[Option<Number>], &[bool]),
+    target: Target,
+    name: &str,
+) -> Lowering<Lowered> {
+    let mut lower = Lower::new(body, constants, scalars, constant_args, target);
+    let root = lower.peel();
+    let is = |test: fn(&Op) -> bool| body.nodes.iter().position(|n| test(&n.op));
+    if let Some(contract) = is(|op| matches!(op, Op::Contract(_))) {
+        return super::contract::lower(lower, root, contract, name);
+    }
+    let reduces: Vec<usize> =
+        (0..body.nodes.len()).filter(|&n| matches!(body.nodes[n].op, Op::Reduce(..))).collect();
+    let kernels = match &body.nodes[root].op {
+        Op::Pad(borders) => vec![lower.pad(root, borders)?],
+        Op::Concat(axis) => concat(&lower, root, *axis as usize)?,
+        Op::Scatter(f) => lower.scatter(root, *f)?,
+        Op::Scan(f, axis) => vec![lower.scan(root, *f, *axis as usize)?],
+        _ if body.nodes[root].ty.numel() == 0 => Vec::new(),
+        _ => match reduces.as_slice() {
+            [] => vec![nest::map(lower, root)?],
+            [only] if nest::is_inline(body, root, *only) => {
+                vec![nest::inline_reduce(lower, root, *only)?]
+            }
+            _ => vec![nest::row(lower, root, &reduces)?],
+        },
+    };
+    let many = kernels.len() > 1;
+    let named = kernels.into_iter().enumerate().map(|(i, k)| Loops {
+        name: if many { format!("{name}.{i}") } else { name.to_string() },
+        ..k
+    });
+    Ok(Lowered { kernels: named.collect(), scratch: Vec::new() })
+}
+
+/// The zero place.
+pub fn origin_place() -> Place {
+    Place::affine(Affine::default())
+}
+
+impl<'a> Lower<'a> {
+    /// Lowering of a body, without buffers or variables.
+    pub fn new(
+        body: &'a Body,
+        constants: &'a [Constant],
+        scalars: &'a [Option<Number>],
+        constant_args: &'a [bool],
+        target: Target,
+    ) -> Lower<'a> {
+        let bound = body.nodes.iter().map(|_| None).collect();
+        Lower {
+            body,
+            constants,
+            scalars,
+            constant_args,
+            target,
+            buffers: Vec::new(),
+            extents: Vec::new(),
+            bound,
+            memo: Vec::new(),
+        }
+    }
+
+    /// Another kernel of the same body.
+    pub fn fresh(&self) -> Lower<'a> {
+        Lower::new(self.body, self.constants, self.scalars, self.constant_args, self.target)
+    }
+
+    /// The node that is written. A reshape of a dense result changes no byte of it.
+    fn peel(&self) -> usize {
+        let mut root = self.body.nodes.len() - 1;
+        while let Op::Reshape(_) = self.body.nodes[root].op {
+            root = self.body.nodes[root].args[0].index();
+        }
+        root
+    }
+
+    /// Type of a node.
+    pub fn ty(&self, node: usize) -> &'a Type {
+        &self.body.nodes[node].ty
+    }
+
+    /// A new buffer.
+    pub fn buffer(&mut self, dtype: DType, len: usize, scope: Scope, param: Param) -> BufferId {
+        let known = self.buffers.iter().position(|b| b.param == param && param != Param::None);
+        known.unwrap_or_else(|| {
+            self.buffers.push(Buffer { dtype, len, scope, param });
+            self.buffers.len() - 1
+        })
+    }
+
+    /// The result buffer.
+    pub fn out(&mut self, ty: &Type) -> BufferId {
+        self.buffer(ty.dtype, ty.numel(), Scope::Global, Param::Out)
+    }
+
+    /// A register buffer.
+    pub fn register(&mut self, dtype: DType, len: usize) -> BufferId {
+        self.buffer(dtype, len, Scope::Register, Param::None)
+    }
+
+    /// A new loop variable.
+    pub fn var(&mut self, extent: usize) -> Lowering<Var> {
+        self.extents.push(extent);
+        Var::try_from(self.extents.len() - 1).map_err(|_| Refused("too many loops".into()))
+    }
+
+    /// An index for each axis of a shape: a new variable, or 0 where the extent is 1.
+    pub fn axes(&mut self, shape: &[usize]) -> Lowering<(Vec<Index>, Vec<Var>)> {
+        let mut vars = Vec::new();
+        let mut index = Vec::new();
+        for &extent in shape {
+            index.push(match extent {
+                1 => origin_place(),
+                _ => {
+                    let var = self.var(extent)?;
+                    vars.push(var);
+                    Place::affine(Affine::axis(var as usize))
+                }
+            });
+        }
+        Ok((index, vars))
+    }
+
+    /// Gives a node one value; the index for which it is asked is remembered.
+    pub fn bind_cell(&mut self, node: usize, value: Expr) {
+        self.bound[node] = Some(Bound::Cell { value: Arc::new(value), asked: None });
+        self.memo.clear();
+    }
+
+    /// Says that a node's elements stand in a buffer of its shape.
+    pub fn bind_row(&mut self, node: usize, buffer: BufferId) {
+        self.bound[node] = Some(Bound::Row(buffer));
+        self.memo.clear();
+    }
+
+    /// The index for which a bound node was asked.
+    pub fn asked(&self, node: usize) -> Option<Vec<Index>> {
+        match &self.bound[node] {
+            Some(Bound::Cell { asked, .. }) => asked.clone(),
+            _ => None,
+        }
+    }
+
+    /// An element of an argument.
+    fn load_arg(&mut self, arg: usize, ty: &Type, index: &[Index]) -> Arc<Expr> {
+        if let Some(number) = self.scalars.get(arg).copied().flatten() {
+            return Arc::new(Expr::Const(ty.dtype, number));
+        }
+        let buffer = self.buffer(ty.dtype, ty.numel(), Scope::Global, Param::Arg(arg));
+        Arc::new(Expr::Load(buffer, flatten(index, &ty.shape)))
+    }
+
+    /// Element `index` of a node's result.
+    pub fn value(&mut self, node: usize, index: &[Index]) -> Lowering<Arc<Expr>> {
+        match &mut self.bound[node] {
+            Some(Bound::Cell { value, asked }) => {
+                match asked {
+                    Some(before) if before.as_slice() != index => {
+                        return Err(Refused("a reduction is used at two places".into()));
+                    }
+                    _ => *asked = Some(index.to_vec()),
+                }
+                return Ok(value.clone());
+            }
+            Some(Bound::Row(buffer)) => {
+                let place = flatten(index, &self.body.nodes[node].ty.shape);
+                return Ok(Arc::new(Expr::Load(*buffer, place)));
+            }
+            None => {}
+        }
+        let known = self.memo.iter().find(|(n, i, _)| *n == node && i.as_slice() == index);
+        if let Some((_, _, value)) = known {
+            return Ok(value.clone());
+        }
+        let value = self.compute(node, index)?;
+        self.memo.push((node, index.to_vec(), value.clone()));
+        Ok(value)
+    }
+
+    fn compute(&mut self, node: usize, index: &[Index]) -> Lowering<Arc<Expr>> {
+        let body = self.body;
+        let n = &body.nodes[node];
+        let args: Vec<usize> = n.args.iter().map(|a| a.index()).collect();
+        Ok(Arc::new(match &n.op {
+            Op::Input(i) => return Ok(self.load_arg(*i as usize, &n.ty, index)),
+            Op::Const(i) => match one_number(&self.constants[*i as usize]) {
+                Some(number) => Expr::Const(n.ty.dtype, number),
+                None => return Err(Refused("a large constant inside a body".into())),
+            },
+            Op::Iota(_, axis) => to_expr(&index[*axis as usize]),
+            Op::Unary(f) => Expr::Unary(*f, self.value(args[0], index)?),
+            Op::Binary(f) => {
+                let x = self.repeated(args[0], index)?;
+                Expr::Binary(*f, x, self.repeated(args[1], index)?)
+            }
+            Op::Select => {
+                let c = self.repeated(args[0], index)?;
+                let x = self.repeated(args[1], index)?;
+                Expr::Select(c, x, self.repeated(args[2], index)?)
+            }
+            Op::Cast(dtype) => Expr::Cast(*dtype, self.value(args[0], index)?),
+            Op::Expand(_) => return self.repeated(args[0], index),
+            Op::Gather(axis) => {
+                let axis = *axis as usize;
+                let inner = axis + self.ty(args[1]).rank();
+                let at = self.value(args[1], &index[axis..inner])?;
+                let extent = self.ty(args[0]).shape[axis];
+                let at = Expr::Cast(DType::I64, at);
+                let mut from = index[..axis].to_vec();
+                from.push(from_expr(clamp(from_end(at, extent), extent)));
+                from.extend_from_slice(&index[inner..]);
+                return self.value(args[0], &from);
+            }
+            op => match self.view_index(op, node, index) {
+                Some(from) => return self.value(args[0], &from),
+                None => {
+                    let text = crate::graph::text::op_text(op);
+                    return Err(Refused(format!("{text} within a larger kernel")));
+                }
+            },
+        }))
+    }
+
+    /// The operand index of a view.
+    pub fn view_index(&self, op: &Op, node: usize, index: &[Index]) -> Option<Vec<Index>> {
+        let n = &self.body.nodes[node];
+        let source = &self.ty(n.args.first()?.index()).shape;
+        Some(match op {
+            Op::Reshape(shape) => unflatten(&flatten(index, shape), source, &self.extents),
+            Op::Permute(axes) => {
+                let mut from = vec![origin_place(); index.len()];
+                axes.iter().enumerate().for_each(|(d, &a)| from[a as usize] = index[d].clone());
+                from
+            }
+            Op::Slice(axes) => index.iter().zip(axes).map(|(i, a)| scale(i, a.1, a.0)).collect(),
+            Op::Window(axes) => {
+                let lead = source.len() - axes.len();
+                let windowed = axes.iter().enumerate().map(|(d, a)| {
+                    let tap = &index[lead + axes.len() + d];
+                    super::index::add(
+                        &scale(&index[lead + d], a.1 as i64, 0),
+                        &scale(tap, a.2 as i64, 0),
+                    )
+                });
+                index[..lead].iter().cloned().chain(windowed).collect()
+            }
+            Op::Expand(_) => repeat_index(index, source),
+            _ => return None,
+        })
+    }
+
+    /// Element of a node at an index of the shape that it repeats to.
+    fn repeated(&mut self, node: usize, index: &[Index]) -> Lowering<Arc<Expr>> {
+        let from = repeat_index(index, &self.ty(node).shape);
+        self.value(node, &from)
+    }
+
+    /// A kernel of the statements so far.
+    pub fn finish(self, body: Vec<Stmt>) -> Loops {
+        Loops { name: String::new(), buffers: self.buffers, body }
+    }
+
+    /// Rows along the last axis: those in the border are filled, others copied between fills.
+    fn pad(mut self, root: usize, borders: &[(usize, usize)]) -> Lowering<Loops> {
+        let ty = self.ty(root).clone();
+        if ty.numel() == 0 {
+            return Ok(self.finish(Vec::new()));
+        }
+        let node = &self.body.nodes[root];
+        let (x, fill) = (node.args[0].index(), node.args[1].index());
+        let rank = ty.rank();
+        let out = self.out(&ty);
+        let fill_index = vec![origin_place(); self.ty(fill).rank()];
+        let fill = self.value(fill, &fill_index)?;
+        let Some(last) = rank.checked_sub(1) else {
+            let value = self.value(x, &[])?;
+            let store = Stmt::Store { buffer: out, place: origin_place(), value: (*value).clone() };
+            return Ok(self.finish(vec![store]));
+        };
+        let (mut index, outer) = self.axes(&ty.shape[..last])?;
+        let (before, after) = borders[last];
+        let source = self.ty(x).shape.clone();
+        let mut from: Vec<Index> =
+            (0..last).map(|d| scale(&index[d], 1, -(borders[d].0 as i64))).collect();
+        let mut piece = |this: &mut Self, start: usize, extent: usize, copy: bool| {
+            if extent == 0 {
+                return Ok(Vec::new());
+            }
+            let var = this.var(extent)?;
+            index
+                .push(Place::affine(Affine { offset: start as i64, ..Affine::axis(var as usize) }));
+            let value = if copy {
+                from.push(Place::affine(Affine::axis(var as usize)));
+                let value = this.value(x, &from)?;
+                from.pop();
+                value
+            } else {
+                fill.clone()
+            };
+            let place = flatten(&index, &ty.shape);
+            index.pop();
+            let store = Stmt::Store { buffer: out, place, value: (*value).clone() };
+            Ok(nest::vectorize(this, var, vec![store]))
+        };
+        let mut copied = piece(&mut self, 0, before, false)?;
+        copied.extend(piece(&mut self, before, source[last], true)?);
+        copied.extend(piece(&mut self, before + source[last], after, false)?);
+        let mut body = copied;
+        let bordered: Vec<usize> = (0..last).filter(|&d| borders[d] != (0, 0)).collect();
+        if !bordered.is_empty() || source[..last].contains(&0) {
+            let filled = piece(&mut self, 0, ty.shape[last], false)?;
+            let tests = (0..last)
+                .filter(|&d| borders[d] != (0, 0))
+                .map(|d| inside(to_expr(&scale(&index[d], 1, -(borders[d].0 as i64))), source[d]));
+            let condition = tests
+                .reduce(|a, b| Expr::Binary(BinaryFn::And, Arc::new(a), Arc::new(b)))
+                .unwrap_or(Expr::Const(DType::Bool, Number::Int(0)));
+            body = match source.contains(&0) {
+                true => filled,
+                false => vec![Stmt::If { condition, then: body, other: filled }],
+            };
+        }
+        let nested =
+            nest::wrap(&self.extents, &outer, body, nest::parallel_prefix(&self.extents, &outer));
+        Ok(self.finish(nested))
+    }
+
+    /// `out[0] = x[0]`, then `out[i + 1] = f(out[i], x[i + 1])`.
+    fn scan(mut self, root: usize, f: ReduceFn, axis: usize) -> Lowering<Loops> {
+        let ty = self.ty(root).clone();
+        if ty.numel() == 0 {
+            return Ok(self.finish(Vec::new()));
+        }
+        let x = self.body.nodes[root].args[0].index();
+        let out = self.out(&ty);
+        let mut shape = ty.shape.clone();
+        shape[axis] = 1;
+        let (mut index, outer) = self.axes(&shape)?;
+        let first = self.value(x, &index)?;
+        let place = flatten(&index, &ty.shape);
+        let mut body = vec![Stmt::Store { buffer: out, place, value: (*first).clone() }];
+        if ty.shape[axis] > 1 {
+            let var = self.var(ty.shape[axis] - 1)?;
+            index[axis] = Place::affine(Affine::axis(var as usize));
+            let before = Expr::Load(out, flatten(&index, &ty.shape));
+            index[axis] = Place::affine(Affine { offset: 1, ..Affine::axis(var as usize) });
+            let next = self.value(x, &index)?;
+            let value = Expr::Binary(f.binary(), Arc::new(before), next);
+            let place = flatten(&index, &ty.shape);
+            let store = Stmt::Store { buffer: out, place, value };
+            let extent = self.extents[var as usize];
+            body.push(Stmt::For { var, extent, kind: Kind::Serial, body: vec![store] });
+        }
+        let nested =
+            nest::wrap(&self.extents, &outer, body, nest::parallel_prefix(&self.extents, &outer));
+        Ok(self.finish(nested))
+    }
+
+    /// A copy, then one update after another.
+    fn scatter(mut self, root: usize, f: Option<ReduceFn>) -> Lowering<Vec<Loops>> {
+        let ty = self.ty(root).clone();
+        let node = &self.body.nodes[root];
+        let [x, y, z] = [0, 1, 2].map(|i: usize| node.args[i].index());
+        let mut kernels = Vec::new();
+        if ty.numel() > 0 {
+            let copy = self.fresh();
+            kernels.push(nest::map(copy, x)?);
+        }
+        if self.ty(z).numel() == 0 {
+            return Ok(kernels);
+        }
+        let out = self.out(&ty);
+        let update_shape = self.ty(z).shape.clone();
+        let (index, vars) = self.axes(&update_shape)?;
+        let at = self.value(y, &index[..1])?;
+        let at = from_end(Expr::Cast(DType::I64, at), ty.shape[0]);
+        // The place is read only where the index is inside; clamping keeps the checker happy.
+        let mut to = vec![from_expr(clamp(at.clone(), ty.shape[0]))];
+        to.extend_from_slice(&index[1..]);
+        let place = flatten(&to, &ty.shape);
+        let new = self.value(z, &index)?;
+        let value = match f {
+            None => (*new).clone(),
+            Some(f) => Expr::Binary(f.binary(), Arc::new(Expr::Load(out, place.clone())), new),
+        };
+        let store = Stmt::Store { buffer: out, place, value };
+        let guard =
+            Stmt::If { condition: inside(at, ty.shape[0]), then: vec![store], other: Vec::new() };
+        let nested = nest::wrap(&self.extents, &vars, vec![guard], 0);
+        kernels.push(self.finish(nested));
+        Ok(kernels)
+    }
+}
+
+/// One kernel for each operand, which copies it to its place.
+fn concat(parent: &Lower, root: usize, axis: usize) -> Lowering<Vec<Loops>> {
+    let body = parent.body;
+    let ty = &body.nodes[root].ty;
+    let mut start = 0;
+    let mut kernels = Vec::new();
+    for arg in &body.nodes[root].args {
+        let piece = &body.nodes[arg.index()].ty;
+        if piece.numel() > 0 {
+            let mut lower = parent.fresh();
+            let out = lower.out(ty);
+            let (index, vars) = lower.axes(&piece.shape)?;
+            let value = lower.value(arg.index(), &index)?;
+            let mut to = index.clone();
+            to[axis] = scale(&to[axis], 1, start as i64);
+            let place = flatten(&to, &ty.shape);
+            kernels.push(nest::store_nest(lower, vars, out, place, value));
+        }
+        start += piece.shape[axis];
+    }
+    Ok(kernels)
+}
+
+/// The index into a shape that repeats to a larger one.
+fn repeat_index(index: &[Index], shape: &[usize]) -> Vec<Index> {
+    index
+        .iter()
+        .zip(shape)
+        .map(|(i, &extent)| if extent == 1 { origin_place() } else { i.clone() })
+        .collect()
+}
+
+/// The number that a constant of one element is.
+pub fn one_number(constant: &Constant) -> Option<Number> {
+    if constant.ty.numel() != 1 {
+        return None;
+    }
+    Some(match Value::from_constant(constant).data {
+        Data::Float(v) => Number::Float(v[0]),
+        Data::Int(v) => Number::Int(v[0]),
+    })
+}
+
+/// What a reduction starts with.
+pub fn identity(f: ReduceFn, dtype: DType) -> Expr {
+    let (float, int) = reduce_identity(f, dtype);
+    match dtype.is_float() {
+        true => Expr::Const(dtype, Number::Float(float)),
+        false => Expr::Const(dtype, Number::Int(int)),
+    }
+}

@@ -1,0 +1,622 @@
+//! Nests of loops: axes that run through memory together become one, the last axis goes into
+//! vector lanes, the outer ones are shared out to threads.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use kiln_runtime::tensor::DType;
+
+use super::index::{Extents, Index, flatten};
+use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var};
+use super::lower::{Lower, Lowering, Refused, identity};
+use crate::graph::Body;
+use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, UnaryFn};
+
+/// Parallel loops are collapsed until there are at least this many pieces.
+const PIECES: usize = 64;
+/// Iterations of a single long axis that stay together.
+const BLOCK: usize = 8192;
+
+/// Calls a function with every affine index of statements.
+pub fn each_affine(body: &[Stmt], visit: &mut dyn FnMut(&Affine)) {
+    fn place(p: &Place, visit: &mut dyn FnMut(&Affine)) {
+        visit(&p.affine);
+        if let Some(dynamic) = &p.dynamic {
+            expr(dynamic, visit);
+        }
+    }
+    fn expr(e: &Expr, visit: &mut dyn FnMut(&Affine)) {
+        match e {
+            Expr::Load(_, p) => place(p, visit),
+            Expr::Index(affine) => visit(affine),
+            Expr::Const(..) | Expr::Fold(..) => {}
+            Expr::Unary(_, x) | Expr::Cast(_, x) => expr(x, visit),
+            Expr::Binary(_, x, y) => [x, y].into_iter().for_each(|e| expr(e, visit)),
+            Expr::Select(x, y, z) | Expr::Fma(x, y, z) => {
+                [x, y, z].into_iter().for_each(|e| expr(e, visit))
+            }
+        }
+    }
+    for stmt in body {
+        match stmt {
+            Stmt::For { body, .. } => each_affine(body, visit),
+            Stmt::Store { place: p, value, .. } => {
+                place(p, visit);
+                expr(value, visit);
+            }
+            Stmt::If { condition, then, other } => {
+                expr(condition, visit);
+                each_affine(then, visit);
+                each_affine(other, visit);
+            }
+        }
+    }
+}
+
+/// A change of indices and of register buffers; shared values stay shared.
+struct Rewrite<'a> {
+    index: &'a dyn Fn(&Affine) -> Affine,
+    /// Register buffers that become others, with the place of their one element.
+    registers: &'a [(BufferId, BufferId, Affine)],
+    memo: HashMap<*const Expr, Arc<Expr>>,
+}
+
+impl Rewrite<'_> {
+    fn place(&mut self, buffer: BufferId, p: &Place) -> (BufferId, Place) {
+        match self.registers.iter().find(|r| r.0 == buffer) {
+            Some((_, to, at)) => (*to, Place::affine(at.clone())),
+            None => {
+                let dynamic = p.dynamic.as_ref().map(|d| self.shared(d));
+                (buffer, Place { affine: (self.index)(&p.affine), dynamic })
+            }
+        }
+    }
+
+    fn shared(&mut self, e: &Arc<Expr>) -> Arc<Expr> {
+        if let Some(known) = self.memo.get(&Arc::as_ptr(e)) {
+            return known.clone();
+        }
+        let new = Arc::new(self.expr(e));
+        self.memo.insert(Arc::as_ptr(e), new.clone());
+        new
+    }
+
+    fn expr(&mut self, e: &Expr) -> Expr {
+        match e {
+            Expr::Load(buffer, p) => {
+                let (buffer, place) = self.place(*buffer, p);
+                Expr::Load(buffer, place)
+            }
+            Expr::Index(affine) => Expr::Index((self.index)(affine)),
+            Expr::Const(..) => e.clone(),
+            Expr::Fold(f, buffer) => Expr::Fold(*f, *buffer),
+            Expr::Unary(f, x) => Expr::Unary(*f, self.shared(x)),
+            Expr::Cast(dtype, x) => Expr::Cast(*dtype, self.shared(x)),
+            Expr::Binary(f, x, y) => {
+                let x = self.shared(x);
+                Expr::Binary(*f, x, self.shared(y))
+            }
+            Expr::Select(x, y, z) => {
+                let (x, y) = (self.shared(x), self.shared(y));
+                Expr::Select(x, y, self.shared(z))
+            }
+            Expr::Fma(x, y, z) => {
+                let (x, y) = (self.shared(x), self.shared(y));
+                Expr::Fma(x, y, self.shared(z))
+            }
+        }
+    }
+
+    fn block(&mut self, body: &[Stmt]) -> Vec<Stmt> {
+        body.iter().map(|s| self.stmt(s)).collect()
+    }
+
+    fn stmt(&mut self, stmt: &Stmt) -> Stmt {
+        match stmt {
+            Stmt::For { var, extent, kind, body } => {
+                Stmt::For { var: *var, extent: *extent, kind: *kind, body: self.block(body) }
+            }
+            Stmt::Store { buffer, place, value } => {
+                let (buffer, place) = self.place(*buffer, place);
+                Stmt::Store { buffer, place, value: self.expr(value) }
+            }
+            Stmt::If { condition, then, other } => Stmt::If {
+                condition: self.expr(condition),
+                then: self.block(then),
+                other: self.block(other),
+            },
+        }
+    }
+}
+
+/// Statements with every affine index changed.
+pub fn map_affine(body: &[Stmt], index: &dyn Fn(&Affine) -> Affine) -> Vec<Stmt> {
+    Rewrite { index, registers: &[], memo: HashMap::new() }.block(body)
+}
+
+/// Statements with a one-element register buffer replaced by a place in another.
+pub fn retarget(body: &[Stmt], from: BufferId, to: BufferId, at: &Affine) -> Vec<Stmt> {
+    let registers = [(from, to, at.clone())];
+    Rewrite { index: &Affine::clone, registers: &registers, memo: HashMap::new() }.block(body)
+}
+
+/// Statements with a variable replaced by an index.
+pub fn substitute(body: &[Stmt], var: Var, by: &Affine) -> Vec<Stmt> {
+    map_affine(body, &|a| {
+        a.substitute(&|v| if v == var as usize { by.clone() } else { Affine::axis(v) })
+    })
+}
+
+/// Joins neighbouring loops whose indices always move together: where every index has
+/// `coefficient(outer) == coefficient(inner) * extent(inner)`, one loop does for both.
+pub fn coalesce(extents: &mut Extents, vars: &mut Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
+    let mut body = body;
+    let mut at = 1;
+    while at < vars.len() {
+        let (outer, inner) = (vars[at - 1] as usize, vars[at] as usize);
+        let extent = extents[inner] as i64;
+        let mut joint = true;
+        each_affine(&body, &mut |a| {
+            joint &= a.coefficient(outer) == a.coefficient(inner) * extent;
+        });
+        if joint {
+            extents[inner] *= extents[outer];
+            body = substitute(&body, outer as Var, &Affine::constant(0));
+            vars.remove(at - 1);
+            at = at.saturating_sub(1).max(1);
+        } else {
+            at += 1;
+        }
+    }
+    body
+}
+
+/// How many of the loops, from the outermost, are shared out to threads.
+pub fn parallel_prefix(extents: &Extents, vars: &[Var]) -> usize {
+    let mut product = 1usize;
+    vars.iter()
+        .take_while(|&&v| {
+            let more = product < PIECES;
+            product = product.saturating_mul(extents[v as usize]);
+            more
+        })
+        .count()
+}
+
+/// Loops around statements, the first `parallel` of them parallel.
+pub fn wrap(extents: &Extents, vars: &[Var], body: Vec<Stmt>, parallel: usize) -> Vec<Stmt> {
+    vars.iter().enumerate().rev().fold(body, |body, (i, &var)| {
+        let kind = if i < parallel { Kind::Parallel } else { Kind::Serial };
+        vec![Stmt::For { var, extent: extents[var as usize], kind, body }]
+    })
+}
+
+/// Whether statements can run with a variable in vector lanes: f32 only, unit steps or none.
+fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
+    let var = var as usize;
+    fn depends(e: &Expr, var: usize) -> bool {
+        let store =
+            Stmt::Store { buffer: 0, place: Place::affine(Affine::default()), value: e.clone() };
+        let mut found = false;
+        each_affine(&[store], &mut |a| found |= a.coefficient(var) != 0);
+        found
+    }
+    fn place(p: &Place, var: usize, steps: &[i64]) -> bool {
+        steps.contains(&p.affine.coefficient(var))
+            && p.dynamic.as_ref().is_none_or(|d| !depends(d, var))
+    }
+    fn value(buffers: &[Buffer], e: &Expr, var: usize) -> bool {
+        let float = |d: DType| d == DType::F32;
+        match e {
+            Expr::Load(b, p) => float(buffers[*b].dtype) && place(p, var, &[0, 1]),
+            Expr::Index(_) | Expr::Cast(..) => false,
+            Expr::Const(dtype, _) => float(*dtype),
+            Expr::Fold(..) => false,
+            Expr::Unary(f, x) => *f != UnaryFn::Not && value(buffers, x, var),
+            Expr::Binary(BinaryFn::Pow | BinaryFn::Rem, ..) => false,
+            Expr::Binary(f, x, y) => {
+                !matches!(f, BinaryFn::And | BinaryFn::Or | BinaryFn::Xor)
+                    && value(buffers, x, var)
+                    && value(buffers, y, var)
+            }
+            Expr::Fma(x, y, z) => [x, y, z].into_iter().all(|e| value(buffers, e, var)),
+            Expr::Select(c, x, y) => {
+                let compared = matches!(&**c, Expr::Binary(f, ..) if f.is_comparison());
+                compared && [c, x, y].into_iter().all(|e| value(buffers, e, var))
+            }
+        }
+    }
+    body.iter().all(|stmt| match stmt {
+        Stmt::For { body, .. } => is_vector(buffers, body, var as Var),
+        Stmt::Store { buffer, place: p, value: v } => {
+            let b = &buffers[*buffer];
+            let compared = matches!(v, Expr::Binary(f, ..) if f.is_comparison());
+            b.dtype == DType::F32
+                && !compared
+                && (b.scope == Scope::Register || place(p, var, &[1]))
+                && value(buffers, v, var)
+        }
+        Stmt::If { condition, then, other } => {
+            !depends(condition, var)
+                && is_vector(buffers, then, var as Var)
+                && is_vector(buffers, other, var as Var)
+        }
+    })
+}
+
+/// Puts runs of stores into vector loops; loops and branches stay outside of them.
+fn lanes_inside(body: Vec<Stmt>, var: Var, lanes: usize) -> Vec<Stmt> {
+    let mut out: Vec<Stmt> = Vec::new();
+    for stmt in body {
+        match stmt {
+            Stmt::Store { .. } => match out.last_mut() {
+                Some(Stmt::For { kind: Kind::Vector, body, .. }) => body.push(stmt),
+                _ => {
+                    out.push(Stmt::For { var, extent: lanes, kind: Kind::Vector, body: vec![stmt] })
+                }
+            },
+            Stmt::For { var: v, extent, kind, body } => {
+                out.push(Stmt::For { var: v, extent, kind, body: lanes_inside(body, var, lanes) })
+            }
+            Stmt::If { condition, then, other } => out.push(Stmt::If {
+                condition,
+                then: lanes_inside(then, var, lanes),
+                other: lanes_inside(other, var, lanes),
+            }),
+        }
+    }
+    out
+}
+
+/// One lane-wide copy of statements: `var` becomes `index`, one-element register buffers get lanes.
+fn in_lanes(lower: &mut Lower, body: &[Stmt], var: Var, lane: Var, index: &Affine) -> Vec<Stmt> {
+    let lanes = lower.target.lanes;
+    let registers: Vec<BufferId> = (0..lower.buffers.len())
+        .filter(|&b| lower.buffers[b].scope == Scope::Register && lower.buffers[b].len == 1)
+        .filter(|&b| writes(body, b))
+        .collect();
+    let wide: Vec<(BufferId, BufferId, Affine)> = registers
+        .into_iter()
+        .map(|b| {
+            let dtype = lower.buffers[b].dtype;
+            (b, lower.register(dtype, lanes), Affine::axis(lane as usize))
+        })
+        .collect();
+    let index = |a: &Affine| {
+        a.substitute(&|v| if v == var as usize { index.clone() } else { Affine::axis(v) })
+    };
+    let body = Rewrite { index: &index, registers: &wide, memo: HashMap::new() }.block(body);
+    lanes_inside(body, lane, lanes)
+}
+
+fn writes(body: &[Stmt], buffer: BufferId) -> bool {
+    body.iter().any(|s| match s {
+        Stmt::For { body, .. } => writes(body, buffer),
+        Stmt::Store { buffer: b, .. } => *b == buffer,
+        Stmt::If { then, other, .. } => writes(then, buffer) || writes(other, buffer),
+    })
+}
+
+/// A loop over `var` around statements: vector steps and a scalar rest where lanes can hold it.
+pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
+    let (extent, lanes) = (lower.extents[var as usize], lower.target.lanes);
+    let scalar = |body: Vec<Stmt>| vec![Stmt::For { var, extent, kind: Kind::Serial, body }];
+    if extent < lanes || !is_vector(&lower.buffers, &body, var) {
+        return scalar(body);
+    }
+    let (steps, rest) = (extent / lanes, extent % lanes);
+    let (Ok(lane), Ok(step), Ok(tail)) =
+        (lower.var(lanes), lower.var(steps), lower.var(rest.max(1)))
+    else {
+        return scalar(body);
+    };
+    let index = Affine::scaled(step as usize, lanes as i64).plus(lane as usize, 1);
+    let wide = in_lanes(lower, &body, var, lane, &index);
+    let mut out = vec![Stmt::For { var: step, extent: steps, kind: Kind::Serial, body: wide }];
+    if rest > 0 {
+        let index = Affine { offset: (steps * lanes) as i64, ..Affine::axis(tail as usize) };
+        let body = substitute(&body, var, &index);
+        out.push(Stmt::For { var: tail, extent: rest, kind: Kind::Serial, body });
+    }
+    out
+}
+
+/// The nest of statements over the axes of the result.
+fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
+    let mut extents = std::mem::take(&mut lower.extents);
+    let mut body = coalesce(&mut extents, &mut vars, body);
+    lower.extents = extents;
+    if let [only] = vars[..] {
+        let n = lower.extents[only as usize];
+        let fits = |b: &usize| n.is_multiple_of(*b) && b.is_multiple_of(lower.target.lanes);
+        let block = (n > 2 * BLOCK).then(|| (BLOCK / 8..=BLOCK).rev().find(fits)).flatten();
+        if let Some(block) = block
+            && let (Ok(outer), Ok(inner)) = (lower.var(n / block), lower.var(block))
+        {
+            let index = Affine::scaled(outer as usize, block as i64).plus(inner as usize, 1);
+            body = substitute(&body, only, &index);
+            vars = vec![outer, inner];
+        }
+    }
+    let Some(inner) = vars.pop() else { return body };
+    let parallel = parallel_prefix(&lower.extents, &vars);
+    let body = vectorize(lower, inner, body);
+    wrap(&lower.extents, &vars, body, parallel)
+}
+
+/// A kernel that stores a value at a place for every index.
+pub fn store_nest(
+    mut lower: Lower,
+    vars: Vec<Var>,
+    buffer: BufferId,
+    place: Place,
+    value: Arc<Expr>,
+) -> Loops {
+    let store = Stmt::Store { buffer, place, value: (*value).clone() };
+    let body = nest(&mut lower, vars, vec![store]);
+    lower.finish(body)
+}
+
+/// A kernel that computes every element of a node by itself.
+pub fn map(mut lower: Lower, root: usize) -> Lowering<Loops> {
+    let ty = lower.ty(root).clone();
+    let out = lower.out(&ty);
+    let (index, vars) = lower.axes(&ty.shape)?;
+    let value = lower.value(root, &index)?;
+    let place = flatten(&index, &ty.shape);
+    Ok(store_nest(lower, vars, out, place, value))
+}
+
+/// Whether every element of the root asks for one element of the reduction.
+pub fn is_inline(body: &Body, root: usize, reduce: usize) -> bool {
+    body.nodes[root].ty.numel() == body.nodes[reduce].ty.numel() && {
+        let Op::Reduce(_, axes) = &body.nodes[reduce].op else { return false };
+        let x = &body.nodes[body.nodes[reduce].args[0].index()].ty;
+        // A reduction along the innermost axis goes faster across lanes.
+        let innermost = axes.last().is_some_and(|&a| a as usize + 1 == x.rank());
+        let long = axes.last().is_some_and(|&a| x.shape[a as usize] >= 8);
+        let window = matches!(body.nodes[body.nodes[reduce].args[0].index()].op, Op::Window(_));
+        !(innermost && long) || window
+    }
+}
+
+/// A kernel in which every element of the result folds its own part of the operand.
+pub fn inline_reduce(mut lower: Lower, root: usize, reduce: usize) -> Lowering<Loops> {
+    let ty = lower.ty(root).clone();
+    let Op::Reduce(f, axes) = &lower.body.nodes[reduce].op else {
+        return Err(Refused("a reduction".into()));
+    };
+    let dtype = lower.ty(reduce).dtype;
+    let cell = lower.register(dtype, 1);
+    let out = lower.out(&ty);
+    let (index, vars) = lower.axes(&ty.shape)?;
+    lower.bind_cell(reduce, Expr::Load(cell, Place::affine(Affine::default())));
+    let result = lower.value(root, &index)?;
+    let mut from = lower.asked(reduce).ok_or_else(|| Refused("a dead reduction".into()))?;
+    let operand = lower.body.nodes[reduce].args[0].index();
+    let shape = &lower.ty(operand).shape;
+    let (summed, inner) =
+        lower.axes(&axes.iter().map(|&a| shape[a as usize]).collect::<Vec<_>>())?;
+    axes.iter().zip(summed).for_each(|(&a, i)| from[a as usize] = i);
+    let start = identity(*f, dtype);
+    if axes.iter().any(|&a| shape[a as usize] == 0) {
+        let store = |buffer, place, value| Stmt::Store { buffer, place, value };
+        let zero = Place::affine(Affine::default());
+        let place = flatten(&index, &ty.shape);
+        let body = vec![store(cell, zero, start), store(out, place, (*result).clone())];
+        let nested = nest(&mut lower, vars, body);
+        return Ok(lower.finish(nested));
+    }
+    let next = lower.value(operand, &from)?;
+    let update = Expr::Binary(f.binary(), cell_value(cell), next);
+    Ok(accumulate(
+        lower,
+        vars,
+        inner,
+        cell,
+        [start, update],
+        (out, flatten(&index, &ty.shape), result),
+    ))
+}
+
+fn cell_value(cell: BufferId) -> Arc<Expr> {
+    Arc::new(Expr::Load(cell, Place::affine(Affine::default())))
+}
+
+/// For every index of `vars`: a cell starts with a value, is updated for every index of `summed`,
+/// and a result that uses it is stored.
+pub fn accumulate(
+    mut lower: Lower,
+    vars: Vec<Var>,
+    summed: Vec<Var>,
+    cell: BufferId,
+    [start, update]: [Expr; 2],
+    (out, place, result): (BufferId, Place, Arc<Expr>),
+) -> Loops {
+    let zero = Place::affine(Affine::default());
+    let store = |buffer, place, value| Stmt::Store { buffer, place, value };
+    let folded = wrap(&lower.extents, &summed, vec![store(cell, zero.clone(), update)], 0);
+    let mut body = vec![store(cell, zero, start)];
+    body.extend(folded);
+    body.push(store(out, place, (*result).clone()));
+    let body = nest(&mut lower, vars, body);
+    lower.finish(body)
+}
+
+/// A kernel with a result row per outer index: each reduction is one pass over the row, and so is
+/// the result.
+pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> {
+    let Op::Reduce(_, axes) = &lower.body.nodes[reduces[0]].op else {
+        return Err(Refused("a reduction".into()));
+    };
+    let full = lower.ty(lower.body.nodes[reduces[0]].args[0].index()).shape.clone();
+    let rank = full.len();
+    let first = rank - axes.len();
+    let trailing = axes.iter().enumerate().all(|(i, &a)| a as usize == first + i);
+    if !trailing || full[first..].contains(&0) {
+        return Err(Refused("a reduction over axes that are not the last ones".into()));
+    }
+    let root_ty = lower.ty(root).clone();
+    let out = lower.out(&root_ty);
+    let (outer, outer_vars) = lower.axes(&full[..first])?;
+    let mut body = Vec::new();
+    for (k, &reduce) in reduces.iter().enumerate() {
+        let kept = keep_in_row(&lower, root, reduce, &reduces[k..]);
+        body.extend(reduce_pass(
+            &mut lower,
+            reduce,
+            &outer,
+            &full[first..],
+            kept.map(|n| (n, out)),
+        )?);
+    }
+    let reduced = root_ty.numel() != full.iter().product::<usize>()
+        || full[first..].iter().product::<usize>() == 1;
+    let shape: Vec<usize> = if reduced { vec![1; rank - first] } else { full[first..].to_vec() };
+    let (inner, inner_vars) = lower.axes(&shape)?;
+    let index: Vec<Index> = outer.iter().chain(&inner).cloned().collect();
+    if root_ty.rank() != rank {
+        return Err(Refused("a row of another rank than its reductions".into()));
+    }
+    let value = lower.value(root, &index)?;
+    let place = flatten(&index, &root_ty.shape);
+    let store = Stmt::Store { buffer: out, place, value: (*value).clone() };
+    body.extend(pass(&mut lower, inner_vars, vec![store]));
+    let parallel = parallel_prefix(&lower.extents, &outer_vars);
+    let nested = wrap(&lower.extents, &outer_vars, body, parallel);
+    Ok(lower.finish(nested))
+}
+
+/// The operand of a reduction, where it is dear to compute and later passes want it again: it is
+/// kept in the row of the result, which is not written before the last pass.
+fn keep_in_row(lower: &Lower, root: usize, reduce: usize, later: &[usize]) -> Option<usize> {
+    let nodes = &lower.body.nodes;
+    let operand = nodes[reduce].args[0].index();
+    let dear = matches!(
+        nodes[operand].op,
+        Op::Unary(UnaryFn::Exp | UnaryFn::Tanh | UnaryFn::Erf | UnaryFn::Log)
+    );
+    let used_again = nodes
+        .iter()
+        .enumerate()
+        .any(|(i, n)| i != reduce && n.args.iter().any(|a| a.index() == operand));
+    let fits = nodes[operand].ty == nodes[root].ty && later.first() == Some(&reduce);
+    // A second value may not take the row while the first is still wanted.
+    let last = later.len() == 1;
+    (dear && used_again && fits && last).then_some(operand)
+}
+
+/// Statements over the axes of a row.
+fn pass(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
+    let mut extents = std::mem::take(&mut lower.extents);
+    let body = coalesce(&mut extents, &mut vars, body);
+    lower.extents = extents;
+    match vars.pop() {
+        None => body,
+        Some(inner) => {
+            let body = vectorize(lower, inner, body);
+            wrap(&lower.extents, &vars, body, 0)
+        }
+    }
+}
+
+/// One reduction of a row: several vector accumulators, then a scalar.
+fn reduce_pass(
+    lower: &mut Lower,
+    reduce: usize,
+    outer: &[Index],
+    shape: &[usize],
+    keep: Option<(usize, BufferId)>,
+) -> Lowering<Vec<Stmt>> {
+    let Op::Reduce(f, _) = lower.body.nodes[reduce].op else {
+        return Err(Refused("a reduction".into()));
+    };
+    let (inner, mut vars) = lower.axes(shape)?;
+    let index: Vec<Index> = outer.iter().chain(&inner).cloned().collect();
+    let operand = lower.body.nodes[reduce].args[0].index();
+    let ty = lower.ty(operand).clone();
+    let value = lower.value(operand, &index)?;
+    let cell = lower.register(ty.dtype, 1);
+    let zero = Place::affine(Affine::default());
+    let start = identity(f, ty.dtype);
+    let update = Expr::Binary(f.binary(), cell_value(cell), value.clone());
+    let mut step = Vec::new();
+    if let Some((_, buffer)) = keep {
+        let place = flatten(&index, &ty.shape);
+        step.push(Stmt::Store { buffer, place, value: (*value).clone() });
+    }
+    step.push(Stmt::Store { buffer: cell, place: zero.clone(), value: update });
+    let mut extents = std::mem::take(&mut lower.extents);
+    let step = coalesce(&mut extents, &mut vars, step);
+    lower.extents = extents;
+    let mut out = vec![Stmt::Store { buffer: cell, place: zero, value: start.clone() }];
+    match vars.pop() {
+        None => out.extend(step),
+        Some(last) => out.extend(reduce_lanes(lower, f, cell, (last, &vars), start, step)?),
+    }
+    lower.bind_cell(reduce, Expr::Load(cell, Place::affine(Affine::default())));
+    if let Some((node, buffer)) = keep {
+        lower.bind_row(node, buffer);
+    }
+    Ok(out)
+}
+
+fn reduce_lanes(
+    lower: &mut Lower,
+    f: ReduceFn,
+    cell: BufferId,
+    (last, outer): (Var, &[Var]),
+    start: Expr,
+    step: Vec<Stmt>,
+) -> Lowering<Vec<Stmt>> {
+    let (extent, lanes) = (lower.extents[last as usize], lower.target.lanes);
+    if extent < lanes || !is_vector(&lower.buffers, &step, last) {
+        let body = vec![Stmt::For { var: last, extent, kind: Kind::Serial, body: step }];
+        return Ok(wrap(&lower.extents, outer, body, 0));
+    }
+    let steps = extent / lanes;
+    let unroll = if steps >= 8 { 4 } else { 1 };
+    let wide = lower.register(lower.buffers[cell].dtype, unroll * lanes);
+    let (lane, copy) = (lower.var(lanes)?, lower.var(unroll)?);
+    let at = Affine::scaled(copy as usize, lanes as i64).plus(lane as usize, 1);
+    let vector = |body| Stmt::For { var: lane, extent: lanes, kind: Kind::Vector, body };
+    let each = |body| Stmt::For { var: copy, extent: unroll, kind: Kind::Unroll, body };
+    let rewrite = |index: &Affine, place: &Affine| {
+        let index = |a: &Affine| {
+            a.substitute(&|v| if v == last as usize { index.clone() } else { Affine::axis(v) })
+        };
+        let registers = [(cell, wide, place.clone())];
+        Rewrite { index: &index, registers: &registers, memo: HashMap::new() }.block(&step)
+    };
+    let (main, left) = (steps / unroll, steps % unroll);
+    let mut body = Vec::new();
+    let turn = lower.var(main)?;
+    let stride = (unroll * lanes) as i64;
+    let index = at.clone().plus(turn as usize, stride);
+    let inside = vec![each(vec![vector(rewrite(&index, &at))])];
+    body.push(Stmt::For { var: turn, extent: main, kind: Kind::Serial, body: inside });
+    let lane_index = Affine::axis(lane as usize);
+    if left > 0 {
+        let turn = lower.var(left)?;
+        let index = Affine {
+            offset: main as i64 * stride,
+            ..lane_index.clone().plus(turn as usize, lanes as i64)
+        };
+        let inside = vec![vector(rewrite(&index, &lane_index))];
+        body.push(Stmt::For { var: turn, extent: left, kind: Kind::Serial, body: inside });
+    }
+    let rest = extent % lanes;
+    if rest > 0 {
+        let tail = lower.var(rest)?;
+        let index = Affine { offset: (steps * lanes) as i64, ..Affine::axis(tail as usize) };
+        let inside = substitute(&step, last, &index);
+        body.push(Stmt::For { var: tail, extent: rest, kind: Kind::Serial, body: inside });
+    }
+    let first = Stmt::Store { buffer: wide, place: Place::affine(at.clone()), value: start };
+    let mut out = vec![each(vec![vector(vec![first])])];
+    out.extend(wrap(&lower.extents, outer, body, 0));
+    let folded = Expr::Binary(f.binary(), cell_value(cell), Arc::new(Expr::Fold(f, wide)));
+    let zero = Place::affine(Affine::default());
+    out.push(Stmt::Store { buffer: cell, place: zero, value: folded });
+    Ok(out)
+}
