@@ -6,7 +6,9 @@
 
 pub mod artifact;
 pub mod code;
+mod inflate;
 pub mod memory;
+pub mod npz;
 pub mod plan;
 pub mod pool;
 pub mod session;
