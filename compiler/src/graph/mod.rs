@@ -1,0 +1,111 @@
+//! The tensor graph: what a model computes, before anything is decided about how.
+
+pub mod build;
+pub mod composite;
+pub mod eval;
+pub mod infer;
+pub mod op;
+pub mod text;
+pub mod verify;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use smallvec::SmallVec;
+
+use op::{Op, Type};
+
+/// Number of a node within its graph.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct NodeId(pub u32);
+
+impl NodeId {
+    /// As an index.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// Operands of a node.
+pub type Args = SmallVec<[NodeId; 4]>;
+
+/// Names of the model's nodes that a node comes from.
+pub type Origin = Arc<str>;
+
+/// One operation with its operands, its type and where it comes from.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Node {
+    /// The operation.
+    pub op: Op,
+    /// Its operands: earlier nodes.
+    pub args: Args,
+    /// The type of its result.
+    pub ty: Type,
+    /// Where it comes from in the model.
+    pub origin: Origin,
+}
+
+/// A constant tensor; large ones point into the model file.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Constant {
+    /// Its type.
+    pub ty: Type,
+    /// Row-major elements in native order, not necessarily aligned.
+    pub bytes: Bytes,
+}
+
+/// The body of a fused kernel: nodes in order, the last one is the result. Inputs are arguments.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Body {
+    /// Nodes, operands before users.
+    pub nodes: Vec<Node>,
+}
+
+impl Body {
+    /// The node that is the result.
+    pub fn root(&self) -> &Node {
+        self.nodes.last().expect("a body has at least one node")
+    }
+}
+
+/// A graph of tensor operations, operands before users.
+#[derive(Clone, Default, Debug)]
+pub struct Graph {
+    /// Nodes; operands come before users.
+    pub nodes: Vec<Node>,
+    /// Inputs with their names and types, in the order of the model.
+    pub inputs: Vec<(String, Type)>,
+    /// Outputs with their names, in the order of the model.
+    pub outputs: Vec<(String, NodeId)>,
+    /// Constants that `Op::Const` names. Shared: graphs of one model hold the same table.
+    pub constants: Arc<Vec<Constant>>,
+    /// Bodies that `Op::Fused` names.
+    pub bodies: Vec<Arc<Body>>,
+    known: HashMap<(Op, Args), NodeId>,
+}
+
+impl Graph {
+    /// The node of that number.
+    pub fn node(&self, id: NodeId) -> &Node {
+        &self.nodes[id.index()]
+    }
+
+    /// The type of a value.
+    pub fn ty(&self, id: NodeId) -> &Type {
+        &self.nodes[id.index()].ty
+    }
+
+    /// Node numbers in order.
+    pub fn ids(&self) -> impl Iterator<Item = NodeId> + use<> {
+        (0..self.nodes.len() as u32).map(NodeId)
+    }
+
+    /// The constant that a node is, if it is one.
+    pub fn constant(&self, id: NodeId) -> Option<&Constant> {
+        match self.node(id).op {
+            Op::Const(index) => Some(&self.constants[index as usize]),
+            _ => None,
+        }
+    }
+}
