@@ -1,3 +1,15 @@
 //! What a compiled Kiln model needs to run: tensors, plans, threads and memory.
+//!
+//! An [`artifact::Artifact`] is a [`plan::Plan`] (which kernel runs when, on which buffers), the
+//! machine [`code`](code::Code) of the kernels and their constants. An [`session::Executable`]
+//! runs it, cut in chunks over a [`pool::Pool`].
 
+pub mod artifact;
+pub mod code;
+mod inflate;
+pub mod memory;
+pub mod npz;
+pub mod plan;
+pub mod pool;
+pub mod session;
 pub mod tensor;

@@ -1,0 +1,261 @@
+//! The order in which kernels run and the places that they read and write.
+
+use crate::tensor::{DType, size_bytes};
+use std::fmt;
+
+/// An input or output of a model.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Port {
+    /// The name in the model.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Extents, outermost first.
+    pub shape: Vec<usize>,
+}
+
+impl Port {
+    /// Bytes of the tensor, or `None` where the product overflows.
+    pub fn size_bytes(&self) -> Option<usize> {
+        size_bytes(self.dtype, &self.shape)
+    }
+}
+
+/// Where a buffer of a kernel lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// The tensor given for the input of that index; at any address.
+    Input(usize),
+    /// The tensor given for the output of that index; at any address.
+    Output(usize),
+    /// A byte offset in the arena, which starts on a cache line.
+    Arena(usize),
+    /// A byte offset in the constants, which start on a cache line.
+    Const(usize),
+}
+
+/// One launch of one kernel.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Step {
+    /// What the kernel computes, made of names of the model.
+    pub name: String,
+    /// Index of the kernel's entry in the code.
+    pub kernel: usize,
+    /// What the kernel's first argument points to, in its order.
+    pub buffers: Vec<Place>,
+    /// Number of independent iterations of the outermost loop.
+    pub extent: i64,
+    /// How many pieces these are cut into; with one or less they run on the caller's thread.
+    pub chunks: i64,
+}
+
+impl Step {
+    /// The iterations of one chunk: they cover `0..extent` in order and differ by one at most.
+    pub fn chunk(&self, index: i64) -> (i64, i64) {
+        (self.extent * index / self.chunks, self.extent * (index + 1) / self.chunks)
+    }
+}
+
+/// Everything about a compiled model but its code and its constants.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Plan {
+    /// What a run reads.
+    pub inputs: Vec<Port>,
+    /// What a run writes.
+    pub outputs: Vec<Port>,
+    /// Launches in order.
+    pub steps: Vec<Step>,
+    /// Bytes of memory for intermediate values.
+    pub arena_bytes: usize,
+}
+
+/// A plan that does not fit the code and the constants beside it.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum PlanError {
+    /// A step names a kernel that the code does not have.
+    #[error("step {step} runs kernel {kernel}, but the code has {entries} entries")]
+    Kernel {
+        /// Index of the step.
+        step: usize,
+        /// Index of the kernel.
+        kernel: usize,
+        /// Number of entries.
+        entries: usize,
+    },
+    /// A step names a place that does not exist.
+    #[error("step {step} uses {place}, which lies outside (there are {limit})")]
+    Place {
+        /// Index of the step.
+        step: usize,
+        /// The place.
+        place: Place,
+        /// How many ports or bytes there are.
+        limit: usize,
+    },
+    /// A step's number of iterations is negative, or too large to be cut.
+    #[error("step {step} cannot cut {extent} iterations in {chunks} chunks")]
+    Extent {
+        /// Index of the step.
+        step: usize,
+        /// Iterations.
+        extent: i64,
+        /// Chunks.
+        chunks: i64,
+    },
+    /// The size of an input or output overflows.
+    #[error("the size of `{0}` overflows")]
+    Size(String),
+}
+
+impl Plan {
+    /// Checks every index and size of the plan against the code and the constants beside it.
+    pub fn check(&self, entries: usize, constant_bytes: usize) -> Result<(), PlanError> {
+        for port in self.inputs.iter().chain(&self.outputs) {
+            port.size_bytes().ok_or_else(|| PlanError::Size(port.name.clone()))?;
+        }
+        for (index, step) in self.steps.iter().enumerate() {
+            self.check_step(index, step, entries, constant_bytes)?;
+        }
+        Ok(())
+    }
+
+    fn check_step(
+        &self,
+        index: usize,
+        step: &Step,
+        entries: usize,
+        constant_bytes: usize,
+    ) -> Result<(), PlanError> {
+        if step.kernel >= entries {
+            return Err(PlanError::Kernel { step: index, kernel: step.kernel, entries });
+        }
+        let (extent, chunks) = (step.extent, step.chunks);
+        if extent < 0 || chunks < 0 || extent.checked_mul(chunks).is_none() {
+            return Err(PlanError::Extent { step: index, extent, chunks });
+        }
+        for &place in &step.buffers {
+            // An empty buffer may sit at the very end of its memory, a port may not.
+            let (inside, limit) = match place {
+                Place::Input(port) => (port < self.inputs.len(), self.inputs.len()),
+                Place::Output(port) => (port < self.outputs.len(), self.outputs.len()),
+                Place::Arena(offset) => (offset <= self.arena_bytes, self.arena_bytes),
+                Place::Const(offset) => (offset <= constant_bytes, constant_bytes),
+            };
+            if !inside {
+                return Err(PlanError::Place { step: index, place, limit });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}[", self.name, self.dtype)?;
+        for (axis, extent) in self.shape.iter().enumerate() {
+            write!(f, "{}{extent}", if axis == 0 { "" } else { "," })?;
+        }
+        f.write_str("]")
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Input(port) => write!(f, "input {port}"),
+            Place::Output(port) => write!(f, "output {port}"),
+            Place::Arena(offset) => write!(f, "arena+{offset}"),
+            Place::Const(offset) => write!(f, "const+{offset}"),
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} = kernel {}(", self.name, self.kernel)?;
+        for (argument, place) in self.buffers.iter().enumerate() {
+            write!(f, "{}{place}", if argument == 0 { "" } else { ", " })?;
+        }
+        write!(f, ") over {} in {}", self.extent, self.chunks)
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, port) in self.inputs.iter().enumerate() {
+            writeln!(f, "input {index} {port}")?;
+        }
+        for (index, port) in self.outputs.iter().enumerate() {
+            writeln!(f, "output {index} {port}")?;
+        }
+        writeln!(f, "arena {} bytes", self.arena_bytes)?;
+        for (index, step) in self.steps.iter().enumerate() {
+            writeln!(f, "step {index} {step}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan() -> Plan {
+        let port = |name: &str| Port { name: name.into(), dtype: DType::F32, shape: vec![2, 3] };
+        Plan {
+            inputs: vec![port("x")],
+            outputs: vec![port("y")],
+            steps: vec![Step {
+                name: "relu".into(),
+                kernel: 0,
+                buffers: vec![Place::Input(0), Place::Arena(64), Place::Const(0), Place::Output(0)],
+                extent: 6,
+                chunks: 4,
+            }],
+            arena_bytes: 128,
+        }
+    }
+
+    #[test]
+    fn prints_one_line_for_each_part() {
+        let text = "input 0 x: f32[2,3]\noutput 0 y: f32[2,3]\narena 128 bytes\n\
+            step 0 relu = kernel 0(input 0, arena+64, const+0, output 0) over 6 in 4\n";
+        assert_eq!(plan().to_string(), text);
+    }
+
+    #[test]
+    fn chunks_cover_the_extent_in_order() {
+        let mut step = plan().steps.remove(0);
+        for (extent, chunks) in [(6, 4), (0, 3), (1, 8), (1000, 7), (64, 64)] {
+            (step.extent, step.chunks) = (extent, chunks);
+            let mut at = 0;
+            for index in 0..chunks {
+                let (begin, end) = step.chunk(index);
+                assert_eq!(begin, at);
+                assert!((end - begin - extent / chunks).abs() <= 1);
+                at = end;
+            }
+            assert_eq!(at, extent);
+        }
+    }
+
+    #[test]
+    fn indices_outside_are_refused() {
+        assert_eq!(plan().check(1, 0), Ok(()));
+        assert!(matches!(plan().check(0, 0), Err(PlanError::Kernel { .. })));
+        for place in [Place::Input(1), Place::Output(1), Place::Arena(129), Place::Const(1)] {
+            let mut wrong = plan();
+            wrong.steps[0].buffers.push(place);
+            let found = wrong.check(1, 0);
+            assert!(matches!(found, Err(PlanError::Place { step: 0, .. })), "{place}: {found:?}");
+        }
+        for (extent, chunks) in [(-1, 1), (1, -1), (i64::MAX, 2)] {
+            let mut wrong = plan();
+            (wrong.steps[0].extent, wrong.steps[0].chunks) = (extent, chunks);
+            assert!(matches!(wrong.check(1, 0), Err(PlanError::Extent { .. })));
+        }
+        let mut huge = plan();
+        huge.outputs[0].shape = vec![usize::MAX, 2];
+        assert_eq!(huge.check(1, 0), Err(PlanError::Size("y".into())));
+    }
+}

@@ -1,0 +1,417 @@
+//! Running a compiled model.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use crate::artifact::Artifact;
+use crate::memory::AlignedBytes;
+use crate::plan::{Place, Plan, PlanError, Port};
+use crate::pool::Pool;
+use crate::tensor::{DType, Tensor, TensorView, TensorViewMut};
+
+/// Why a run did not begin. A run that begins succeeds.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// A name that is no input.
+    #[error("the model has no input `{found}`; its inputs are {expected}")]
+    UnknownInput {
+        /// The name given.
+        found: String,
+        /// Names of all inputs.
+        expected: Names,
+    },
+    /// An input without a tensor.
+    #[error("no tensor given for input {expected}")]
+    MissingInput {
+        /// The input.
+        expected: Port,
+    },
+    /// An input with two tensors.
+    #[error("two tensors given for input `{0}`")]
+    DuplicateInput(String),
+    /// Too few or too many tensors.
+    #[error("{found} {what} given, the model has {expected}")]
+    Count {
+        /// `inputs` or `outputs`.
+        what: &'static str,
+        /// Number of tensors given.
+        found: usize,
+        /// Number of ports of the model.
+        expected: usize,
+    },
+    /// A tensor of another type.
+    #[error("`{}` is {found}, expected {expected}", expected.name)]
+    DType {
+        /// The type given.
+        found: DType,
+        /// The input or output.
+        expected: Port,
+    },
+    /// A tensor of another shape.
+    #[error("`{}` has shape {found:?}, expected {expected}", expected.name)]
+    Shape {
+        /// The shape given.
+        found: Vec<usize>,
+        /// The input or output.
+        expected: Port,
+    },
+    /// A tensor with another number of bytes than its shape says.
+    #[error("`{}` has {found} bytes, expected {expected_bytes} for {expected}", expected.name)]
+    Bytes {
+        /// Number of bytes given.
+        found: usize,
+        /// Number of bytes of the type and shape.
+        expected_bytes: usize,
+        /// The input or output.
+        expected: Port,
+    },
+}
+
+/// A list of names, printed with commas.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Names(pub Vec<String>);
+
+impl fmt::Display for Names {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, name) in self.0.iter().enumerate() {
+            write!(f, "{}`{name}`", if index == 0 { "" } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
+/// A compiled model, ready to run from any thread; clones share everything.
+#[derive(Clone)]
+pub struct Executable(Arc<Shared>);
+
+struct Shared {
+    artifact: Artifact,
+    pool: Arc<Pool>,
+    /// Memory of runs that are over: as much as there were runs at once.
+    scratch: Mutex<Vec<Scratch>>,
+}
+
+impl Executable {
+    /// A model that runs on `pool`.
+    ///
+    /// # Safety
+    /// The code does what the plan says: each kernel reads and writes only the buffers of its
+    /// steps, inside the sizes of ports, arena and constants, does not write inputs and
+    /// constants, and its chunks do not depend on one another. It was made for this processor.
+    ///
+    /// # Errors
+    /// When the plan names what the code and the constants do not have.
+    pub unsafe fn new(artifact: Artifact, pool: Arc<Pool>) -> Result<Executable, PlanError> {
+        artifact.plan.check(artifact.code.entries(), artifact.constants.len())?;
+        let scratch = Mutex::new(Vec::new());
+        Ok(Executable(Arc::new(Shared { artifact, pool, scratch })))
+    }
+
+    /// What a run reads.
+    pub fn inputs(&self) -> &[Port] {
+        &self.plan().inputs
+    }
+
+    /// What a run writes.
+    pub fn outputs(&self) -> &[Port] {
+        &self.plan().outputs
+    }
+
+    /// The launches of a run, and its memory.
+    pub fn plan(&self) -> &Plan {
+        &self.0.artifact.plan
+    }
+
+    /// The compiled model.
+    pub fn artifact(&self) -> &Artifact {
+        &self.0.artifact
+    }
+
+    /// The threads that runs share.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.0.pool
+    }
+
+    /// Runs the model on tensors given by name, in any order.
+    ///
+    /// # Errors
+    /// When a tensor is missing, unknown, or of another type or shape than the input.
+    pub fn run(
+        &self,
+        inputs: &[(&str, TensorView<'_>)],
+    ) -> Result<Vec<(String, Tensor)>, RunError> {
+        let plan = self.plan();
+        run_named(plan, inputs, |views, outputs| self.run_into(views, outputs))
+    }
+
+    /// Runs the model on tensors in the order of [`inputs`](Self::inputs) and
+    /// [`outputs`](Self::outputs). Does not allocate once there were as many runs at a time before.
+    ///
+    /// # Errors
+    /// When their number, a type or a shape is not that of the model.
+    pub fn run_into(
+        &self,
+        inputs: &[TensorView<'_>],
+        outputs: &mut [TensorViewMut<'_>],
+    ) -> Result<(), RunError> {
+        check(self.plan(), inputs, outputs)?;
+        let mut scratch = self.take_scratch();
+        self.0.launch(&mut scratch, inputs, outputs, None);
+        self.put_scratch(scratch);
+        Ok(())
+    }
+
+    /// Runs the model once and says how many nanoseconds each step took.
+    ///
+    /// # Errors
+    /// As [`run_into`](Self::run_into).
+    pub fn profile(
+        &self,
+        inputs: &[TensorView<'_>],
+        outputs: &mut [TensorViewMut<'_>],
+    ) -> Result<Vec<(String, u64)>, RunError> {
+        check(self.plan(), inputs, outputs)?;
+        let mut scratch = self.take_scratch();
+        let mut times = vec![0; self.plan().steps.len()];
+        self.0.launch(&mut scratch, inputs, outputs, Some(&mut times));
+        self.put_scratch(scratch);
+        let names = self.plan().steps.iter().map(|step| step.name.clone());
+        Ok(names.zip(times).collect())
+    }
+
+    /// A session: the same model with memory of its own.
+    pub fn session(&self) -> Session {
+        Session { scratch: Scratch::new(&self.0.artifact), executable: self.clone() }
+    }
+
+    fn take_scratch(&self) -> Scratch {
+        let free = self.0.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        free.unwrap_or_else(|| Scratch::new(&self.0.artifact))
+    }
+
+    fn put_scratch(&self, scratch: Scratch) {
+        self.0.scratch.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
+    }
+}
+
+impl fmt::Debug for Executable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Executable").field(self.plan()).finish()
+    }
+}
+
+/// A compiled model with memory of its own, for one stream of runs.
+pub struct Session {
+    executable: Executable,
+    scratch: Scratch,
+}
+
+impl Session {
+    /// The model.
+    pub fn executable(&self) -> &Executable {
+        &self.executable
+    }
+
+    /// As [`Executable::run`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn run(
+        &mut self,
+        inputs: &[(&str, TensorView<'_>)],
+    ) -> Result<Vec<(String, Tensor)>, RunError> {
+        let executable = self.executable.clone();
+        run_named(executable.plan(), inputs, |views, outputs| self.run_into(views, outputs))
+    }
+
+    /// As [`Executable::run_into`], but never allocates.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn run_into(
+        &mut self,
+        inputs: &[TensorView<'_>],
+        outputs: &mut [TensorViewMut<'_>],
+    ) -> Result<(), RunError> {
+        check(self.executable.plan(), inputs, outputs)?;
+        self.executable.0.launch(&mut self.scratch, inputs, outputs, None);
+        Ok(())
+    }
+
+    /// Forgets all earlier runs.
+    pub fn reset(&mut self) {
+        self.scratch.arena.bytes_mut().fill(0);
+    }
+
+    /// A session that goes on from where this one is, independently of it.
+    pub fn fork(&self) -> Session {
+        let mut fork = self.executable.session();
+        fork.scratch.arena.bytes_mut().copy_from_slice(self.scratch.arena.bytes());
+        fork
+    }
+}
+
+/// The memory of one run at a time.
+struct Scratch {
+    arena: AlignedBytes,
+    /// The arguments of all steps, one after the other.
+    buffers: Vec<*mut u8>,
+}
+
+// SAFETY: the pointers go to the arena, which moves along with them, to the constants, which are
+// only read, and to tensors of a run, which sets them anew before it uses them.
+unsafe impl Send for Scratch {}
+// SAFETY: a shared scratch gives access to the bytes of the arena only, and these to be read.
+unsafe impl Sync for Scratch {}
+
+impl Scratch {
+    /// Zeroed memory, with all pointers set that stay the same from run to run.
+    fn new(artifact: &Artifact) -> Scratch {
+        let mut arena = AlignedBytes::zeroed(artifact.plan.arena_bytes);
+        let base = arena.bytes_mut().as_mut_ptr();
+        let constants = artifact.constants.bytes().as_ptr().cast_mut();
+        let places = artifact.plan.steps.iter().flat_map(|step| &step.buffers);
+        let buffers = places.map(|&place| match place {
+            Place::Input(_) | Place::Output(_) => std::ptr::null_mut(),
+            Place::Arena(offset) => base.wrapping_add(offset),
+            Place::Const(offset) => constants.wrapping_add(offset),
+        });
+        Scratch { buffers: buffers.collect(), arena }
+    }
+
+    fn bind(&mut self, plan: &Plan, inputs: &[TensorView<'_>], outputs: &mut [TensorViewMut<'_>]) {
+        let places = plan.steps.iter().flat_map(|step| &step.buffers);
+        for (buffer, &place) in self.buffers.iter_mut().zip(places) {
+            match place {
+                Place::Input(port) => *buffer = inputs[port].bytes.as_ptr().cast_mut(),
+                Place::Output(port) => *buffer = outputs[port].bytes.as_mut_ptr(),
+                Place::Arena(_) | Place::Const(_) => {}
+            }
+        }
+    }
+}
+
+/// The arguments of one step, for all threads that work on it.
+struct Arguments(*const *mut u8);
+
+// SAFETY: the array outlives the step and is only read; what it points to is shared by kernels
+// whose chunks do not depend on one another (`Executable::new`).
+unsafe impl Sync for Arguments {}
+
+impl Arguments {
+    fn get(&self) -> *const *mut u8 {
+        self.0
+    }
+}
+
+impl Shared {
+    /// Runs all steps on tensors that were checked; `times` gets the nanoseconds of each.
+    fn launch(
+        &self,
+        scratch: &mut Scratch,
+        inputs: &[TensorView<'_>],
+        outputs: &mut [TensorViewMut<'_>],
+        mut times: Option<&mut [u64]>,
+    ) {
+        let plan = &self.artifact.plan;
+        scratch.bind(plan, inputs, outputs);
+        let mut first = 0;
+        for (index, step) in plan.steps.iter().enumerate() {
+            let start = times.is_some().then(Instant::now);
+            let arguments = Arguments(scratch.buffers[first..].as_ptr());
+            first += step.buffers.len();
+            let kernel = self.artifact.code.entry(step.kernel);
+            if step.chunks <= 1 {
+                // SAFETY: the caller of `Executable::new` vouches for the kernel; the buffers were
+                // bound to tensors of the sizes that the plan gives, borrowed for this call.
+                unsafe { kernel(arguments.get(), 0, step.extent) };
+            } else {
+                let chunks = step.chunks.unsigned_abs() as usize;
+                self.pool.run(chunks, &|chunk| {
+                    let (begin, end) = step.chunk(chunk as i64);
+                    if begin < end {
+                        // SAFETY: as above.
+                        unsafe { kernel(arguments.get(), begin, end) };
+                    }
+                });
+            }
+            if let (Some(times), Some(start)) = (times.as_deref_mut(), start) {
+                times[index] = start.elapsed().as_nanos() as u64;
+            }
+        }
+    }
+}
+
+fn run_named(
+    plan: &Plan,
+    inputs: &[(&str, TensorView<'_>)],
+    run_into: impl FnOnce(&[TensorView<'_>], &mut [TensorViewMut<'_>]) -> Result<(), RunError>,
+) -> Result<Vec<(String, Tensor)>, RunError> {
+    let views = by_port(plan, inputs)?;
+    let zeros = |port: &Port| (port.name.clone(), Tensor::zeros(port.dtype, &port.shape));
+    let mut outputs: Vec<(String, Tensor)> = plan.outputs.iter().map(zeros).collect();
+    let mut targets: Vec<_> = outputs.iter_mut().map(|(_, tensor)| tensor.view_mut()).collect();
+    run_into(&views, &mut targets)?;
+    Ok(outputs)
+}
+
+/// Puts tensors given by name into the order of the ports.
+fn by_port<'a>(
+    plan: &Plan,
+    inputs: &[(&str, TensorView<'a>)],
+) -> Result<Vec<TensorView<'a>>, RunError> {
+    for (index, (name, _)) in inputs.iter().enumerate() {
+        if !plan.inputs.iter().any(|port| port.name == *name) {
+            let expected = Names(plan.inputs.iter().map(|port| port.name.clone()).collect());
+            return Err(RunError::UnknownInput { found: name.to_string(), expected });
+        }
+        if inputs[..index].iter().any(|(earlier, _)| earlier == name) {
+            return Err(RunError::DuplicateInput(name.to_string()));
+        }
+    }
+    let find = |port: &Port| {
+        let given = inputs.iter().find(|(name, _)| port.name == *name);
+        given
+            .map(|(_, view)| *view)
+            .ok_or_else(|| RunError::MissingInput { expected: port.clone() })
+    };
+    plan.inputs.iter().map(find).collect()
+}
+
+fn check(
+    plan: &Plan,
+    inputs: &[TensorView<'_>],
+    outputs: &[TensorViewMut<'_>],
+) -> Result<(), RunError> {
+    check_count("inputs", inputs.len(), plan.inputs.len())?;
+    check_count("outputs", outputs.len(), plan.outputs.len())?;
+    for (port, view) in plan.inputs.iter().zip(inputs) {
+        check_port(port, view.dtype, view.shape, view.bytes.len())?;
+    }
+    for (port, view) in plan.outputs.iter().zip(outputs) {
+        check_port(port, view.dtype, view.shape, view.bytes.len())?;
+    }
+    Ok(())
+}
+
+fn check_count(what: &'static str, found: usize, expected: usize) -> Result<(), RunError> {
+    if found == expected { Ok(()) } else { Err(RunError::Count { what, found, expected }) }
+}
+
+fn check_port(port: &Port, dtype: DType, shape: &[usize], bytes: usize) -> Result<(), RunError> {
+    if dtype != port.dtype {
+        return Err(RunError::DType { found: dtype, expected: port.clone() });
+    }
+    if shape != port.shape {
+        return Err(RunError::Shape { found: shape.to_vec(), expected: port.clone() });
+    }
+    // `Plan::check` made sure that the size exists.
+    let expected_bytes = port.size_bytes().unwrap_or(usize::MAX);
+    if bytes != expected_bytes {
+        let expected = port.clone();
+        return Err(RunError::Bytes { found: bytes, expected_bytes, expected });
+    }
+    Ok(())
+}
