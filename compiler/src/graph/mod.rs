@@ -86,6 +86,15 @@ pub struct Graph {
 }
 
 impl Graph {
+    /// A graph without nodes, with the inputs and constants of another.
+    pub fn empty_like(other: &Graph) -> Graph {
+        Graph {
+            inputs: other.inputs.clone(),
+            constants: other.constants.clone(),
+            ..Graph::default()
+        }
+    }
+
     /// The node of that number.
     pub fn node(&self, id: NodeId) -> &Node {
         &self.nodes[id.index()]

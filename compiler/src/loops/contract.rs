@@ -335,11 +335,14 @@ fn tile(
     lower.extents = extents;
     let rows = rows_of(&body, &vars, n, roles);
     let vars: Vec<Var> = vars.into_iter().filter(|&v| Some(v) != rows).collect();
-    let shape = Shape { tile, vector, lane, scalar: strip.vectors == 0, rows };
+    let shape = Shape { vector, lane, scalar: strip.vectors == 0, rows };
     let inner = row_tiles(&mut lower, product.cell, shape, strip, &sums, body)?;
     let mut loops = vec![tile];
     loops.extend(vars);
-    let loops: Vec<Var> = loops.into_iter().filter(|&v| lower.extents[v as usize] > 1).collect();
+    let (loops, single): (Vec<Var>, Vec<Var>) =
+        loops.into_iter().partition(|&v| lower.extents[v as usize] > 1);
+    let zero = Affine::constant(0);
+    let inner = single.iter().fold(inner, |body, &v| nest::substitute(&body, v, &zero));
     Ok(finish(lower, loops, inner, product.cell))
 }
 
@@ -358,7 +361,6 @@ fn rows_of(body: &[Stmt], vars: &[Var], _n: Var, roles: Roles) -> Option<Var> {
 /// Variables of a tile.
 #[derive(Clone, Copy)]
 struct Shape {
-    tile: Var,
     vector: Var,
     lane: Var,
     /// Elements one by one instead of in lanes.

@@ -76,7 +76,7 @@ pub fn lower(
     target: Target,
     name: &str,
 ) -> Lowering<Lowered> {
-    let mut lower = Lower::new(body, constants, scalars, constant_args, target);
+    let lower = Lower::new(body, constants, scalars, constant_args, target);
     let root = lower.peel();
     let is = |test: fn(&Op) -> bool| body.nodes.iter().position(|n| test(&n.op));
     if let Some(contract) = is(|op| matches!(op, Op::Contract(_))) {

@@ -376,7 +376,9 @@ pub fn is_inline(body: &Body, root: usize, reduce: usize) -> bool {
         let innermost = axes.last().is_some_and(|&a| a as usize + 1 == x.rank());
         let long = axes.last().is_some_and(|&a| x.shape[a as usize] >= 8);
         let window = matches!(body.nodes[body.nodes[reduce].args[0].index()].op, Op::Window(_));
-        !(innermost && long) || window
+        let first = x.rank() - axes.len();
+        let trailing = axes.iter().enumerate().all(|(i, &a)| a as usize == first + i);
+        !(innermost && long) || window || !trailing
     }
 }
 

@@ -1,0 +1,475 @@
+//! One walk over loops for every CPU emitter: it unrolls, keeps register buffers in values, and
+//! reuses what it has loaded; a [`Machine`] turns each step into instructions.
+//!
+//! A kernel is `fn(buffers: *const *mut u8, begin: i64, end: i64)`: the collapsed parallel loops
+//! run from `begin` to `end`, which is at least one turn.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use kiln_runtime::tensor::DType;
+
+use super::math;
+use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
+use crate::loops::ir::{BufferId, Expr, Kind, Loops, Number, Place, Scope, Stmt, Var};
+
+/// How an element is read.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Access {
+    /// One element.
+    One,
+    /// As many neighbours as there are lanes.
+    Lanes,
+    /// One element, in all lanes.
+    Splat,
+}
+
+/// What an emitter cannot do: the kernel goes to another one, or the model is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unsupported(pub String);
+
+/// Result of emitting a piece.
+pub type Emitted<T> = Result<T, Unsupported>;
+
+/// Operations on the bits of f32 values, for polynomials.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Bits {
+    /// Integer sum.
+    Add,
+    /// Bitwise and.
+    And,
+    /// Bitwise or.
+    Or,
+    /// Bitwise exclusive or.
+    Xor,
+}
+
+/// Makes instructions. Values are scalars or as wide as the lanes; integers are loop variables.
+pub trait Machine {
+    /// A value.
+    type Value: Clone;
+    /// A loop variable or what is computed of some.
+    type Int: Clone;
+    /// Where an element is.
+    type Address;
+
+    /// Starts a loop with values that it carries from turn to turn.
+    fn loop_begin(
+        &mut self,
+        extent: usize,
+        carried: &[Self::Value],
+    ) -> (Self::Int, Vec<Self::Value>);
+    /// Ends the innermost loop; returns the carried values after it.
+    fn loop_end(&mut self, next: &[Self::Value]) -> Vec<Self::Value>;
+    /// Starts the loop from `begin` to `end`.
+    fn parallel_begin(&mut self) -> Self::Int;
+    /// Ends it.
+    fn parallel_end(&mut self);
+    /// Quotient and remainder by a constant; `limit` bounds the dividend.
+    fn div_rem(
+        &mut self,
+        x: &Self::Int,
+        divisor: usize,
+        limit: usize,
+    ) -> Emitted<(Self::Int, Self::Int)>;
+    /// Starts a block that runs where the condition holds.
+    fn branch_begin(&mut self, condition: &Self::Value) -> Emitted<()>;
+    /// Starts the block that runs where it does not.
+    fn branch_else(&mut self);
+    /// Ends both.
+    fn branch_end(&mut self);
+    /// The element `sum of int * bytes + offset bytes + value * bytes` of a buffer.
+    fn address(
+        &mut self,
+        buffer: BufferId,
+        terms: &[(Self::Int, i64)],
+        offset: i64,
+        dynamic: Option<(&Self::Value, i64)>,
+    ) -> Emitted<Self::Address>;
+    /// Reads.
+    fn load(
+        &mut self,
+        dtype: DType,
+        address: &Self::Address,
+        access: Access,
+    ) -> Emitted<Self::Value>;
+    /// Writes as many elements as the value has.
+    fn store(&mut self, dtype: DType, address: &Self::Address, value: &Self::Value) -> Emitted<()>;
+    /// A literal, in all lanes where `wide`.
+    fn number(&mut self, dtype: DType, number: Number, wide: bool) -> Emitted<Self::Value>;
+    /// An index as an i64 value.
+    fn index(&mut self, terms: &[(Self::Int, i64)], offset: i64) -> Emitted<Self::Value>;
+    /// f(x) of one instruction or few; transcendental functions come from `math`.
+    fn unary(&mut self, f: UnaryFn, dtype: DType, x: &Self::Value) -> Emitted<Self::Value>;
+    /// f(x, y); `dtype` is that of the operands.
+    fn binary(
+        &mut self,
+        f: BinaryFn,
+        dtype: DType,
+        x: &Self::Value,
+        y: &Self::Value,
+    ) -> Emitted<Self::Value>;
+    /// c ? x : y
+    fn select(
+        &mut self,
+        dtype: DType,
+        c: &Self::Value,
+        x: &Self::Value,
+        y: &Self::Value,
+    ) -> Emitted<Self::Value>;
+    /// x as another dtype.
+    fn cast(&mut self, from: DType, to: DType, x: &Self::Value) -> Emitted<Self::Value>;
+    /// x * y + z, rounded once.
+    fn fma(
+        &mut self,
+        dtype: DType,
+        x: &Self::Value,
+        y: &Self::Value,
+        z: &Self::Value,
+    ) -> Emitted<Self::Value>;
+    /// An operation on the bits of f32.
+    fn bits(&mut self, op: Bits, x: &Self::Value, y: &Self::Value) -> Emitted<Self::Value>;
+    /// The bits of an f32 shifted left, or right where negative (logically).
+    fn shift(&mut self, x: &Self::Value, left: i32) -> Emitted<Self::Value>;
+    /// The bits of an f32, an i32, as an f32.
+    fn from_int(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
+    /// A scalar in all lanes.
+    fn splat(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
+    /// All lanes of these values, folded as `Expr::Fold` says, as a scalar.
+    fn fold(&mut self, f: ReduceFn, x: &[Self::Value]) -> Emitted<Self::Value>;
+}
+
+#[derive(Clone)]
+enum Bound<I> {
+    Int(I),
+    Number(i64),
+}
+
+type LoadKey = (BufferId, Affine, Access);
+
+struct Emit<'a, M: Machine> {
+    machine: &'a mut M,
+    loops: &'a Loops,
+    vars: HashMap<Var, Bound<M::Int>>,
+    lane: Option<Var>,
+    /// Values of register buffers: by buffer and first element, with whether they are wide.
+    cells: HashMap<(BufferId, i64), (M::Value, bool)>,
+    loads: HashMap<LoadKey, M::Value>,
+    /// Values of shared expressions, and whether they hang on memory that is written.
+    known: HashMap<*const Expr, (M::Value, bool)>,
+    written: Vec<bool>,
+}
+
+/// Emits a kernel.
+pub fn emit<M: Machine>(loops: &Loops, machine: &mut M) -> Emitted<()> {
+    let mut written = vec![false; loops.buffers.len()];
+    mark_written(&loops.body, &mut written);
+    let mut emit = Emit {
+        machine,
+        loops,
+        vars: HashMap::new(),
+        lane: None,
+        cells: HashMap::new(),
+        loads: HashMap::new(),
+        known: HashMap::new(),
+        written,
+    };
+    let mut outer = Vec::new();
+    let mut body = &loops.body;
+    while let [Stmt::For { var, extent, kind: Kind::Parallel, body: inner }] = body.as_slice() {
+        outer.push((*var, *extent));
+        body = inner;
+    }
+    if outer.is_empty() {
+        return emit.block(body);
+    }
+    let mut turn = emit.machine.parallel_begin();
+    let mut limit: usize = outer.iter().map(|o| o.1).product();
+    for (i, &(var, extent)) in outer.iter().enumerate().rev() {
+        if i == 0 {
+            emit.vars.insert(var, Bound::Int(turn.clone()));
+            break;
+        }
+        let (quotient, rest) = emit.machine.div_rem(&turn, extent, limit)?;
+        emit.vars.insert(var, Bound::Int(rest));
+        turn = quotient;
+        limit /= extent;
+    }
+    emit.block(body)?;
+    emit.machine.parallel_end();
+    Ok(())
+}
+
+fn mark_written(body: &[Stmt], written: &mut [bool]) {
+    for stmt in body {
+        match stmt {
+            Stmt::For { body, .. } => mark_written(body, written),
+            Stmt::Store { buffer, .. } => written[*buffer] = true,
+            Stmt::If { then, other, .. } => {
+                mark_written(then, written);
+                mark_written(other, written);
+            }
+        }
+    }
+}
+
+impl<M: Machine> Emit<'_, M> {
+    fn forget(&mut self) {
+        self.loads.clear();
+        self.known.clear();
+    }
+
+    fn block(&mut self, body: &[Stmt]) -> Emitted<()> {
+        body.iter().try_for_each(|stmt| self.stmt(stmt))
+    }
+
+    fn stmt(&mut self, stmt: &Stmt) -> Emitted<()> {
+        match stmt {
+            Stmt::For { var, extent, kind, body } => match kind {
+                Kind::Vector => {
+                    self.lane = Some(*var);
+                    self.known.clear();
+                    self.block(body)?;
+                    self.known.clear();
+                    self.lane = None;
+                    Ok(())
+                }
+                Kind::Unroll => {
+                    for turn in 0..*extent {
+                        self.known.clear();
+                        self.vars.insert(*var, Bound::Number(turn as i64));
+                        self.block(body)?;
+                    }
+                    self.known.clear();
+                    Ok(())
+                }
+                Kind::Serial | Kind::Parallel if *extent == 1 => {
+                    self.known.clear();
+                    self.vars.insert(*var, Bound::Number(0));
+                    self.block(body)
+                }
+                Kind::Serial | Kind::Parallel => self.serial(*var, *extent, body),
+            },
+            Stmt::Store { buffer, place, value } => self.store(*buffer, place, value),
+            Stmt::If { condition, then, other } => {
+                let condition = self.expr(condition)?.0;
+                self.machine.branch_begin(&condition)?;
+                self.forget();
+                self.block(then)?;
+                self.machine.branch_else();
+                self.forget();
+                self.block(other)?;
+                self.machine.branch_end();
+                self.forget();
+                Ok(())
+            }
+        }
+    }
+
+    fn serial(&mut self, var: Var, extent: usize, body: &[Stmt]) -> Emitted<()> {
+        let mut assigned = vec![false; self.loops.buffers.len()];
+        mark_written(body, &mut assigned);
+        let mut carried: Vec<(BufferId, i64)> =
+            self.cells.keys().copied().filter(|k| assigned[k.0]).collect();
+        carried.sort_unstable();
+        let before: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
+        let (int, inside) = self.machine.loop_begin(extent, &before);
+        self.set_cells(&carried, inside);
+        self.vars.insert(var, Bound::Int(int));
+        self.forget();
+        self.block(body)?;
+        let next: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
+        let after = self.machine.loop_end(&next);
+        self.set_cells(&carried, after);
+        self.forget();
+        Ok(())
+    }
+
+    fn set_cells(&mut self, keys: &[(BufferId, i64)], values: Vec<M::Value>) {
+        for (key, value) in keys.iter().zip(values) {
+            self.cells.entry(*key).and_modify(|cell| cell.0 = value);
+        }
+    }
+
+    /// The index with unrolled variables as numbers, and whether it steps along the lanes.
+    fn resolve(&self, index: &Affine) -> (Affine, bool) {
+        let mut resolved = Affine::constant(index.offset);
+        let mut along = false;
+        for &(var, coefficient) in &index.terms {
+            if Some(var) == self.lane {
+                along = true;
+                continue;
+            }
+            match &self.vars[&var] {
+                Bound::Number(n) => resolved.offset += n * coefficient,
+                Bound::Int(_) => resolved = resolved.plus(var as usize, coefficient),
+            }
+        }
+        (resolved, along)
+    }
+
+    fn terms(&self, index: &Affine, scale: i64) -> Vec<(M::Int, i64)> {
+        index
+            .terms
+            .iter()
+            .map(|&(var, coefficient)| match &self.vars[&var] {
+                Bound::Int(int) => (int.clone(), coefficient * scale),
+                Bound::Number(_) => unreachable!("resolved indices have no unrolled variables"),
+            })
+            .collect()
+    }
+
+    fn address(&mut self, buffer: BufferId, place: &Place) -> Emitted<(M::Address, Affine, bool)> {
+        let (index, along) = self.resolve(&place.affine);
+        let dynamic = match &place.dynamic {
+            Some(e) => {
+                // Places from data are scalars, whatever runs in lanes around them.
+                let lane = self.lane.take();
+                let value = self.expr(e);
+                self.lane = lane;
+                Some(value?.0)
+            }
+            None => None,
+        };
+        let bytes = self.loops.buffers[buffer].dtype.bytes() as i64;
+        let terms = self.terms(&index, bytes);
+        let address = self.machine.address(
+            buffer,
+            &terms,
+            index.offset * bytes,
+            dynamic.as_ref().map(|d| (d, bytes)),
+        )?;
+        Ok((address, index, along))
+    }
+
+    fn store(&mut self, buffer: BufferId, place: &Place, value: &Expr) -> Emitted<()> {
+        let (result, _) = self.expr(value)?;
+        let b = &self.loops.buffers[buffer];
+        if b.scope == Scope::Register {
+            let key = (buffer, self.resolve(&place.affine).0.offset);
+            self.cells.insert(key, (result, self.lane.is_some()));
+            self.known.retain(|_, v| !v.1);
+            return Ok(());
+        }
+        let dtype = b.dtype;
+        let (address, ..) = self.address(buffer, place)?;
+        self.machine.store(dtype, &address, &result)?;
+        self.loads.retain(|k, _| k.0 != buffer);
+        self.known.retain(|_, v| !v.1);
+        Ok(())
+    }
+
+    fn shared(&mut self, e: &Arc<Expr>) -> Emitted<(M::Value, bool)> {
+        if let Some(known) = self.known.get(&Arc::as_ptr(e)) {
+            return Ok(known.clone());
+        }
+        let value = self.expr(e)?;
+        self.known.insert(Arc::as_ptr(e), value.clone());
+        Ok(value)
+    }
+
+    /// The value and whether it hangs on memory or registers that the kernel writes.
+    fn expr(&mut self, e: &Expr) -> Emitted<(M::Value, bool)> {
+        let wide = self.lane.is_some();
+        let dtype = |x: &Expr| compute_dtype(self.loops.dtype(x));
+        Ok(match e {
+            Expr::Load(buffer, place) => (self.load(*buffer, place)?, self.written[*buffer]),
+            Expr::Index(index) => {
+                let (index, _) = self.resolve(index);
+                let terms = self.terms(&index, 1);
+                (self.machine.index(&terms, index.offset)?, false)
+            }
+            Expr::Const(dtype, number) => {
+                (self.machine.number(compute_dtype(*dtype), *number, wide)?, false)
+            }
+            Expr::Unary(f, x) => {
+                let t = dtype(x);
+                let (x, hangs) = self.shared(x)?;
+                (math::unary(self.machine, *f, t, &x, wide)?, hangs)
+            }
+            Expr::Binary(BinaryFn::Pow, x, y) => {
+                let t = dtype(x);
+                let exponent = match &**y {
+                    Expr::Const(_, number) => Some(*number),
+                    _ => None,
+                };
+                let (x, a) = self.shared(x)?;
+                let (y, b) = self.shared(y)?;
+                (math::pow(self.machine, t, &x, &y, exponent)?, a || b)
+            }
+            Expr::Binary(f, x, y) => {
+                let t = dtype(x);
+                let (x, a) = self.shared(x)?;
+                let (y, b) = self.shared(y)?;
+                (self.machine.binary(*f, t, &x, &y)?, a || b)
+            }
+            Expr::Select(c, x, y) => {
+                let t = dtype(x);
+                let (c, a) = self.shared(c)?;
+                let (x, b) = self.shared(x)?;
+                let (y, d) = self.shared(y)?;
+                (self.machine.select(t, &c, &x, &y)?, a || b || d)
+            }
+            Expr::Cast(to, x) => {
+                let from = self.loops.dtype(x);
+                let (x, hangs) = self.shared(x)?;
+                (self.machine.cast(from, *to, &x)?, hangs)
+            }
+            Expr::Fma(x, y, z) => {
+                let t = dtype(x);
+                let (x, a) = self.shared(x)?;
+                let (y, b) = self.shared(y)?;
+                let (z, c) = self.shared(z)?;
+                (self.machine.fma(t, &x, &y, &z)?, a || b || c)
+            }
+            Expr::Fold(f, buffer) => {
+                let mut keys: Vec<(BufferId, i64)> =
+                    self.cells.keys().copied().filter(|k| k.0 == *buffer).collect();
+                keys.sort_unstable();
+                let values: Vec<M::Value> = keys.iter().map(|k| self.cells[k].0.clone()).collect();
+                (self.machine.fold(*f, &values)?, true)
+            }
+        })
+    }
+
+    fn load(&mut self, buffer: BufferId, place: &Place) -> Emitted<M::Value> {
+        let b = &self.loops.buffers[buffer];
+        let wide = self.lane.is_some();
+        if b.scope == Scope::Register {
+            let key = (buffer, self.resolve(&place.affine).0.offset);
+            let (value, is_wide) = self
+                .cells
+                .get(&key)
+                .cloned()
+                .ok_or_else(|| Unsupported("a register is read before it is written".into()))?;
+            return if wide && !is_wide { self.machine.splat(&value) } else { Ok(value) };
+        }
+        let (index, along) = self.resolve(&place.affine);
+        let access = match (wide, along) {
+            (false, _) => Access::One,
+            (true, true) => Access::Lanes,
+            (true, false) => Access::Splat,
+        };
+        let key = (buffer, index, access);
+        if place.dynamic.is_none()
+            && let Some(known) = self.loads.get(&key)
+        {
+            return Ok(known.clone());
+        }
+        let dtype = b.dtype;
+        let (address, ..) = self.address(buffer, place)?;
+        let value = self.machine.load(dtype, &address, access)?;
+        if place.dynamic.is_none() {
+            self.loads.insert(key, value.clone());
+        }
+        Ok(value)
+    }
+}
+
+/// Short floats are computed as f32 and rounded when they are stored or cast.
+pub fn compute_dtype(dtype: DType) -> DType {
+    match dtype {
+        DType::F16 | DType::BF16 => DType::F32,
+        other => other,
+    }
+}

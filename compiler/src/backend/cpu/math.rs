@@ -1,0 +1,430 @@
+//! Functions that no instruction computes, as polynomials over any [`Machine`]. Bounds are tested
+//! against f64 (`tests` below and in the suite).
+
+use kiln_runtime::tensor::DType;
+
+use super::emit::{Bits, Emitted, Machine, Unsupported};
+use crate::graph::op::{BinaryFn, UnaryFn};
+use crate::loops::ir::Number;
+
+/// Arithmetic on values of one dtype and width.
+struct Calc<'a, M: Machine> {
+    machine: &'a mut M,
+    dtype: DType,
+    wide: bool,
+}
+
+type V<M> = <M as Machine>::Value;
+
+impl<M: Machine> Calc<'_, M> {
+    fn c(&mut self, value: f64) -> Emitted<V<M>> {
+        self.machine.number(self.dtype, Number::Float(value), self.wide)
+    }
+
+    fn bits(&mut self, bits: u32) -> Emitted<V<M>> {
+        self.c(f32::from_bits(bits) as f64)
+    }
+
+    fn op(&mut self, f: BinaryFn, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {
+        self.machine.binary(f, self.dtype, x, y)
+    }
+
+    fn opc(&mut self, f: BinaryFn, x: &V<M>, y: f64) -> Emitted<V<M>> {
+        let y = self.c(y)?;
+        self.op(f, x, &y)
+    }
+
+    fn fma(&mut self, x: &V<M>, y: &V<M>, z: &V<M>) -> Emitted<V<M>> {
+        self.machine.fma(self.dtype, x, y, z)
+    }
+
+    fn un(&mut self, f: UnaryFn, x: &V<M>) -> Emitted<V<M>> {
+        self.machine.unary(f, self.dtype, x)
+    }
+
+    /// x < y ? a : b
+    fn less(&mut self, x: &V<M>, y: f64, a: &V<M>, b: &V<M>) -> Emitted<V<M>> {
+        let c = self.opc(BinaryFn::Lt, x, y)?;
+        self.machine.select(self.dtype, &c, a, b)
+    }
+
+    /// Horner's scheme, highest coefficient first.
+    fn poly(&mut self, x: &V<M>, coefficients: &[f64]) -> Emitted<V<M>> {
+        let mut sum = self.c(coefficients[0])?;
+        for &c in &coefficients[1..] {
+            let c = self.c(c)?;
+            sum = self.fma(&sum, x, &c)?;
+        }
+        Ok(sum)
+    }
+
+    /// x kept within bounds; NaN stays.
+    fn clamp(&mut self, x: &V<M>, low: f64, high: f64) -> Emitted<V<M>> {
+        let bound = self.c(low)?;
+        let x = self.less(x, low, &bound, x)?;
+        let bound = self.c(high)?;
+        let above = self.op(BinaryFn::Lt, &bound, &x)?;
+        self.machine.select(self.dtype, &above, &bound, &x)
+    }
+
+    /// 2^n of an integral f32 n in -126..=127.
+    fn pow2(&mut self, n: &V<M>) -> Emitted<V<M>> {
+        // Adding 1.5 * 2^23 puts an integer into the low bits.
+        let shifted = self.opc(BinaryFn::Add, n, 12_582_912.0 + 127.0)?;
+        self.machine.shift(&shifted, 23)
+    }
+}
+
+/// f(x), by the machine or by a polynomial.
+pub fn unary<M: Machine>(
+    machine: &mut M,
+    f: UnaryFn,
+    dtype: DType,
+    x: &V<M>,
+    wide: bool,
+) -> Emitted<V<M>> {
+    let known = matches!(
+        f,
+        UnaryFn::Exp | UnaryFn::Log | UnaryFn::Sin | UnaryFn::Cos | UnaryFn::Tanh | UnaryFn::Erf
+    );
+    let mut calc = Calc { machine, dtype, wide };
+    match (f, dtype) {
+        (UnaryFn::Exp, DType::F32) => exp(&mut calc, x),
+        (UnaryFn::Log, DType::F32) => log(&mut calc, x),
+        (UnaryFn::Tanh, DType::F32) => tanh(&mut calc, x),
+        (UnaryFn::Erf, DType::F32) => erf(&mut calc, x),
+        (UnaryFn::Sin, DType::F32) => sin(&mut calc, x, 0.0),
+        (UnaryFn::Cos, DType::F32) => sin(&mut calc, x, 1.0),
+        _ if known => Err(Unsupported(format!("{} of {dtype}", f.name()))),
+        _ => calc.un(f, x),
+    }
+}
+
+/// e^x within 1 ulp: 2^n times a polynomial of degree 6 on |r| <= ln 2 / 2.
+fn exp<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    let x = calc.clamp(x, -104.0, 89.0)?;
+    let n = calc.opc(BinaryFn::Mul, &x, std::f64::consts::LOG2_E)?;
+    let n = calc.un(UnaryFn::Round, &n)?;
+    let (high, low) = (calc.c(-0.693145751953125)?, calc.c(-1.428606765330187e-6)?);
+    let r = calc.fma(&n, &high, &x)?;
+    let r = calc.fma(&n, &low, &r)?;
+    let p = calc.poly(
+        &r,
+        &[1.3814396225e-3, 8.3687780425e-3, 4.1668396443e-2, 1.6666519642e-1, 4.9999994040e-1],
+    )?;
+    let square = calc.op(BinaryFn::Mul, &r, &r)?;
+    let p = calc.fma(&p, &square, &r)?;
+    let p = calc.opc(BinaryFn::Add, &p, 1.0)?;
+    // In two steps: 2^n itself may lie outside of the normal numbers.
+    let half = calc.opc(BinaryFn::Mul, &n, 0.5)?;
+    let half = calc.un(UnaryFn::Floor, &half)?;
+    let rest = calc.op(BinaryFn::Sub, &n, &half)?;
+    let (a, b) = (calc.pow2(&half)?, calc.pow2(&rest)?);
+    let p = calc.op(BinaryFn::Mul, &p, &a)?;
+    calc.op(BinaryFn::Mul, &p, &b)
+}
+
+/// Natural logarithm: exponent and a polynomial on the mantissa in sqrt(1/2)..sqrt(2), after
+/// Moshier's Cephes `logf`.
+fn log<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    // Subnormal numbers are scaled into the normal ones.
+    let scaled = calc.opc(BinaryFn::Mul, x, 8_388_608.0)?;
+    let tiny = f32::MIN_POSITIVE as f64;
+    let y = calc.less(x, tiny, &scaled, x)?;
+    let (bias, less) = (calc.c(-127.0)?, calc.c(-150.0)?);
+    let bias = calc.less(x, tiny, &less, &bias)?;
+    // Shifting sqrt(1/2) to 1 makes the split fall where the mantissa should wrap.
+    let offset = calc.bits(0x3f80_0000 - 0x3f35_04f3)?;
+    let moved = calc.machine.bits(Bits::Add, &y, &offset)?;
+    let exponent = calc.machine.shift(&moved, -23)?;
+    let exponent = calc.machine.from_int(&exponent)?;
+    let exponent = calc.op(BinaryFn::Add, &exponent, &bias)?;
+    let mask = calc.bits(0x007f_ffff)?;
+    let mantissa = calc.machine.bits(Bits::And, &moved, &mask)?;
+    let base = calc.bits(0x3f35_04f3)?;
+    let mantissa = calc.machine.bits(Bits::Add, &mantissa, &base)?;
+    let m = calc.opc(BinaryFn::Sub, &mantissa, 1.0)?;
+    let p = calc.poly(
+        &m,
+        &[
+            7.0376836292e-2,
+            -1.1514610310e-1,
+            1.1676998740e-1,
+            -1.2420140846e-1,
+            1.4249322787e-1,
+            -1.6668057665e-1,
+            2.0000714765e-1,
+            -2.4999993993e-1,
+            3.3333331174e-1,
+        ],
+    )?;
+    let square = calc.op(BinaryFn::Mul, &m, &m)?;
+    let cube = calc.op(BinaryFn::Mul, &square, &m)?;
+    let p = calc.op(BinaryFn::Mul, &p, &cube)?;
+    let low = calc.c(-2.12194440e-4)?;
+    let p = calc.fma(&exponent, &low, &p)?;
+    let half = calc.c(-0.5)?;
+    let p = calc.fma(&square, &half, &p)?;
+    let p = calc.op(BinaryFn::Add, &p, &m)?;
+    let high = calc.c(0.693359375)?;
+    let p = calc.fma(&exponent, &high, &p)?;
+    // Outside of the positive finite numbers.
+    let infinity = calc.c(f64::INFINITY)?;
+    let finite = calc.op(BinaryFn::Lt, x, &infinity)?;
+    let p = calc.machine.select(calc.dtype, &finite, &p, x)?;
+    let zero = calc.c(0.0)?;
+    let positive = calc.op(BinaryFn::Lt, &zero, x)?;
+    let nan = calc.c(f64::NAN)?;
+    let lowest = calc.c(f64::NEG_INFINITY)?;
+    let is_zero = calc.op(BinaryFn::Eq, x, &zero)?;
+    let other = calc.machine.select(calc.dtype, &is_zero, &lowest, &nan)?;
+    calc.machine.select(calc.dtype, &positive, &p, &other)
+}
+
+/// tanh x within 2 ulp: a polynomial below 0.625 (Cephes `tanhf`), else from e^2x.
+fn tanh<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    let square = calc.op(BinaryFn::Mul, x, x)?;
+    let p = calc.poly(
+        &square,
+        &[
+            -5.70498872745e-3,
+            2.06390887954e-2,
+            -5.37397155531e-2,
+            1.33314422036e-1,
+            -3.33332819422e-1,
+        ],
+    )?;
+    let p = calc.op(BinaryFn::Mul, &p, &square)?;
+    let small = calc.fma(&p, x, x)?;
+    let magnitude = calc.un(UnaryFn::Abs, x)?;
+    let bounded = calc.clamp(&magnitude, 0.0, 20.0)?;
+    let twice = calc.op(BinaryFn::Add, &bounded, &bounded)?;
+    let e = exp(calc, &twice)?;
+    let e = calc.opc(BinaryFn::Add, &e, 1.0)?;
+    let two = calc.c(-2.0)?;
+    let q = calc.op(BinaryFn::Div, &two, &e)?;
+    let large = calc.opc(BinaryFn::Add, &q, 1.0)?;
+    let large = copy_sign(calc, &large, x)?;
+    calc.less(&magnitude, 0.625, &small, &large)
+}
+
+fn copy_sign<M: Machine>(calc: &mut Calc<M>, x: &V<M>, sign: &V<M>) -> Emitted<V<M>> {
+    let mask = calc.bits(0x8000_0000)?;
+    let sign = calc.machine.bits(Bits::And, sign, &mask)?;
+    calc.machine.bits(Bits::Or, x, &sign)
+}
+
+/// erf x within 2 ulp: polynomials on two ranges, after Juffa's `erff`.
+fn erf<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    let magnitude = calc.un(UnaryFn::Abs, x)?;
+    let square = calc.op(BinaryFn::Mul, x, x)?;
+    let p = calc.poly(
+        &square,
+        &[
+            -5.99104969e-4,
+            4.99339588e-3,
+            -2.67667342e-2,
+            1.12818025e-1,
+            -3.76124859e-1,
+            1.28379151e-1,
+        ],
+    )?;
+    let small = calc.fma(&p, x, x)?;
+    let t = calc.clamp(&magnitude, 0.0, 3.925)?;
+    let p = calc.poly(
+        &t,
+        &[
+            1.72948930e-5,
+            -3.83208680e-4,
+            3.88393435e-3,
+            -2.42545605e-2,
+            1.06777847e-1,
+            6.34846687e-1,
+            1.28717512e-1,
+        ],
+    )?;
+    let p = calc.fma(&p, &t, &t)?;
+    let p = calc.un(UnaryFn::Neg, &p)?;
+    let e = exp(calc, &p)?;
+    let one = calc.c(1.0)?;
+    let large = calc.op(BinaryFn::Sub, &one, &e)?;
+    let large = copy_sign(calc, &large, x)?;
+    calc.less(&magnitude, 0.921875, &small, &large)
+}
+
+/// sin(x + quarter * pi / 2), absolute error below 2e-7 for |x| <= 30000: reduction by pi / 2 in
+/// three parts and the Cephes polynomials on |r| <= pi / 4.
+fn sin<M: Machine>(calc: &mut Calc<M>, x: &V<M>, quarter: f64) -> Emitted<V<M>> {
+    let n = calc.opc(BinaryFn::Mul, x, std::f64::consts::FRAC_2_PI)?;
+    let n = calc.un(UnaryFn::Round, &n)?;
+    let mut r = x.clone();
+    for part in [-1.5703125, -4.837512969970703e-4, -7.549789948768648e-8] {
+        let part = calc.c(part)?;
+        r = calc.fma(&n, &part, &r)?;
+    }
+    let turn = calc.opc(BinaryFn::Add, &n, quarter)?;
+    let square = calc.op(BinaryFn::Mul, &r, &r)?;
+    let p = calc.poly(&square, &[-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1])?;
+    let p = calc.op(BinaryFn::Mul, &p, &square)?;
+    let sine = calc.fma(&p, &r, &r)?;
+    let p = calc.poly(
+        &square,
+        &[2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2, -0.5],
+    )?;
+    let one = calc.c(1.0)?;
+    let cosine = calc.fma(&p, &square, &one)?;
+    // The quadrant: turn mod 4 in 0..4.
+    let scaled = calc.opc(BinaryFn::Mul, &turn, 0.25)?;
+    let whole = calc.un(UnaryFn::Floor, &scaled)?;
+    let four = calc.c(-4.0)?;
+    let quadrant = calc.fma(&whole, &four, &turn)?;
+    let halved = calc.opc(BinaryFn::Mul, &quadrant, 0.5)?;
+    let pair = calc.un(UnaryFn::Floor, &halved)?;
+    let two = calc.c(-2.0)?;
+    let odd = calc.fma(&pair, &two, &quadrant)?;
+    let value = calc.less(&odd, 0.5, &sine, &cosine)?;
+    let negated = calc.un(UnaryFn::Neg, &value)?;
+    calc.less(&quadrant, 1.5, &value, &negated)
+}
+
+/// x^y. Small constant exponents are products; other floats go through e^(y ln x) in f64.
+pub fn pow<M: Machine>(
+    machine: &mut M,
+    dtype: DType,
+    x: &V<M>,
+    y: &V<M>,
+    exponent: Option<Number>,
+) -> Emitted<V<M>> {
+    let exponent = match exponent {
+        Some(Number::Int(n)) => Some(n as f64),
+        Some(Number::Float(v)) => Some(v),
+        None => None,
+    };
+    match exponent {
+        Some(0.5) if dtype.is_float() => return machine.unary(UnaryFn::Sqrt, dtype, x),
+        Some(v) if v.fract() == 0.0 && (1.0..=16.0).contains(&v) => {
+            let mut product = x.clone();
+            for _ in 1..v as usize {
+                product = machine.binary(BinaryFn::Mul, dtype, &product, x)?;
+            }
+            return Ok(product);
+        }
+        _ => {}
+    }
+    match dtype {
+        DType::F64 => pow64(machine, x, y),
+        DType::F32 => {
+            let x = machine.cast(DType::F32, DType::F64, x)?;
+            let y = machine.cast(DType::F32, DType::F64, y)?;
+            let power = pow64(machine, &x, &y)?;
+            machine.cast(DType::F64, DType::F32, &power)
+        }
+        _ => Err(Unsupported(format!(
+            "pow of {dtype} with an exponent that is not a small constant"
+        ))),
+    }
+}
+
+fn pow64<M: Machine>(machine: &mut M, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {
+    let mut calc = Calc { machine, dtype: DType::F64, wide: false };
+    let magnitude = calc.un(UnaryFn::Abs, x)?;
+    let log = log64(&mut calc, &magnitude)?;
+    let product = calc.op(BinaryFn::Mul, y, &log)?;
+    let power = exp64(&mut calc, &product)?;
+    // A negative base: odd exponents flip the sign, fractions have no value.
+    let half = calc.opc(BinaryFn::Mul, y, 0.5)?;
+    let half_whole = calc.un(UnaryFn::Floor, &half)?;
+    let even = calc.op(BinaryFn::Eq, &half, &half_whole)?;
+    let negated = calc.un(UnaryFn::Neg, &power)?;
+    let signed = calc.machine.select(DType::F64, &even, &power, &negated)?;
+    let whole = calc.un(UnaryFn::Floor, y)?;
+    let integral = calc.op(BinaryFn::Eq, y, &whole)?;
+    let nan = calc.c(f64::NAN)?;
+    let signed = calc.machine.select(DType::F64, &integral, &signed, &nan)?;
+    let power = calc.less(x, 0.0, &signed, &power)?;
+    // x^0 and 1^y are 1, even for NaN.
+    let one = calc.c(1.0)?;
+    let zero = calc.c(0.0)?;
+    let is_zero = calc.op(BinaryFn::Eq, y, &zero)?;
+    let power = calc.machine.select(DType::F64, &is_zero, &one, &power)?;
+    let is_one = calc.op(BinaryFn::Eq, x, &one)?;
+    calc.machine.select(DType::F64, &is_one, &one, &power)
+}
+
+/// e^x in f64: 2^n times the Taylor series on |r| <= ln 2 / 2.
+fn exp64<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    let x = calc.clamp(x, -745.5, 710.0)?;
+    let n = calc.opc(BinaryFn::Mul, &x, std::f64::consts::LOG2_E)?;
+    let n = calc.un(UnaryFn::Round, &n)?;
+    let (high, low) = (calc.c(-0.693147180369123816490)?, calc.c(-1.90821492927058770002e-10)?);
+    let r = calc.fma(&n, &high, &x)?;
+    let r = calc.fma(&n, &low, &r)?;
+    let mut coefficients = vec![1.0f64];
+    for k in 1..=13 {
+        coefficients.push(coefficients[k - 1] / k as f64);
+    }
+    coefficients.reverse();
+    let p = calc.poly(&r, &coefficients)?;
+    let half = calc.opc(BinaryFn::Mul, &n, 0.5)?;
+    let half = calc.un(UnaryFn::Floor, &half)?;
+    let rest = calc.op(BinaryFn::Sub, &n, &half)?;
+    let (a, b) = (pow2_64(calc, &half)?, pow2_64(calc, &rest)?);
+    let p = calc.op(BinaryFn::Mul, &p, &a)?;
+    calc.op(BinaryFn::Mul, &p, &b)
+}
+
+/// 2^n in f64 by repeated squaring: exact, and needs no integer bits of f64.
+fn pow2_64<M: Machine>(calc: &mut Calc<M>, n: &V<M>) -> Emitted<V<M>> {
+    let magnitude = calc.un(UnaryFn::Abs, n)?;
+    let mut rest = magnitude;
+    let mut power = calc.c(1.0)?;
+    for k in (0..10).rev() {
+        let step = f64::from(1u32 << k);
+        let smaller = calc.opc(BinaryFn::Sub, &rest, step)?;
+        let larger = calc.opc(BinaryFn::Mul, &power, step.exp2())?;
+        power = calc.less(&rest, step, &power, &larger)?;
+        rest = calc.less(&rest, step, &rest, &smaller)?;
+    }
+    let inverse = calc.un(UnaryFn::Recip, &power)?;
+    calc.less(n, 0.0, &inverse, &power)
+}
+
+/// Natural logarithm in f64 of a number that is not negative: scaled into 1..2 by powers of two,
+/// then 2 artanh((m - 1) / (m + 1)).
+fn log64<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    let mut m = x.clone();
+    let mut exponent = calc.c(0.0)?;
+    for k in (0..10).rev() {
+        let step = f64::from(1u32 << k);
+        let power = step.exp2();
+        let down = calc.opc(BinaryFn::Mul, &m, 1.0 / power)?;
+        let more = calc.opc(BinaryFn::Add, &exponent, step)?;
+        exponent = calc.less(&m, power, &exponent, &more)?;
+        m = calc.less(&m, power, &m, &down)?;
+    }
+    for k in (0..10).rev() {
+        let step = f64::from(1u32 << k);
+        let power = (-step).exp2();
+        let bound = 2.0 * power;
+        let up = calc.opc(BinaryFn::Mul, &m, 1.0 / power)?;
+        let fewer = calc.opc(BinaryFn::Sub, &exponent, step)?;
+        exponent = calc.less(&m, bound, &fewer, &exponent)?;
+        m = calc.less(&m, bound, &up, &m)?;
+    }
+    let low = calc.opc(BinaryFn::Sub, &m, 1.0)?;
+    let high = calc.opc(BinaryFn::Add, &m, 1.0)?;
+    let s = calc.op(BinaryFn::Div, &low, &high)?;
+    let square = calc.op(BinaryFn::Mul, &s, &s)?;
+    let coefficients: Vec<f64> = (0..20).rev().map(|k| 2.0 / f64::from(2 * k + 1)).collect();
+    let p = calc.poly(&square, &coefficients)?;
+    let p = calc.op(BinaryFn::Mul, &p, &s)?;
+    let ln2 = calc.c(std::f64::consts::LN_2)?;
+    let p = calc.fma(&exponent, &ln2, &p)?;
+    let infinity = calc.c(f64::INFINITY)?;
+    let finite = calc.op(BinaryFn::Lt, x, &infinity)?;
+    let p = calc.machine.select(DType::F64, &finite, &p, x)?;
+    let zero = calc.c(0.0)?;
+    let is_zero = calc.op(BinaryFn::Eq, x, &zero)?;
+    let lowest = calc.c(f64::NEG_INFINITY)?;
+    calc.machine.select(DType::F64, &is_zero, &lowest, &p)
+}

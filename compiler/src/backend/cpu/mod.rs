@@ -1,0 +1,107 @@
+//! Code for CPUs: one walk over the loops, and emitters behind it. Cranelift can emit every
+//! kernel; wide code takes those that it can on x86-64 with AVX2 or AVX-512.
+
+pub mod clif;
+pub mod emit;
+pub mod math;
+
+use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::loops::ir::Loops;
+use crate::loops::lower::Target;
+
+/// A CPU: what Cranelift may use, and how wide vectors are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cpu {
+    /// Target triple.
+    pub triple: String,
+    /// Cranelift's names of the features in use.
+    pub features: Vec<&'static str>,
+    /// Lanes of f32 in the wide emitter; 0 where only Cranelift emits.
+    pub wide_lanes: usize,
+}
+
+impl Cpu {
+    /// The CPU that this runs on. `wide` allows vectors of more than 128 bits.
+    pub fn host(wide: bool) -> Cpu {
+        let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+        let features = host_features();
+        let avx2 = ["has_avx2", "has_fma"].iter().all(|f| features.contains(f));
+        Cpu { triple, features, wide_lanes: if wide && avx2 { 8 } else { 0 } }
+    }
+
+    /// What loops need to know of it.
+    pub fn target(&self) -> Target {
+        match self.wide_lanes {
+            0 => Target { lanes: 4, registers: 11 },
+            lanes => Target { lanes, registers: if lanes == 16 { 32 } else { 16 } },
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn host_features() -> Vec<&'static str> {
+    macro_rules! present {
+        ($($feature:tt => $name:literal),*) => {
+            [$((std::arch::is_x86_feature_detected!($feature), $name)),*]
+        };
+    }
+    let table = present!("sse3" => "has_sse3", "ssse3" => "has_ssse3", "sse4.1" => "has_sse41",
+        "sse4.2" => "has_sse42", "avx" => "has_avx", "avx2" => "has_avx2", "fma" => "has_fma",
+        "bmi1" => "has_bmi1", "bmi2" => "has_bmi2", "lzcnt" => "has_lzcnt",
+        "popcnt" => "has_popcnt");
+    table.into_iter().filter(|t| t.0).map(|t| t.1).collect()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn host_features() -> Vec<&'static str> {
+    Vec::new()
+}
+
+/// Code of all kernels, one after another, and what people may look at.
+#[derive(Clone, Debug, Default)]
+pub struct Emitted {
+    /// Machine code; kernels start on 64 bytes.
+    pub code: Vec<u8>,
+    /// Where each kernel starts.
+    pub entries: Vec<usize>,
+    /// Size of each kernel in bytes.
+    pub sizes: Vec<usize>,
+    /// Cranelift's text of the kernels that it emitted, where asked for.
+    pub clif: String,
+    /// Disassembly, where asked for.
+    pub asm: String,
+}
+
+/// Emits every kernel.
+pub fn emit_all(kernels: &[Loops], cpu: &Cpu, verify: bool, texts: bool) -> Result<Emitted> {
+    let refuse = |name: &str, why: &emit::Unsupported| {
+        Diagnostic::new("K0701", "the CPU backend cannot emit a kernel")
+            .node(name)
+            .found(why.0.clone())
+            .help("an operation or dtype that has no machine code yet; cast to f32 if you can")
+    };
+    let isa = clif::target_isa(&cpu.triple, &cpu.features, verify)
+        .map_err(|why| Error::new(ErrorKind::Incompatible, refuse(&cpu.triple, &why)))?;
+    let lanes = cpu.target().lanes;
+    let mut out = Emitted::default();
+    let mut problems = Vec::new();
+    for kernel in kernels {
+        match clif::compile(kernel, &*isa, lanes, texts) {
+            Ok(compiled) => {
+                out.code.resize(out.code.len().next_multiple_of(64), 0xcc);
+                out.entries.push(out.code.len());
+                out.sizes.push(compiled.code.len());
+                out.code.extend(&compiled.code);
+                if texts {
+                    out.clif.push_str(&format!("; {}\n{}\n", kernel.name, compiled.clif));
+                    out.asm.push_str(&format!("; {}\n{}\n", kernel.name, compiled.asm));
+                }
+            }
+            Err(why) => problems.push(refuse(&kernel.name, &why)),
+        }
+    }
+    match problems.is_empty() {
+        true => Ok(out),
+        false => Err(Error { kind: ErrorKind::Model, diagnostics: problems }),
+    }
+}

@@ -1,0 +1,3 @@
+//! Backends: from loops to code.
+
+pub mod cpu;

@@ -1,0 +1,245 @@
+//! Kernels of a graph in order: what each reads and writes. Kernels that hang on constants only
+//! are set apart; they run once, when the model is compiled.
+
+use std::collections::HashMap;
+
+use kiln_runtime::tensor::{DType, Tensor};
+
+use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::graph::eval::Value;
+use crate::graph::op::{Op, Type};
+use crate::graph::verify::Verified;
+use crate::graph::{Args, Body, Constant, Graph, Node, NodeId};
+use crate::loops::ir::{Loops, Number, Param, Scope};
+use crate::loops::lower::{Lowered, Target, lower, one_number};
+
+/// Where a value comes from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Source {
+    /// Input of that number.
+    Input(usize),
+    /// Constant of that number.
+    Const(usize),
+    /// Written by kernels.
+    Made,
+}
+
+/// A piece of memory while kernels are put in order.
+#[derive(Clone, Debug)]
+pub struct Slot {
+    /// Where it comes from.
+    pub source: Source,
+    /// Its size.
+    pub bytes: usize,
+    /// Whether it is known when the model is compiled.
+    pub constant: bool,
+}
+
+/// One launch: a kernel and the slots of its global buffers, in order.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    /// Index of the kernel.
+    pub kernel: usize,
+    /// Name for people.
+    pub name: String,
+    /// Slots, one for each global buffer of the kernel.
+    pub slots: Vec<usize>,
+    /// Whether it hangs on constants only.
+    pub constant: bool,
+}
+
+/// All kernels of a graph.
+#[derive(Clone, Debug, Default)]
+pub struct Program {
+    /// Kernels, each once.
+    pub kernels: Vec<Loops>,
+    /// Launches in order.
+    pub launches: Vec<Launch>,
+    /// Memory.
+    pub slots: Vec<Slot>,
+    /// Slot of each output.
+    pub outputs: Vec<usize>,
+}
+
+/// Lowers every kernel of a graph.
+pub fn program(graph: &Verified<Graph>, target: Target) -> Result<Program> {
+    let mut build = Build {
+        graph,
+        target,
+        program: Program::default(),
+        slot_of: Vec::new(),
+        known: HashMap::new(),
+        problems: Vec::new(),
+    };
+    for id in graph.ids() {
+        let slot = build.node(id);
+        build.slot_of.push(slot);
+    }
+    if !build.problems.is_empty() {
+        return Err(Error { kind: ErrorKind::Model, diagnostics: build.problems });
+    }
+    for (_, id) in &graph.outputs {
+        let slot = build.output(*id)?;
+        build.program.outputs.push(slot);
+    }
+    Ok(build.program)
+}
+
+struct Build<'a> {
+    graph: &'a Graph,
+    target: Target,
+    program: Program,
+    slot_of: Vec<usize>,
+    known: HashMap<[u8; 32], usize>,
+    problems: Vec<Diagnostic>,
+}
+
+impl Build<'_> {
+    fn slot(&mut self, source: Source, bytes: usize, constant: bool) -> usize {
+        self.program.slots.push(Slot { source, bytes, constant });
+        self.program.slots.len() - 1
+    }
+
+    fn node(&mut self, id: NodeId) -> usize {
+        let node = self.graph.node(id);
+        let bytes = node.ty.size_bytes();
+        match &node.op {
+            Op::Input(i) => self.slot(Source::Input(*i as usize), bytes, false),
+            Op::Const(i) => self.slot(Source::Const(*i as usize), bytes, true),
+            Op::Reshape(_) => self.slot_of[node.args[0].index()],
+            Op::Fused(body) => {
+                let constant =
+                    node.args.iter().all(|a| self.program.slots[self.slot_of[a.index()]].constant);
+                let out = self.slot(Source::Made, bytes, constant);
+                match self.lower(id, *body as usize) {
+                    Ok(lowered) => self.launches(id, lowered, out),
+                    Err(problem) => self.problems.push(problem),
+                }
+                out
+            }
+            op => {
+                let text = crate::graph::text::op_text(op);
+                let problem = Diagnostic::new("K0601", format!("{text} outside of a kernel"));
+                self.problems.push(problem.node(node.origin.as_ref()));
+                self.slot(Source::Made, bytes, false)
+            }
+        }
+    }
+
+    fn lower(&self, id: NodeId, body: usize) -> std::result::Result<Lowered, Diagnostic> {
+        let node = self.graph.node(id);
+        let scalar = |a: &NodeId| self.graph.constant(*a).and_then(one_number);
+        let scalars: Vec<Option<Number>> = node.args.iter().map(scalar).collect();
+        let constant_args: Vec<bool> = node
+            .args
+            .iter()
+            .map(|a| self.program.slots[self.slot_of[a.index()]].constant)
+            .collect();
+        let body = &self.graph.bodies[body];
+        let info = (scalars.as_slice(), constant_args.as_slice());
+        lower(body, &self.graph.constants, info, self.target, &node.origin).map_err(|refused| {
+            let ops: Vec<String> = body
+                .nodes
+                .iter()
+                .filter(|n| !matches!(n.op, Op::Input(_)))
+                .map(|n| crate::graph::text::op_text(&n.op))
+                .collect();
+            Diagnostic::new("K0602", "a kernel cannot be lowered to loops")
+                .node(node.origin.as_ref())
+                .found(format!("{} in {}", refused.0, ops.join("; ")))
+                .help("--no-egraph compiles without this fusion; please report the model")
+        })
+    }
+
+    fn launches(&mut self, id: NodeId, lowered: Lowered, out: usize) {
+        let node = self.graph.node(id);
+        let scratch: Vec<usize> = lowered
+            .scratch
+            .iter()
+            .map(|&(dtype, len)| self.slot(Source::Made, len * DType::bytes(dtype), false))
+            .collect();
+        for kernel in lowered.kernels {
+            let slots: Vec<usize> = kernel
+                .buffers
+                .iter()
+                .filter(|b| b.scope == Scope::Global)
+                .map(|b| match b.param {
+                    Param::Arg(i) => self.slot_of[node.args[i].index()],
+                    Param::Scratch(i) => scratch[i],
+                    Param::Out | Param::None => out,
+                })
+                .collect();
+            let written = written_slot(&kernel, &slots);
+            let constant = slots.iter().all(|&s| s == written || self.program.slots[s].constant)
+                && (written != out || self.program.slots[out].constant);
+            if constant && written != out {
+                self.program.slots[written].constant = true;
+            }
+            let name = kernel.name.clone();
+            let kernel = self.kernel(kernel);
+            self.program.launches.push(Launch { kernel, name, slots, constant });
+        }
+    }
+
+    /// The number of a kernel; equal ones (but for their names) are kept once.
+    fn kernel(&mut self, kernel: Loops) -> usize {
+        let text = format!("{:?}{:?}", kernel.buffers, kernel.body);
+        let key = *blake3::hash(text.as_bytes()).as_bytes();
+        let next = self.program.kernels.len();
+        *self.known.entry(key).or_insert_with(|| {
+            self.program.kernels.push(kernel);
+            next
+        })
+    }
+
+    /// The slot of an output: its own memory, written by a kernel. Inputs, constants and values
+    /// that are output twice are copied.
+    fn output(&mut self, id: NodeId) -> Result<usize> {
+        let slot = self.slot_of[id.index()];
+        let own = self.program.slots[slot].source == Source::Made
+            && !self.program.slots[slot].constant
+            && !self.program.outputs.contains(&slot);
+        if own {
+            return Ok(slot);
+        }
+        let ty = self.graph.ty(id).clone();
+        let out = self.slot(Source::Made, ty.size_bytes(), false);
+        if ty.numel() > 0 {
+            let kernel = copy_kernel(&ty, self.target)?;
+            let name = "copy".to_string();
+            let kernel = self.kernel(kernel);
+            let slots = kernel_slots(&self.program.kernels[kernel], slot, out);
+            self.program.launches.push(Launch { kernel, name, slots, constant: false });
+        }
+        Ok(out)
+    }
+}
+
+fn kernel_slots(kernel: &Loops, from: usize, to: usize) -> Vec<usize> {
+    let global = kernel.buffers.iter().filter(|b| b.scope == Scope::Global);
+    global.map(|b| if b.param == Param::Out { to } else { from }).collect()
+}
+
+/// The slot that a kernel writes: of its result, or of its scratch where it only packs.
+fn written_slot(kernel: &Loops, slots: &[usize]) -> usize {
+    let global: Vec<Param> =
+        kernel.buffers.iter().filter(|b| b.scope == Scope::Global).map(|b| b.param).collect();
+    let out = global.iter().position(|p| *p == Param::Out);
+    let scratch = || global.iter().position(|p| matches!(p, Param::Scratch(_)));
+    out.or_else(scratch).map_or(usize::MAX, |at| slots[at])
+}
+
+fn copy_kernel(ty: &Type, target: Target) -> Result<Loops> {
+    let input = Node { op: Op::Input(0), args: Args::new(), ty: ty.clone(), origin: "copy".into() };
+    let body = Body { nodes: vec![input] };
+    let lowered = lower(&body, &[], (&[None], &[false]), target, "copy")
+        .map_err(|refused| Error::new(ErrorKind::Model, Diagnostic::new("K0602", refused.0)))?;
+    lowered.kernels.into_iter().next().ok_or_else(|| {
+        Error::new(ErrorKind::Model, Diagnostic::new("K0602", "a copy without a kernel"))
+    })
+}
+
+/// The bytes of a constant as a tensor.
+pub fn constant_tensor(constant: &Constant) -> Tensor {
+    Value::from_constant(constant).to_tensor()
+}

@@ -1,0 +1,5 @@
+//! From a graph of kernels to code, an order of launches and places in memory.
+
+pub mod kernels;
+pub mod memory;
+pub mod order;

@@ -1,0 +1,146 @@
+//! Compiled kernels against the reference interpreter.
+
+use kiln_runtime::tensor::{DType, Tensor, TensorView};
+
+use crate::backend::cpu::{Cpu, emit_all};
+use crate::compile::assemble;
+use crate::graph::Graph;
+use crate::graph::eval::{Value, eval};
+use crate::graph::op::{Composite, Op, ReduceFn, Type, UnaryFn};
+use crate::plan::kernels::program;
+use crate::plan::order::unfused;
+
+fn ramp(ty: &Type, seed: u64) -> Value {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+    };
+    let values: Vec<f32> = (0..ty.numel()).map(|_| next()).collect();
+    Value::from_tensor(&Tensor::from_slice(&ty.shape, &values))
+}
+
+/// Compiles a graph unfused, runs it, and compares with the interpreter.
+fn check(graph: &Graph, tolerance: f64) {
+    let inputs: Vec<Value> =
+        graph.inputs.iter().enumerate().map(|(i, (_, ty))| ramp(ty, i as u64 + 1)).collect();
+    let expected = eval(graph, &inputs);
+    for wide in [false, true] {
+        let cpu = Cpu::host(wide);
+        let kernels = unfused(graph).unwrap();
+        let program = program(&kernels, cpu.target()).unwrap();
+        let emitted = emit_all(&program.kernels, &cpu, true, false).unwrap();
+        let executable = assemble(&kernels, &program, &emitted, 2).unwrap();
+        let tensors: Vec<Tensor> = inputs.iter().map(Value::to_tensor).collect();
+        let named: Vec<(&str, TensorView)> =
+            graph.inputs.iter().zip(&tensors).map(|((n, _), t)| (n.as_str(), t.view())).collect();
+        let outputs = executable.run(&named).unwrap();
+        for ((name, tensor), expected) in outputs.iter().zip(&expected) {
+            let got = Value::from_tensor(tensor).as_f64s();
+            let want = expected.as_f64s();
+            assert_eq!(got.len(), want.len());
+            for (i, (a, b)) in got.iter().zip(&want).enumerate() {
+                let close = (a - b).abs() <= tolerance * (1.0 + b.abs()) || a == b;
+                assert!(close, "{name}[{i}] wide {wide}: {a}, expected {b}");
+            }
+        }
+    }
+}
+
+fn graph_of(shapes: &[&[usize]], make: impl Fn(&mut Graph, &[crate::graph::NodeId])) -> Graph {
+    let mut graph = Graph::default();
+    let inputs: Vec<_> = shapes
+        .iter()
+        .enumerate()
+        .map(|(i, s)| graph.input(&format!("x{i}"), Type::new(DType::F32, s)))
+        .collect();
+    make(&mut graph, &inputs);
+    let last = crate::graph::NodeId(graph.nodes.len() as u32 - 1);
+    graph.outputs.push(("y".into(), last));
+    graph
+}
+
+#[test]
+fn unary_functions() {
+    for (f, name) in UnaryFn::ALL {
+        if f == UnaryFn::Not {
+            continue;
+        }
+        let graph = graph_of(&[&[3, 37]], |g, x| {
+            let x = match f {
+                UnaryFn::Sqrt | UnaryFn::Log => g.unary(UnaryFn::Abs, x[0], &name.into()).unwrap(),
+                _ => g
+                    .binary_number(crate::graph::op::BinaryFn::Mul, x[0], 4.0, &name.into())
+                    .unwrap(),
+            };
+            g.unary(f, x, &name.into()).unwrap();
+        });
+        check(&graph, 3e-6);
+    }
+}
+
+#[test]
+fn matrix_products() {
+    for (m, k, n) in [(1, 5, 7), (7, 16, 16), (13, 33, 41), (64, 64, 10), (1, 100, 200)] {
+        let graph = graph_of(&[&[2, m, k], &[2, k, n]], |g, x| {
+            g.matmul(x[0], x[1], &"matmul".into()).unwrap();
+        });
+        check(&graph, 2e-6);
+    }
+}
+
+#[test]
+fn convolutions() {
+    for (c, o, groups, stride) in [(3, 16, 1, 1), (8, 20, 1, 2), (6, 6, 6, 1), (8, 12, 2, 2)] {
+        let graph = graph_of(&[&[1, c, 9, 11]], |g, x| {
+            let weight = ramp(&Type::new(DType::F32, &[o, c / groups, 3, 3]), 77);
+            let w = g.tensor(&weight.to_tensor(), &"w".into());
+            let origin = "conv".into();
+            let zero = g.scalar(DType::F32, 0, 0.0, &origin);
+            let pad = Op::Pad([(0, 0), (0, 0), (1, 1), (1, 2)].into_iter().collect());
+            let x = g.add(pad, &[x[0], zero], &origin).unwrap();
+            // Channels last, as the optimiser would have it.
+            let y = g.conv([x, w], (&[stride, stride], &[1, 1]), groups, &origin).unwrap();
+            g.permute(y, &[0, 2, 3, 1], &origin).unwrap();
+        });
+        check(&graph, 2e-6);
+    }
+}
+
+#[test]
+fn rows_windows_and_moves() {
+    let o = || "op".into();
+    let graph = graph_of(&[&[5, 203]], |g, x| {
+        g.composite(Composite::Softmax(1), x[0], &o()).unwrap();
+    });
+    check(&graph, 2e-6);
+    let graph = graph_of(&[&[2, 3, 8, 8]], |g, x| {
+        let windows =
+            g.add(Op::Window([(2, 2, 1), (3, 1, 1)].into_iter().collect()), &[x[0]], &o());
+        g.reduce(ReduceFn::Max, windows.unwrap(), &[4, 5], &o()).unwrap();
+    });
+    check(&graph, 0.0);
+    let graph = graph_of(&[&[4, 6, 10]], |g, x| {
+        let y = g.permute(x[0], &[2, 0, 1], &o()).unwrap();
+        let y = g.reshape(y, &[20, 12], &o()).unwrap();
+        let a =
+            g.add(Op::Slice([(18, -2, 9), (1, 3, 4)].into_iter().collect()), &[y], &o()).unwrap();
+        let b = g.add(Op::Slice([(1, 2, 9), (0, 1, 4)].into_iter().collect()), &[y], &o()).unwrap();
+        let c = g.add(Op::Concat(1), &[a, b], &o()).unwrap();
+        let i = g.i64s(&[3], &[-1, 0, 7], &o());
+        let d = g.add(Op::Gather(0), &[c, i], &o()).unwrap();
+        let s = g.add(Op::Scan(ReduceFn::Sum, 1), &[d], &o()).unwrap();
+        let at = g.i64s(&[2], &[2, 0], &o());
+        let e = g.add(Op::Slice([(0, 1, 2), (0, 1, 8)].into_iter().collect()), &[s], &o()).unwrap();
+        g.add(Op::Scatter(Some(ReduceFn::Sum)), &[s, at, e], &o()).unwrap();
+    });
+    check(&graph, 1e-6);
+    for axes in [vec![0], vec![1], vec![2], vec![0, 2], vec![1, 2], vec![0, 1, 2]] {
+        for (f, _) in ReduceFn::ALL {
+            let graph = graph_of(&[&[3, 17, 40]], |g, x| {
+                g.reduce(f, x[0], &axes, &o()).unwrap();
+            });
+            check(&graph, 1e-5);
+        }
+    }
+}
