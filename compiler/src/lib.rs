@@ -1,11 +1,181 @@
 //! Kiln: a tensor compiler. It takes a trained network and makes machine code of it.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let x = kiln::tensor::Tensor::zeros(kiln::tensor::DType::F32, &[1, 3, 224, 224]);
+//! let model = kiln::Model::open("resnet50.onnx", &kiln::Limits::default())?;
+//! let executable = kiln::Compiler::new().threads(2).compile(&model)?;
+//! let outputs = executable.run(&[("data", x.view())])?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The pipeline is [`Compiler::compile`]: import, optimise, lower, emit, assemble.
 
 pub mod backend;
-pub mod compile;
+mod compile;
 pub mod error;
 pub mod graph;
 pub mod loops;
+mod model;
+pub mod onnx;
+mod package;
 pub mod plan;
 
 #[cfg(test)]
 mod tests;
+
+pub use half;
+pub use kiln_runtime::session::{Executable, Session};
+pub use kiln_runtime::{code, npz, tensor};
+pub use model::{Limits, Model, ModelNode, ModelPort, read_tensor_pb};
+
+use backend::cpu::{Cpu, emit_all};
+use error::Result;
+use graph::Graph;
+use graph::verify::verify;
+use plan::kernels::{Program, program};
+
+/// How a model is compiled. Cheap to clone; every method gives a changed copy.
+#[derive(Clone, Debug)]
+pub struct Compiler {
+    threads: usize,
+    egraph: bool,
+    wide: bool,
+    verify_code: bool,
+    limits: Limits,
+    dims: Vec<(String, usize)>,
+    values: Vec<(String, tensor::Tensor)>,
+}
+
+impl Default for Compiler {
+    fn default() -> Compiler {
+        Compiler::new()
+    }
+}
+
+impl Compiler {
+    /// The default: one thread, all optimisation, this CPU.
+    pub fn new() -> Compiler {
+        Compiler {
+            threads: 1,
+            egraph: true,
+            wide: true,
+            verify_code: cfg!(debug_assertions),
+            limits: Limits::default(),
+            dims: Vec::new(),
+            values: Vec::new(),
+        }
+    }
+
+    /// Threads of the executable's own pool, at least 1.
+    pub fn threads(self, threads: usize) -> Compiler {
+        Compiler { threads: threads.max(1), ..self }
+    }
+
+    /// Whether the e-graph optimises; without it, operators stand alone.
+    pub fn egraph(self, egraph: bool) -> Compiler {
+        Compiler { egraph, ..self }
+    }
+
+    /// Whether vectors wider than 128 bits may be used.
+    pub fn wide(self, wide: bool) -> Compiler {
+        Compiler { wide, ..self }
+    }
+
+    /// Whether the code generator's own verifier runs, which takes a third more time.
+    pub fn verify_code(self, verify_code: bool) -> Compiler {
+        Compiler { verify_code, ..self }
+    }
+
+    /// Limits on the model.
+    pub fn limits(self, limits: Limits) -> Compiler {
+        Compiler { limits, ..self }
+    }
+
+    /// The extent of a dim that the model names.
+    pub fn dim(mut self, name: &str, extent: usize) -> Compiler {
+        self.dims.push((name.to_string(), extent));
+        self
+    }
+
+    /// Makes an input of the model a constant, as where it decides a shape.
+    pub fn value(mut self, name: &str, value: tensor::Tensor) -> Compiler {
+        self.values.push((name.to_string(), value));
+        self
+    }
+
+    /// Compiles a model for this machine. The whole pipeline, stage by stage.
+    pub fn compile(&self, model: &Model) -> Result<Executable> {
+        let graph = self.graph(model)?;
+        let kernels = self.optimise(&graph)?;
+        self.build(&kernels)
+    }
+
+    /// The graph of a model.
+    pub fn graph(&self, model: &Model) -> Result<Graph> {
+        model.import(&self.limits, &self.dims, &self.values)
+    }
+
+    /// The graph as kernels.
+    pub fn optimise(&self, graph: &Graph) -> Result<Graph> {
+        Ok((*plan::order::unfused(graph)?).clone())
+    }
+
+    /// The executable of a graph of kernels.
+    pub fn build(&self, kernels: &Graph) -> Result<Executable> {
+        let cpu = Cpu::host(self.wide);
+        let program = self.program(kernels, &cpu)?;
+        let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
+        compile::assemble(kernels, &program, &emitted, self.threads)
+    }
+
+    fn program(&self, kernels: &Graph, cpu: &Cpu) -> Result<Program> {
+        program(&verify(kernels.clone())?, cpu.target())
+    }
+
+    /// Every stage as text, and an object file of the kernels.
+    pub fn stages(&self, model: &Model) -> Result<Stages> {
+        let graph = self.graph(model)?;
+        let kernels = self.optimise(&graph)?;
+        let cpu = Cpu::host(self.wide);
+        let program = self.program(&kernels, &cpu)?;
+        let emitted = emit_all(&program.kernels, &cpu, self.verify_code, true)?;
+        let executable = compile::assemble(&kernels, &program, &emitted, self.threads)?;
+        Ok(Stages {
+            graph: graph::text::print(&graph),
+            fused: graph::text::print(&kernels),
+            loops: program.kernels.iter().map(loops::text::print).collect(),
+            plan: executable.plan().to_string(),
+            obj: package::object(&program.kernels, &emitted, &cpu)?,
+            clif: emitted.clif,
+            asm: emitted.asm,
+        })
+    }
+}
+
+/// The stages of a compilation, for people and tests.
+#[derive(Clone, Debug)]
+pub struct Stages {
+    /// The imported graph.
+    pub graph: String,
+    /// The graph of kernels.
+    pub fused: String,
+    /// The loops of each kernel.
+    pub loops: String,
+    /// Cranelift's text.
+    pub clif: String,
+    /// Disassembly.
+    pub asm: String,
+    /// Order, memory and threads.
+    pub plan: String,
+    /// Kernels as a relocatable object.
+    pub obj: Vec<u8>,
+}
+
+/// Runs a graph by the reference interpreter: slow and obviously right.
+pub fn interpret(graph: &Graph, inputs: &[tensor::Tensor]) -> Vec<tensor::Tensor> {
+    let inputs: Vec<graph::eval::Value> =
+        inputs.iter().map(graph::eval::Value::from_tensor).collect();
+    graph::eval::eval(graph, &inputs).iter().map(graph::eval::Value::to_tensor).collect()
+}

@@ -5,3 +5,5 @@ pub mod index;
 pub mod ir;
 pub mod lower;
 pub mod nest;
+pub mod text;
+pub mod verify;

@@ -3,13 +3,12 @@
 
 use std::collections::HashMap;
 
-use kiln_runtime::tensor::{DType, Tensor};
+use kiln_runtime::tensor::DType;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
-use crate::graph::eval::Value;
 use crate::graph::op::{Op, Type};
 use crate::graph::verify::Verified;
-use crate::graph::{Args, Body, Constant, Graph, Node, NodeId};
+use crate::graph::{Args, Body, Graph, Node, NodeId};
 use crate::loops::ir::{Loops, Number, Param, Scope};
 use crate::loops::lower::{Lowered, Target, lower, one_number};
 
@@ -75,12 +74,12 @@ pub fn program(graph: &Verified<Graph>, target: Target) -> Result<Program> {
         let slot = build.node(id);
         build.slot_of.push(slot);
     }
-    if !build.problems.is_empty() {
-        return Err(Error { kind: ErrorKind::Model, diagnostics: build.problems });
-    }
     for (_, id) in &graph.outputs {
         let slot = build.output(*id)?;
         build.program.outputs.push(slot);
+    }
+    if !build.problems.is_empty() {
+        return Err(Error { kind: ErrorKind::Model, diagnostics: build.problems });
     }
     Ok(build.program)
 }
@@ -185,6 +184,11 @@ impl Build<'_> {
     fn kernel(&mut self, kernel: Loops) -> usize {
         let text = format!("{:?}{:?}", kernel.buffers, kernel.body);
         let key = *blake3::hash(text.as_bytes()).as_bytes();
+        if let Err(unproven) = crate::loops::verify::verify(&kernel) {
+            let problem = Diagnostic::new("K0603", "a kernel could read or write out of bounds");
+            let problem = problem.node(kernel.name.clone()).found(unproven.0);
+            self.problems.push(problem.help("this is a bug of Kiln; please report the model"));
+        }
         let next = self.program.kernels.len();
         *self.known.entry(key).or_insert_with(|| {
             self.program.kernels.push(kernel);
@@ -237,9 +241,4 @@ fn copy_kernel(ty: &Type, target: Target) -> Result<Loops> {
     lowered.kernels.into_iter().next().ok_or_else(|| {
         Error::new(ErrorKind::Model, Diagnostic::new("K0602", "a copy without a kernel"))
     })
-}
-
-/// The bytes of a constant as a tensor.
-pub fn constant_tensor(constant: &Constant) -> Tensor {
-    Value::from_constant(constant).to_tensor()
 }

@@ -3,3 +3,5 @@
 pub mod kernels;
 pub mod memory;
 pub mod order;
+
+pub use kiln_runtime::plan::{Place, Plan, Port, Step};

@@ -1,0 +1,157 @@
+//! Proves that a kernel stays within its buffers: every affine place is checked over the whole
+//! range of its loops. Generated code carries no bounds checks, so nothing is emitted unproven.
+
+use std::collections::HashMap;
+
+use super::ir::{Expr, Kind, Loops, Number, Place, Stmt, Var};
+use crate::graph::op::{Affine, BinaryFn};
+
+/// What is wrong with a kernel: a bug of the compiler.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unproven(pub String);
+
+/// Checks a kernel.
+pub fn verify(loops: &Loops) -> Result<(), Unproven> {
+    let mut check = Check { loops, ranges: HashMap::new() };
+    check.block(&loops.body, true)
+}
+
+struct Check<'a> {
+    loops: &'a Loops,
+    /// What each loop variable can be here.
+    ranges: HashMap<Var, Range>,
+}
+
+/// Least and greatest value.
+type Range = (i128, i128);
+
+impl Check<'_> {
+    fn block(&mut self, body: &[Stmt], outermost: bool) -> Result<(), Unproven> {
+        let alone = body.len() == 1;
+        for stmt in body {
+            match stmt {
+                Stmt::For { var, extent, kind, body } => {
+                    if *extent == 0 {
+                        return Err(Unproven(format!("loop i{var} has no turns")));
+                    }
+                    if *kind == Kind::Parallel && !(outermost && alone) {
+                        return Err(Unproven(format!("parallel loop i{var} is not outermost")));
+                    }
+                    self.ranges.insert(*var, (0, *extent as i128 - 1));
+                    self.block(body, outermost && alone && *kind == Kind::Parallel)?;
+                }
+                Stmt::Store { buffer, place, value } => {
+                    self.place(*buffer, place)?;
+                    self.expr(value)?;
+                }
+                Stmt::If { condition, then, other } => {
+                    self.expr(condition)?;
+                    let before = self.ranges.clone();
+                    self.assume(condition);
+                    self.block(then, false)?;
+                    self.ranges = before;
+                    self.block(other, false)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Narrows the variables that a condition speaks of, where it bounds one alone.
+    fn assume(&mut self, condition: &Expr) {
+        let single = |e: &Expr| match e {
+            Expr::Index(index) => match index.terms.as_slice() {
+                [(var, 1)] => Some((*var, i128::from(index.offset))),
+                _ => None,
+            },
+            _ => None,
+        };
+        let number = |e: &Expr| match e {
+            Expr::Const(_, Number::Int(v)) => Some(*v),
+            _ => None,
+        };
+        let Expr::Binary(f, x, y) = condition else { return };
+        match (f, single(x), number(x), single(y), number(y)) {
+            (BinaryFn::And, ..) => {
+                self.assume(x);
+                self.assume(y);
+            }
+            (BinaryFn::Le, _, Some(low), Some((var, offset)), _) => {
+                self.ranges.entry(var).and_modify(|r| r.0 = r.0.max(low - offset));
+            }
+            (BinaryFn::Lt, Some((var, offset)), _, _, Some(high)) => {
+                self.ranges.entry(var).and_modify(|r| r.1 = r.1.min(high - 1 - offset));
+            }
+            _ => {}
+        }
+    }
+
+    fn affine(&self, index: &Affine) -> Result<Range, Unproven> {
+        let mut range = (i128::from(index.offset), i128::from(index.offset));
+        for &(var, coefficient) in &index.terms {
+            let Some(&(low, high)) = self.ranges.get(&var) else {
+                return Err(Unproven(format!("i{var} is used outside of its loop")));
+            };
+            let (a, b) = (i128::from(coefficient) * low, i128::from(coefficient) * high);
+            range = (range.0 + a.min(b), range.1 + a.max(b));
+        }
+        Ok(range)
+    }
+
+    fn place(&self, buffer: usize, place: &Place) -> Result<(), Unproven> {
+        let (low, high) = self.affine(&place.affine)?;
+        let (more_low, more_high) = match &place.dynamic {
+            Some(e) => {
+                self.expr(e)?;
+                self.range(e)?
+            }
+            None => (0, 0),
+        };
+        let len = self.loops.buffers[buffer].len as i128;
+        let (low, high) = (low + more_low, high + more_high);
+        match low >= 0 && high < len {
+            true => Ok(()),
+            false => {
+                let name = &self.loops.name;
+                Err(Unproven(format!("{name}: b{buffer}[{low}..={high}] of {len} elements")))
+            }
+        }
+    }
+
+    /// Range of an index that data decides: clamped somewhere, or it is refused.
+    fn range(&self, e: &Expr) -> Result<Range, Unproven> {
+        let widest = (i128::from(i64::MIN), i128::from(i64::MAX));
+        Ok(match e {
+            Expr::Index(index) => self.affine(index)?,
+            Expr::Const(_, Number::Int(v)) => (*v, *v),
+            Expr::Binary(f, x, y) => {
+                let (a, b) = (self.range(x)?, self.range(y)?);
+                match f {
+                    BinaryFn::Add => (a.0 + b.0, a.1 + b.1),
+                    BinaryFn::Mul if b.0 == b.1 && b.0 >= 0 => {
+                        (a.0.saturating_mul(b.0), a.1.saturating_mul(b.0))
+                    }
+                    BinaryFn::Div if b.0 == b.1 && b.0 > 0 && a.0 >= 0 => (a.0 / b.0, a.1 / b.0),
+                    BinaryFn::Rem if b.0 == b.1 && b.0 > 0 && a.0 >= 0 => (0, a.1.min(b.0 - 1)),
+                    BinaryFn::Min => (a.0.min(b.0), a.1.min(b.1)),
+                    BinaryFn::Max => (a.0.max(b.0), a.1.max(b.1)),
+                    _ => widest,
+                }
+            }
+            _ => widest,
+        })
+    }
+
+    fn expr(&self, e: &Expr) -> Result<(), Unproven> {
+        match e {
+            Expr::Load(buffer, place) => self.place(*buffer, place),
+            Expr::Index(index) => self.affine(index).map(|_| ()),
+            Expr::Const(..) | Expr::Fold(..) => Ok(()),
+            Expr::Unary(_, x) | Expr::Cast(_, x) => self.expr(x),
+            Expr::Binary(_, x, y) => [x, y].into_iter().try_for_each(|e| self.expr(e)),
+            Expr::Select(x, y, z) | Expr::Fma(x, y, z) => {
+                [x, y, z].into_iter().try_for_each(|e| self.expr(e))
+            }
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! A model file: opened, mapped, listed, and imported when it is compiled.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use kiln_runtime::tensor::Tensor;
+use prost::Message;
+
+use crate::error::{Diagnostic, Error, ErrorKind, Result, sanitize};
+use crate::graph::Graph;
+use crate::onnx::proto::{DimensionValue, ModelProto, TensorProto, ValueInfoProto};
+use crate::onnx::{self, ImportOptions};
+
+/// Limits on a model, checked before memory is taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Nodes.
+    pub max_nodes: usize,
+    /// Bytes of all its tensors.
+    pub max_bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { max_nodes: 1_000_000, max_bytes: 16 << 30 }
+    }
+}
+
+/// A node of the model as it is written in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelNode {
+    /// Operator type.
+    pub op: String,
+    /// Name; the first output's where the node has none.
+    pub name: String,
+}
+
+/// An input or output of the model; extents may be names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelPort {
+    /// Name.
+    pub name: String,
+    /// dtype and shape as text, such as `f32[batch,3]`.
+    pub ty: String,
+}
+
+impl std::fmt::Display for ModelPort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} : {}", sanitize(&self.name), self.ty)
+    }
+}
+
+/// An ONNX model. Weights stay in the file's mapping.
+#[derive(Clone, Debug)]
+pub struct Model {
+    bytes: Bytes,
+    folder: Option<PathBuf>,
+    nodes: Vec<ModelNode>,
+    inputs: Vec<ModelPort>,
+    outputs: Vec<ModelPort>,
+    opset: i64,
+    weight_bytes: u64,
+}
+
+impl Model {
+    /// Maps a file and reads its lists of nodes, inputs and outputs.
+    pub fn open(path: impl AsRef<Path>, limits: &Limits) -> Result<Model> {
+        let path = path.as_ref();
+        let fail = |e: std::io::Error| {
+            let diagnostic = Diagnostic::new("K0001", "the model cannot be read")
+                .tensor(path.display().to_string())
+                .found(e.to_string());
+            Error::new(ErrorKind::Io, diagnostic)
+        };
+        let file = File::open(path).map_err(fail)?;
+        let size = file.metadata().map_err(fail)?;
+        if !size.is_file() {
+            return Err(fail(std::io::Error::other("not a regular file")));
+        }
+        if size.len() > limits.max_bytes {
+            let diagnostic = Diagnostic::new("K0104", "the model is larger than the memory limit")
+                .expected(format!("at most {} bytes", limits.max_bytes))
+                .found(size.len().to_string())
+                .help("--max-memory raises it");
+            return Err(Error::new(ErrorKind::Limit, diagnostic));
+        }
+        let bytes = if size.len() == 0 {
+            Bytes::new()
+        } else {
+            // SAFETY: the map is read only; a file that is cut short while it is compiled is
+            // outside of what any reader of a mapping can guard against.
+            Bytes::from_owner(unsafe { memmap2::Mmap::map(&file) }.map_err(fail)?)
+        };
+        let mut model = Model::from_bytes(bytes, limits)?;
+        let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+        model.folder = Some(parent.unwrap_or(Path::new(".")).to_path_buf());
+        Ok(model)
+    }
+
+    /// A model in memory; it has no folder, so no external data.
+    pub fn from_bytes(bytes: Bytes, limits: &Limits) -> Result<Model> {
+        let fail = |d| Error::new(ErrorKind::Model, d);
+        let proto = ModelProto::decode(bytes.clone()).map_err(|e| {
+            fail(
+                Diagnostic::new("K0101", "the file is not an ONNX model")
+                    .found(e.to_string())
+                    .help("a .onnx file, complete: was a download cut off?"),
+            )
+        })?;
+        let Some(graph) = &proto.graph else {
+            return Err(fail(
+                Diagnostic::new("K0102", "the file has no graph")
+                    .help("a .onnx file, complete: was a download cut off?"),
+            ));
+        };
+        if graph.node.len() > limits.max_nodes {
+            let diagnostic = Diagnostic::new("K0104", "the model has too many nodes")
+                .expected(format!("at most {}", limits.max_nodes))
+                .found(graph.node.len().to_string())
+                .help("--max-nodes raises it");
+            return Err(Error::new(ErrorKind::Limit, diagnostic));
+        }
+        let nodes = graph.node.iter().map(|n| ModelNode {
+            op: n.op_type.clone().unwrap_or_default(),
+            name: match n.name.as_deref() {
+                Some(name) if !name.is_empty() => name.to_string(),
+                _ => n.output.first().cloned().unwrap_or_default(),
+            },
+        });
+        let weights: Vec<&str> =
+            graph.initializer.iter().filter_map(|t| t.name.as_deref()).collect();
+        let is_weight =
+            |v: &&ValueInfoProto| v.name.as_deref().is_some_and(|name| weights.contains(&name));
+        let opset = proto
+            .opset_import
+            .iter()
+            .find(|o| matches!(o.domain.as_deref(), None | Some("" | "ai.onnx")));
+        Ok(Model {
+            nodes: nodes.collect(),
+            inputs: graph.input.iter().filter(|v| !is_weight(v)).map(port).collect(),
+            outputs: graph.output.iter().map(port).collect(),
+            opset: opset.and_then(|o| o.version).unwrap_or(1),
+            weight_bytes: graph.initializer.iter().map(weight_size).sum(),
+            bytes,
+            folder: None,
+        })
+    }
+
+    /// Nodes as they are written in the file.
+    pub fn nodes(&self) -> &[ModelNode] {
+        &self.nodes
+    }
+
+    /// Inputs, without those that are weights.
+    pub fn inputs(&self) -> &[ModelPort] {
+        &self.inputs
+    }
+
+    /// Outputs.
+    pub fn outputs(&self) -> &[ModelPort] {
+        &self.outputs
+    }
+
+    /// Opset of the default domain.
+    pub fn opset(&self) -> i64 {
+        self.opset
+    }
+
+    /// Bytes of the weights that the file names.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// The graph of the model.
+    pub(crate) fn import(
+        &self,
+        limits: &Limits,
+        dims: &[(String, usize)],
+        values: &[(String, Tensor)],
+    ) -> Result<Graph> {
+        let bytes = usize::try_from(limits.max_bytes).unwrap_or(usize::MAX);
+        let options = ImportOptions {
+            limits: onnx::Limits { nodes: limits.max_nodes, bytes, ..onnx::Limits::default() },
+            dims: dims.to_vec(),
+            folder: self.folder.clone(),
+            values: values.to_vec(),
+        };
+        onnx::import(self.bytes.clone(), &options)
+    }
+}
+
+fn port(value: &ValueInfoProto) -> ModelPort {
+    let tensor = value.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
+    let ty = tensor.map_or("not a tensor".to_string(), |t| {
+        let dtype = onnx::tensor::dtype_of(t.elem_type.unwrap_or(0))
+            .map_or("unsupported".to_string(), |d| d.to_string());
+        let dims: Vec<String> = t
+            .shape
+            .iter()
+            .flat_map(|s| &s.dim)
+            .map(|d| match &d.value {
+                Some(DimensionValue::DimValue(n)) => n.to_string(),
+                Some(DimensionValue::DimParam(name)) => sanitize(name),
+                None => "?".to_string(),
+            })
+            .collect();
+        format!("{dtype}[{}]", dims.join(","))
+    });
+    ModelPort { name: value.name.clone().unwrap_or_default(), ty }
+}
+
+fn weight_size(tensor: &TensorProto) -> u64 {
+    let width = onnx::tensor::dtype_of(tensor.data_type.unwrap_or(0)).map_or(0, |d| d.bytes());
+    tensor
+        .dims
+        .iter()
+        .map(|&d| u64::try_from(d).unwrap_or(0))
+        .fold(width as u64, u64::saturating_mul)
+}
+
+/// The name and the tensor of a `.pb` file.
+pub fn read_tensor_pb(bytes: &[u8]) -> Result<(String, Tensor)> {
+    let bytes = Bytes::copy_from_slice(bytes);
+    let name = TensorProto::decode(bytes.clone()).ok().and_then(|t| t.name).unwrap_or_default();
+    Ok((name, onnx::read_tensor(bytes)?))
+}

@@ -1,0 +1,190 @@
+//! One node of a model while it is imported: its operands and typed getters for its attributes.
+//! An attribute that nobody reads is an error, so that none is ignored in silence.
+
+use std::cell::RefCell;
+
+use kiln_runtime::tensor::DType;
+
+use super::proto::{AttributeProto, NodeProto};
+use super::tensor::Files;
+use crate::error::Diagnostic;
+use crate::graph::op::{Shape, Type};
+use crate::graph::{Constant, Graph, NodeId, Origin};
+
+/// What an importer function gives: a value for each output, `None` for those that it cannot make.
+pub type Outputs = Result<Vec<Option<NodeId>>, Diagnostic>;
+
+/// A node of the model with its operands.
+pub struct Call<'a> {
+    /// The graph that grows.
+    pub graph: &'a mut Graph,
+    /// Opset in force.
+    pub opset: i64,
+    /// Origin of all nodes that are added.
+    pub origin: Origin,
+    files: &'a mut Files,
+    node: &'a NodeProto,
+    inputs: Vec<Option<NodeId>>,
+    read: RefCell<Vec<bool>>,
+}
+
+impl<'a> Call<'a> {
+    /// A call of a node.
+    pub fn new(
+        graph: &'a mut Graph,
+        files: &'a mut Files,
+        node: &'a NodeProto,
+        inputs: Vec<Option<NodeId>>,
+        opset: i64,
+        name: &str,
+    ) -> Call<'a> {
+        let read = RefCell::new(vec![false; node.attribute.len()]);
+        Call { graph, opset, origin: Origin::from(name), files, node, inputs, read }
+    }
+
+    /// Operator type.
+    pub fn op(&self) -> &str {
+        self.node.op_type.as_deref().unwrap_or("")
+    }
+
+    /// Number of outputs that the node names.
+    pub fn n_outputs(&self) -> usize {
+        self.node.output.len()
+    }
+
+    /// Number of operands, absent ones at the end not counted.
+    pub fn n_inputs(&self) -> usize {
+        self.inputs.iter().rposition(|i| i.is_some()).map_or(0, |i| i + 1)
+    }
+
+    /// An operand that must be there.
+    pub fn input(&self, index: usize) -> Result<NodeId, Diagnostic> {
+        self.optional(index)
+            .ok_or_else(|| Diagnostic::new("K0120", format!("operand {index} is missing")))
+    }
+
+    /// An operand that may be absent.
+    pub fn optional(&self, index: usize) -> Option<NodeId> {
+        self.inputs.get(index).copied().flatten()
+    }
+
+    /// The type of a value.
+    pub fn ty(&self, id: NodeId) -> Type {
+        self.graph.ty(id).clone()
+    }
+
+    /// The shape of a value.
+    pub fn shape(&self, id: NodeId) -> Shape {
+        self.graph.ty(id).shape.clone()
+    }
+
+    /// The integers of an operand that decides shapes; absent is `None`.
+    pub fn ints_input(&self, index: usize) -> Result<Option<Vec<i64>>, Diagnostic> {
+        let Some(id) = self.optional(index) else { return Ok(None) };
+        let known = self.graph.value(id).and_then(|v| v.as_i64s());
+        known.map(Some).ok_or_else(|| {
+            Diagnostic::new("K0121", format!("operand {index} decides a shape and is not known"))
+                .found(format!("a value that the model computes ({})", self.graph.node(id).origin))
+                .help("shapes must follow from the model's input shapes: export with static shapes")
+        })
+    }
+
+    fn attribute(&self, name: &str) -> Option<&'a AttributeProto> {
+        let at = self.node.attribute.iter().position(|a| a.name.as_deref() == Some(name))?;
+        self.read.borrow_mut()[at] = true;
+        Some(&self.node.attribute[at])
+    }
+
+    /// Names of the attributes that nobody has read.
+    pub fn unread(&self) -> Vec<String> {
+        let read = self.read.borrow();
+        self.node
+            .attribute
+            .iter()
+            .zip(read.iter())
+            .filter(|(a, read)| !**read && a.name.as_deref() != Some("doc_string"))
+            .map(|(a, _)| a.name.clone().unwrap_or_default())
+            .collect()
+    }
+
+    /// An attribute that changes nothing here.
+    pub fn ignore(&self, name: &str) {
+        self.attribute(name);
+    }
+
+    /// An integer attribute.
+    pub fn int(&self, name: &str) -> Option<i64> {
+        self.attribute(name).map(|a| a.i.unwrap_or(0))
+    }
+
+    /// An integer attribute or its default.
+    pub fn int_or(&self, name: &str, default: i64) -> i64 {
+        self.int(name).unwrap_or(default)
+    }
+
+    /// A float attribute or its default.
+    pub fn float_or(&self, name: &str, default: f32) -> f32 {
+        self.attribute(name).map_or(default, |a| a.f.unwrap_or(0.0))
+    }
+
+    /// A float attribute.
+    pub fn float(&self, name: &str) -> Option<f32> {
+        self.attribute(name).map(|a| a.f.unwrap_or(0.0))
+    }
+
+    /// A list of integers.
+    pub fn ints(&self, name: &str) -> Option<Vec<i64>> {
+        self.attribute(name).map(|a| a.ints.clone())
+    }
+
+    /// A list of floats.
+    pub fn floats(&self, name: &str) -> Option<Vec<f32>> {
+        self.attribute(name).map(|a| a.floats.clone())
+    }
+
+    /// A string attribute or its default.
+    pub fn string_or(&self, name: &str, default: &str) -> String {
+        self.attribute(name)
+            .map(|a| String::from_utf8_lossy(a.s.as_deref().unwrap_or(b"")).into_owned())
+            .unwrap_or_else(|| default.to_string())
+    }
+
+    /// A tensor attribute.
+    pub fn tensor(&mut self, name: &str) -> Result<Option<Constant>, Diagnostic> {
+        match self.attribute(name).and_then(|a| a.t.as_ref()) {
+            Some(tensor) => self.files.constant(tensor).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// An axis that may count from the end.
+    pub fn axis(&self, axis: i64, rank: usize) -> Result<usize, Diagnostic> {
+        let from_end = if axis < 0 { axis + rank as i64 } else { axis };
+        usize::try_from(from_end).ok().filter(|&a| a < rank).ok_or_else(|| {
+            Diagnostic::new("K0122", "an axis that the operand does not have")
+                .expected(format!("-{rank}..{rank}"))
+                .found(axis.to_string())
+        })
+    }
+
+    /// Axes that may count from the end.
+    pub fn axes(&self, axes: &[i64], rank: usize) -> Result<Vec<usize>, Diagnostic> {
+        axes.iter().map(|&a| self.axis(a, rank)).collect()
+    }
+
+    /// A number of a dtype with all extents 1.
+    pub fn number(&mut self, dtype: DType, rank: usize, value: f64) -> NodeId {
+        let origin = self.origin.clone();
+        self.graph.scalar(dtype, rank, value, &origin)
+    }
+}
+
+/// One output.
+pub fn one(id: NodeId) -> Outputs {
+    Ok(vec![Some(id)])
+}
+
+/// A diagnostic about a variant of an operator that is not supported.
+pub fn not_supported(what: impl Into<String>) -> Diagnostic {
+    Diagnostic::new("K0130", format!("not supported: {}", what.into()))
+}

@@ -1,0 +1,261 @@
+//! Matrix products, convolutions and pooling.
+
+use smallvec::SmallVec;
+
+use super::call::{Call, Outputs, not_supported, one};
+use super::shape::pad_constant;
+use crate::error::Diagnostic;
+use crate::graph::NodeId;
+use crate::graph::build::Added;
+use crate::graph::op::{BinaryFn, Op, ReduceFn, Shape};
+
+pub(super) fn matmul(call: &mut Call) -> Outputs {
+    let (x, y) = (call.input(0)?, call.input(1)?);
+    let (xs, ys) = (call.shape(x), call.shape(y));
+    if xs.is_empty() || ys.is_empty() {
+        return Err(not_supported("a matrix product of scalars"));
+    }
+    // Vectors become matrices of one row or column, whose axis goes afterwards.
+    let rank = xs.len().max(ys.len()).max(2);
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let x = if xs.len() == 1 { g.reshape(x, &[1, xs[0]], o)? } else { x };
+    let y = if ys.len() == 1 { g.reshape(y, &[ys[0], 1], o)? } else { y };
+    let (x, y) = (g.with_rank(x, rank, o)?, g.with_rank(y, rank, o)?);
+    let z = g.matmul(x, y, o)?;
+    let mut shape = g.ty(z).shape.clone();
+    if ys.len() == 1 {
+        shape.pop();
+    }
+    if xs.len() == 1 {
+        shape.remove(rank - 2);
+    }
+    one(g.reshape(z, &shape, o)?)
+}
+
+pub(super) fn gemm(call: &mut Call) -> Outputs {
+    call.ignore("broadcast");
+    let (alpha, beta) = (call.float_or("alpha", 1.0), call.float_or("beta", 1.0));
+    let (trans_a, trans_b) = (call.int_or("transA", 0) != 0, call.int_or("transB", 0) != 0);
+    let (mut x, mut y) = (call.input(0)?, call.input(1)?);
+    let c = call.optional(2);
+    // Old models hand over the pixels of an image as they are.
+    if call.ty(x).rank() > 2 && call.opset < 9 {
+        let shape = call.shape(x);
+        let sizes = [shape[0], shape[1..].iter().product()];
+        x = call.graph.reshape(x, &sizes, &call.origin)?;
+    }
+    if call.ty(x).rank() != 2 || call.ty(y).rank() != 2 {
+        return Err(not_supported(format!(
+            "operands {:?} and {:?}",
+            call.shape(x).as_slice(),
+            call.shape(y).as_slice()
+        )));
+    }
+    let (g, o) = (&mut *call.graph, &call.origin);
+    if trans_a {
+        x = g.permute(x, &[1, 0], o)?;
+    }
+    if trans_b {
+        y = g.permute(y, &[1, 0], o)?;
+    }
+    let mut z = g.matmul(x, y, o)?;
+    if alpha != 1.0 {
+        z = g.binary_number(BinaryFn::Mul, z, f64::from(alpha), o)?;
+    }
+    if let Some(mut c) = c {
+        if beta != 1.0 {
+            c = g.binary_number(BinaryFn::Mul, c, f64::from(beta), o)?;
+        }
+        z = g.binary(BinaryFn::Add, z, c, o)?;
+    }
+    one(z)
+}
+
+fn sizes(values: &[i64]) -> Result<Vec<usize>, Diagnostic> {
+    values
+        .iter()
+        .map(|&v| {
+            usize::try_from(v).ok().filter(|&v| v < 1 << 31).ok_or_else(|| {
+                not_supported(format!("strides, dilations or kernels of {values:?}"))
+            })
+        })
+        .collect()
+}
+
+/// Windows over the spatial axes of `[n, c, d..]`.
+struct Windows {
+    kernel: Vec<usize>,
+    strides: Vec<usize>,
+    dilations: Vec<usize>,
+    /// Borders before and after each spatial axis.
+    pads: Vec<(i64, i64)>,
+    /// Further border that only makes the last, partial window whole.
+    ceil: Vec<i64>,
+}
+
+fn windows(call: &mut Call, spatial: &[usize], kernel: Vec<usize>) -> Result<Windows, Diagnostic> {
+    let n = spatial.len();
+    let strides = sizes(&call.ints("strides").unwrap_or_else(|| vec![1; n]))?;
+    let dilations = sizes(&call.ints("dilations").unwrap_or_else(|| vec![1; n]))?;
+    let auto = call.string_or("auto_pad", "NOTSET");
+    let given = call.ints("pads").unwrap_or_else(|| vec![0; 2 * n]);
+    let ceil_mode = call.int_or("ceil_mode", 0) != 0;
+    let fits =
+        kernel.len() == n && strides.len() == n && dilations.len() == n && given.len() == 2 * n;
+    if !fits || strides.contains(&0) || dilations.contains(&0) || kernel.contains(&0) {
+        return Err(not_supported(format!(
+            "kernel {kernel:?}, strides {strides:?}, dilations {dilations:?}, pads {given:?}"
+        )));
+    }
+    let mut pads = Vec::new();
+    let mut ceil = Vec::new();
+    for d in 0..n {
+        let reach = (kernel[d] - 1)
+            .checked_mul(dilations[d])
+            .filter(|&r| r < 1 << 31)
+            .ok_or_else(|| not_supported("a window that is too large"))? as i64;
+        let (extent, stride) = (spatial[d] as i64, strides[d] as i64);
+        let (before, after) = match auto.as_str() {
+            "NOTSET" => (given[d], given[n + d]),
+            "VALID" => (0, 0),
+            "SAME_UPPER" | "SAME_LOWER" => {
+                let out = (extent + stride - 1) / stride;
+                let total = ((out - 1) * stride + reach + 1 - extent).max(0);
+                let small = total / 2;
+                if auto == "SAME_UPPER" { (small, total - small) } else { (total - small, small) }
+            }
+            other => return Err(not_supported(format!("auto_pad {other}"))),
+        };
+        if before.abs() > 1 << 31 || after.abs() > 1 << 31 {
+            return Err(not_supported("a border that is too large"));
+        }
+        let room = extent + before + after - reach - 1;
+        let rest = room.rem_euclid(stride);
+        // A partial window counts where it starts within the operand or its first border.
+        let starts_inside = room - rest + stride < extent + before;
+        let more = ceil_mode && room >= 0 && rest != 0 && starts_inside;
+        pads.push((before, after));
+        ceil.push(if more { stride - rest } else { 0 });
+    }
+    Ok(Windows { kernel, strides, dilations, pads, ceil })
+}
+
+fn spatial_of(call: &Call, x: NodeId) -> Result<Vec<usize>, Diagnostic> {
+    let shape = call.shape(x);
+    if shape.len() < 3 {
+        return Err(not_supported(format!("an operand {shape:?} without spatial axes")));
+    }
+    Ok(shape[2..].to_vec())
+}
+
+fn padded(call: &mut Call, x: NodeId, w: &Windows, fill: f64) -> Added {
+    let dtype = call.ty(x).dtype;
+    let mut borders = vec![(0, 0); 2];
+    borders.extend(w.pads.iter().zip(&w.ceil).map(|(p, &c)| (p.0, p.1 + c)));
+    let fill = if dtype.is_float() || fill.is_finite() {
+        call.number(dtype, 0, fill)
+    } else {
+        let (low, _) = crate::graph::eval::int_range(dtype);
+        call.number(dtype, 0, low as f64)
+    };
+    pad_constant(call, x, &borders, fill)
+}
+
+pub(super) fn conv(call: &mut Call) -> Outputs {
+    let (x, weight) = (call.input(0)?, call.input(1)?);
+    let spatial = spatial_of(call, x)?;
+    let kernel: Vec<usize> = call.shape(weight).get(2..).unwrap_or(&[]).to_vec();
+    call.ignore("kernel_shape");
+    let groups = usize::try_from(call.int_or("group", 1)).unwrap_or(0);
+    let w = windows(call, &spatial, kernel)?;
+    let x = padded(call, x, &w, 0.0)?;
+    let window = (w.strides.as_slice(), w.dilations.as_slice());
+    let mut y = call.graph.conv([x, weight], window, groups, &call.origin)?;
+    if let Some(bias) = call.optional(2) {
+        let mut shape = Shape::from_elem(1, call.ty(y).rank());
+        shape[1] = call.ty(bias).numel();
+        let bias = call.graph.reshape(bias, &shape, &call.origin)?;
+        y = call.graph.binary(BinaryFn::Add, y, bias, &call.origin)?;
+    }
+    one(y)
+}
+
+/// f over the windows of a padded operand, as `[n, c, e..]`.
+fn pool(call: &mut Call, padded: NodeId, w: &Windows, f: ReduceFn) -> Added {
+    let axes: SmallVec<[(usize, usize, usize); 3]> =
+        (0..w.kernel.len()).map(|d| (w.kernel[d], w.strides[d], w.dilations[d])).collect();
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let windows = g.add(Op::Window(axes), &[padded], o)?;
+    let rank = g.ty(padded).rank();
+    let folded: Vec<usize> = (rank..rank + w.kernel.len()).collect();
+    let y = g.reduce(f, windows, &folded, o)?;
+    let shape: Vec<usize> = g.ty(y).shape[..rank].to_vec();
+    g.reshape(y, &shape, o)
+}
+
+fn pool_windows(call: &mut Call, x: NodeId) -> Result<Windows, Diagnostic> {
+    let spatial = spatial_of(call, x)?;
+    let kernel =
+        call.ints("kernel_shape").ok_or_else(|| not_supported("pooling without a kernel"))?;
+    windows(call, &spatial, sizes(&kernel)?)
+}
+
+pub(super) fn max_pool(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    call.ignore("storage_order");
+    let w = pool_windows(call, x)?;
+    let padded = padded(call, x, &w, f64::NEG_INFINITY)?;
+    one(pool(call, padded, &w, ReduceFn::Max)?)
+}
+
+pub(super) fn average_pool(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    let include = call.int_or("count_include_pad", 0) != 0;
+    let w = pool_windows(call, x)?;
+    let sums = padded(call, x, &w, 0.0)?;
+    let sums = pool(call, sums, &w, ReduceFn::Sum)?;
+    let bordered = w.pads.iter().any(|&p| p != (0, 0));
+    let partial = w.ceil.iter().any(|&c| c != 0);
+    if !partial && (include || !bordered) {
+        let count: usize = w.kernel.iter().product();
+        return one(call.graph.binary_number(
+            BinaryFn::Mul,
+            sums,
+            1.0 / count as f64,
+            &call.origin,
+        )?);
+    }
+    // The number of elements in each window: the same sum over ones.
+    let ty = call.ty(x);
+    let mut shape = Shape::from_slice(&[1, 1]);
+    shape.extend_from_slice(&ty.shape[2..]);
+    let one_value = call.number(ty.dtype, shape.len(), 1.0);
+    let mut ones = call.graph.expand(one_value, &shape, &call.origin)?;
+    let mut counted = Windows { pads: w.pads.clone(), ceil: w.ceil.clone(), ..w };
+    if include {
+        let fill = call.number(ty.dtype, 0, 1.0);
+        let mut borders = vec![(0, 0); 2];
+        borders.extend(counted.pads.iter().copied());
+        ones = pad_constant(call, ones, &borders, fill)?;
+        counted.pads = vec![(0, 0); counted.kernel.len()];
+    }
+    let ones = padded(call, ones, &counted, 0.0)?;
+    let counts = pool(call, ones, &counted, ReduceFn::Sum)?;
+    one(call.graph.binary(BinaryFn::Div, sums, counts, &call.origin)?)
+}
+
+fn global(call: &mut Call) -> Result<(NodeId, Vec<usize>), Diagnostic> {
+    let x = call.input(0)?;
+    spatial_of(call, x)?;
+    Ok((x, (2..call.ty(x).rank()).collect()))
+}
+
+pub(super) fn global_average_pool(call: &mut Call) -> Outputs {
+    let (x, axes) = global(call)?;
+    one(call.graph.mean(x, &axes, &call.origin)?)
+}
+
+pub(super) fn global_max_pool(call: &mut Call) -> Outputs {
+    let (x, axes) = global(call)?;
+    one(call.graph.reduce(ReduceFn::Max, x, &axes, &call.origin)?)
+}

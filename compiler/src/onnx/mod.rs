@@ -1,0 +1,352 @@
+//! ONNX models into graphs. Every operator is a function over graph operations; `table` has one
+//! line for each. All problems of a model are reported at once.
+
+pub mod call;
+pub mod contraction;
+pub mod norm;
+pub mod pointwise;
+pub mod proto;
+pub mod reduce;
+pub mod shape;
+pub mod table;
+pub mod tensor;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use kiln_runtime::tensor::size_bytes;
+use prost::Message;
+
+use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::graph::op::{Shape, Type};
+use crate::graph::{Graph, NodeId, Origin};
+use call::Call;
+use proto::{DimensionValue, ModelProto, NodeProto, ValueInfoProto};
+use tensor::{Files, dtype_of};
+
+/// Limits that hold before anything is allocated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Nodes of a model.
+    pub nodes: usize,
+    /// Axes of a tensor.
+    pub rank: usize,
+    /// Bytes of all tensors of a model together.
+    pub bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { nodes: 1_000_000, rank: 16, bytes: 16 << 30 }
+    }
+}
+
+/// What the caller knows about a model beyond its file.
+#[derive(Clone, Debug, Default)]
+pub struct ImportOptions {
+    /// Limits.
+    pub limits: Limits,
+    /// Extents of named dims.
+    pub dims: Vec<(String, usize)>,
+    /// The folder of the model, beneath which external data may lie.
+    pub folder: Option<PathBuf>,
+    /// Inputs that are constants for this compilation.
+    pub values: Vec<(String, kiln_runtime::tensor::Tensor)>,
+}
+
+/// Reads a model. Weights stay slices of `bytes`.
+pub fn import(bytes: Bytes, options: &ImportOptions) -> Result<Graph> {
+    let model = ModelProto::decode(bytes).map_err(|e| {
+        let diagnostic = Diagnostic::new("K0101", "the file is not an ONNX model")
+            .found(e.to_string())
+            .help("a .onnx file, complete: was a download cut off?");
+        Error::new(ErrorKind::Model, diagnostic)
+    })?;
+    let mut import = Import {
+        graph: Graph::default(),
+        values: HashMap::new(),
+        opsets: HashMap::new(),
+        problems: Vec::new(),
+        limited: false,
+        bytes: 0,
+        options,
+        files: Files::new(options.folder.as_deref()),
+    };
+    import.model(&model);
+    if import.problems.is_empty() {
+        return Ok(import.graph);
+    }
+    let kind = if import.limited { ErrorKind::Limit } else { ErrorKind::Model };
+    Err(Error { kind, diagnostics: import.problems })
+}
+
+struct Import<'a> {
+    graph: Graph,
+    /// Values by name; `None` where the node that makes it was refused.
+    values: HashMap<String, Option<NodeId>>,
+    opsets: HashMap<String, i64>,
+    problems: Vec<Diagnostic>,
+    limited: bool,
+    bytes: usize,
+    options: &'a ImportOptions,
+    files: Files,
+}
+
+impl Import<'_> {
+    fn model(&mut self, model: &ModelProto) {
+        for opset in &model.opset_import {
+            let domain = normal_domain(opset.domain.as_deref().unwrap_or(""));
+            self.opsets.insert(domain.to_string(), opset.version.unwrap_or(1));
+        }
+        let Some(graph) = &model.graph else {
+            self.problems.push(
+                Diagnostic::new("K0102", "the model has no graph")
+                    .help("a .onnx file, complete: was a download cut off?"),
+            );
+            return;
+        };
+        if self.opsets.is_empty() {
+            self.problems.push(Diagnostic::new("K0102", "the model names no opset"));
+            return;
+        }
+        if graph.node.len() > self.options.limits.nodes {
+            let limit = self.options.limits.nodes.to_string();
+            self.limit("nodes", limit, graph.node.len().to_string(), "--max-nodes raises it");
+            return;
+        }
+        for tensor in &graph.initializer {
+            let name = tensor.name.clone().unwrap_or_default();
+            let value = match self.files.constant(tensor) {
+                Ok(constant) if self.room(&constant.ty) => {
+                    let origin = Origin::from(name.as_str());
+                    Some(self.graph.constant_bytes(constant.ty, constant.bytes, &origin))
+                }
+                Ok(_) => None,
+                Err(problem) => {
+                    self.problems.push(problem.tensor(name.clone()));
+                    None
+                }
+            };
+            self.values.insert(name, value);
+        }
+        for input in &graph.input {
+            let name = input.name.clone().unwrap_or_default();
+            if !self.values.contains_key(&name) {
+                let value = self.input(input, &name);
+                self.values.insert(name, value);
+            }
+        }
+        for node in &graph.node {
+            self.node(node);
+            if self.limited {
+                return;
+            }
+        }
+        for output in &graph.output {
+            let name = output.name.clone().unwrap_or_default();
+            match self.values.get(&name) {
+                Some(Some(id)) => self.graph.outputs.push((name, *id)),
+                Some(None) => {}
+                None => self.problems.push(
+                    Diagnostic::new("K0103", "no node makes this output of the model").tensor(name),
+                ),
+            }
+        }
+    }
+
+    fn limit(&mut self, what: &str, expected: String, found: String, help: &str) {
+        self.limited = true;
+        let message = format!("the model has too many {what}");
+        let limit = Diagnostic::new("K0104", message).expected(format!("at most {expected}"));
+        self.problems.push(limit.found(found).help(help));
+    }
+
+    /// Whether a value fits into what is left of the memory limit, and takes it.
+    fn room(&mut self, ty: &Type) -> bool {
+        let limits = &self.options.limits;
+        let size = size_bytes(ty.dtype, &ty.shape).unwrap_or(usize::MAX);
+        self.bytes = self.bytes.saturating_add(size);
+        if ty.rank() > limits.rank || self.bytes > limits.bytes {
+            let expected = format!("{} bytes, {} axes", limits.bytes, limits.rank);
+            self.limit("bytes", expected, format!("{ty:?}"), "--max-memory raises it");
+            return false;
+        }
+        true
+    }
+
+    fn input(&mut self, input: &ValueInfoProto, name: &str) -> Option<NodeId> {
+        if let Some((_, value)) = self.options.values.iter().find(|v| v.0 == name) {
+            return Some(self.graph.tensor(value, &Origin::from(name)));
+        }
+        match self.input_type(input) {
+            Ok(ty) if self.room(&ty) => Some(self.graph.input(name, ty)),
+            Ok(_) => None,
+            Err(problem) => {
+                self.problems.push(problem.tensor(name));
+                None
+            }
+        }
+    }
+
+    fn input_type(&self, input: &ValueInfoProto) -> std::result::Result<Type, Diagnostic> {
+        let tensor = input.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
+        let tensor = tensor.ok_or_else(|| {
+            Diagnostic::new("K0105", "an input that is no tensor")
+                .help("sequences, maps and optionals are not supported")
+        })?;
+        let dtype = dtype_of(tensor.elem_type.unwrap_or(0))?;
+        let shape = tensor.shape.as_ref().ok_or_else(|| {
+            Diagnostic::new("K0105", "an input of unknown rank")
+                .help("export the model with the shapes of its inputs")
+        })?;
+        let mut extents = Shape::new();
+        for (axis, dim) in shape.dim.iter().enumerate() {
+            extents.push(match &dim.value {
+                Some(DimensionValue::DimValue(n)) => usize::try_from(*n).map_err(|_| {
+                    Diagnostic::new("K0105", "a negative extent").found(n.to_string())
+                })?,
+                Some(DimensionValue::DimParam(name)) => self.dim(name, axis)?,
+                None => self.dim("", axis)?,
+            });
+        }
+        match size_bytes(dtype, &extents) {
+            Some(_) => Ok(Type { dtype, shape: extents }),
+            None => Err(Diagnostic::new("K0105", "an input too large for memory")
+                .found(format!("{extents:?}"))),
+        }
+    }
+
+    fn dim(&self, name: &str, axis: usize) -> std::result::Result<usize, Diagnostic> {
+        let known = self.options.dims.iter().find(|d| !name.is_empty() && d.0 == name);
+        known.map(|d| d.1).ok_or_else(|| {
+            let help = match name {
+                "" => "export the model with a name or a number for it".to_string(),
+                name => format!("say it: --dim {name}=1"),
+            };
+            Diagnostic::new("K0106", format!("axis {axis} has no extent"))
+                .expected("a number")
+                .found(if name.is_empty() { "nothing" } else { name })
+                .help(help)
+        })
+    }
+
+    fn node(&mut self, node: &NodeProto) {
+        let op = node.op_type.clone().unwrap_or_default();
+        let name = match node.name.as_deref() {
+            Some(name) if !name.is_empty() => name.to_string(),
+            _ => node.output.first().cloned().unwrap_or_else(|| op.clone()),
+        };
+        let domain = normal_domain(node.domain.as_deref().unwrap_or(""));
+        let opset = self.opsets.get(domain).copied().unwrap_or(0);
+        let outputs = self.outputs_of(node, &op, &name, domain, opset);
+        let results: Vec<Option<NodeId>> = match outputs {
+            Ok(outputs) => outputs,
+            Err(problem) => {
+                if let Some(problem) = problem {
+                    self.problems.push(problem);
+                }
+                Vec::new()
+            }
+        };
+        for (i, output) in node.output.iter().enumerate() {
+            if output.is_empty() {
+                continue;
+            }
+            let value = results.get(i).copied().flatten();
+            if results.len() > i && value.is_none() || !results.is_empty() && results.len() <= i {
+                self.problems.push(
+                    Diagnostic::new(
+                        "K0107",
+                        format!("output {i} of this operator is not supported"),
+                    )
+                    .node(name.clone())
+                    .op(op.clone(), opset)
+                    .tensor(output.clone()),
+                );
+            }
+            self.values.insert(output.clone(), value);
+        }
+    }
+
+    /// The results of a node, or why there are none (nothing where an operand has been refused).
+    fn outputs_of(
+        &mut self,
+        node: &NodeProto,
+        op: &str,
+        name: &str,
+        domain: &str,
+        opset: i64,
+    ) -> std::result::Result<Vec<Option<NodeId>>, Option<Diagnostic>> {
+        let Some(entry) = table::find(domain, op, opset) else {
+            return Err(Some(table::unsupported(domain, op, opset).node(name)));
+        };
+        let mut inputs = Vec::with_capacity(node.input.len());
+        for input in &node.input {
+            inputs.push(match (input.as_str(), self.values.get(input)) {
+                ("", _) => None,
+                (_, Some(Some(id))) => Some(*id),
+                (_, Some(None)) => return Err(None),
+                (_, None) => {
+                    return Err(Some(
+                        Diagnostic::new("K0103", "no node makes this operand before it is used")
+                            .node(name)
+                            .op(op, opset)
+                            .tensor(input.clone()),
+                    ));
+                }
+            });
+        }
+        let before = self.graph.nodes.len();
+        let mut call = Call::new(&mut self.graph, &mut self.files, node, inputs, opset, name);
+        let outputs = (entry.import)(&mut call);
+        let unread = call.unread();
+        let outputs = outputs.map_err(|d| Some(d.node(name).op(op, opset)))?;
+        if !unread.is_empty() {
+            return Err(Some(
+                Diagnostic::new("K0108", "attributes that this operator does not have")
+                    .node(name)
+                    .op(op, opset)
+                    .found(unread.join(", ")),
+            ));
+        }
+        for i in before..self.graph.nodes.len() {
+            let ty = self.graph.nodes[i].ty.clone();
+            if !self.room(&ty) {
+                return Err(None);
+            }
+        }
+        Ok(outputs)
+    }
+}
+
+/// The default domain has two names.
+fn normal_domain(domain: &str) -> &str {
+    if domain == "ai.onnx" { "" } else { domain }
+}
+
+/// A tensor of a `.pb` file.
+pub fn read_tensor(bytes: Bytes) -> Result<kiln_runtime::tensor::Tensor> {
+    let fail = |d| Error::new(ErrorKind::Model, d);
+    let tensor = proto::TensorProto::decode(bytes).map_err(|e| {
+        fail(Diagnostic::new("K0101", "the file is not an ONNX tensor").found(e.to_string()))
+    })?;
+    let constant = Files::new(None::<&Path>).constant(&tensor).map_err(fail)?;
+    Ok(crate::graph::eval::Value::from_constant(&constant).to_tensor())
+}
+
+/// A row of the table of operators.
+pub struct OpRow {
+    /// Operator type.
+    pub name: &'static str,
+    /// First opset.
+    pub since: i64,
+    /// Last opset.
+    pub until: i64,
+}
+
+/// The operators that are read.
+pub fn ops() -> Vec<OpRow> {
+    let row = |o: &table::Operator| OpRow { name: o.name, since: o.since, until: table::NEWEST };
+    table::OPERATORS.iter().map(row).collect()
+}

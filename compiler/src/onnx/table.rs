@@ -1,0 +1,161 @@
+//! One line per operator: its name, the first and the last opset whose meaning is implemented, and
+//! the function that imports it.
+
+use super::call::{Call, Outputs};
+use super::{contraction, norm, pointwise, reduce, shape};
+use crate::error::Diagnostic;
+
+/// The newest opset that has been read.
+pub const NEWEST: i64 = 27;
+
+/// An operator that Kiln reads.
+pub struct Operator {
+    /// Name, in the default domain.
+    pub name: &'static str,
+    /// First opset.
+    pub since: i64,
+    /// Adds the operator to the graph.
+    pub import: fn(&mut Call) -> Outputs,
+}
+
+macro_rules! operators {
+    ($($name:literal $since:literal => $module:ident::$function:ident;)*) => {
+        &[$(Operator { name: $name, since: $since, import: $module::$function },)*]
+    };
+}
+
+/// All operators.
+pub static OPERATORS: &[Operator] = operators! {
+    "Abs" 6 => pointwise::abs;
+    "Add" 6 => pointwise::add;
+    "And" 6 => pointwise::and;
+    "ArgMax" 6 => reduce::arg_max;
+    "ArgMin" 6 => reduce::arg_min;
+    "AveragePool" 6 => contraction::average_pool;
+    "BatchNormalization" 6 => norm::batch_norm;
+    "BitwiseAnd" 18 => pointwise::and;
+    "BitwiseNot" 18 => pointwise::not;
+    "BitwiseOr" 18 => pointwise::or;
+    "BitwiseXor" 18 => pointwise::xor;
+    "Cast" 6 => pointwise::cast;
+    "CastLike" 15 => pointwise::cast_like;
+    "Ceil" 6 => pointwise::ceil;
+    "Celu" 12 => pointwise::celu;
+    "Clip" 6 => pointwise::clip;
+    "Concat" 4 => shape::concat;
+    "Constant" 1 => shape::constant;
+    "ConstantOfShape" 9 => shape::constant_of_shape;
+    "Conv" 1 => contraction::conv;
+    "Cos" 7 => pointwise::cos;
+    "CumSum" 11 => reduce::cum_sum;
+    "DepthToSpace" 1 => shape::depth_to_space;
+    "Div" 6 => pointwise::div;
+    "Dropout" 6 => pointwise::dropout;
+    "Elu" 6 => pointwise::elu;
+    "Equal" 6 => pointwise::equal;
+    "Erf" 9 => pointwise::erf;
+    "Exp" 6 => pointwise::exp;
+    "Expand" 8 => shape::expand;
+    "Flatten" 1 => shape::flatten;
+    "Floor" 6 => pointwise::floor;
+    "Gather" 1 => shape::gather;
+    "GatherElements" 11 => shape::gather_elements;
+    "GatherND" 11 => shape::gather_nd;
+    "Gelu" 20 => pointwise::gelu;
+    "Gemm" 6 => contraction::gemm;
+    "GlobalAveragePool" 1 => contraction::global_average_pool;
+    "GlobalMaxPool" 1 => contraction::global_max_pool;
+    "Greater" 6 => pointwise::greater;
+    "GreaterOrEqual" 12 => pointwise::greater_equal;
+    "GroupNormalization" 18 => norm::group_norm;
+    "HardSigmoid" 6 => pointwise::hard_sigmoid;
+    "HardSwish" 14 => pointwise::hard_swish;
+    "Identity" 1 => pointwise::identity;
+    "InstanceNormalization" 6 => norm::instance_norm;
+    "IsInf" 10 => pointwise::is_inf;
+    "IsNaN" 9 => pointwise::is_nan;
+    "LRN" 1 => norm::lrn;
+    "LayerNormalization" 17 => norm::layer_norm;
+    "LeakyRelu" 6 => pointwise::leaky_relu;
+    "Less" 6 => pointwise::less;
+    "LessOrEqual" 12 => pointwise::less_equal;
+    "Log" 6 => pointwise::log;
+    "LogSoftmax" 1 => reduce::log_softmax;
+    "LpNormalization" 1 => norm::lp_norm;
+    "MatMul" 1 => contraction::matmul;
+    "Max" 6 => pointwise::max;
+    "MaxPool" 1 => contraction::max_pool;
+    "Mean" 6 => pointwise::mean;
+    "MeanVarianceNormalization" 9 => norm::mean_variance_norm;
+    "Min" 6 => pointwise::min;
+    "Mish" 18 => pointwise::mish;
+    "Mod" 10 => pointwise::modulo;
+    "Mul" 6 => pointwise::mul;
+    "Neg" 6 => pointwise::neg;
+    "Not" 1 => pointwise::not;
+    "Or" 6 => pointwise::or;
+    "PRelu" 6 => pointwise::prelu;
+    "Pad" 2 => shape::pad;
+    "Pow" 6 => pointwise::pow;
+    "RMSNormalization" 23 => norm::rms_norm;
+    "Range" 11 => shape::range;
+    "Reciprocal" 6 => pointwise::reciprocal;
+    "ReduceL1" 1 => reduce::l1;
+    "ReduceL2" 1 => reduce::l2;
+    "ReduceLogSum" 1 => reduce::log_sum;
+    "ReduceLogSumExp" 1 => reduce::log_sum_exp;
+    "ReduceMax" 1 => reduce::max;
+    "ReduceMean" 1 => reduce::mean;
+    "ReduceMin" 1 => reduce::min;
+    "ReduceProd" 1 => reduce::prod;
+    "ReduceSum" 1 => reduce::sum;
+    "ReduceSumSquare" 1 => reduce::sum_square;
+    "Relu" 6 => pointwise::relu;
+    "Reshape" 1 => shape::reshape;
+    "Round" 11 => pointwise::round;
+    "ScatterElements" 11 => shape::scatter_elements;
+    "ScatterND" 11 => shape::scatter_nd;
+    "Selu" 6 => pointwise::selu;
+    "Shape" 1 => shape::shape;
+    "Sigmoid" 6 => pointwise::sigmoid;
+    "Sign" 9 => pointwise::sign;
+    "Sin" 7 => pointwise::sin;
+    "Size" 1 => shape::size;
+    "Slice" 1 => shape::slice;
+    "Softmax" 1 => reduce::softmax;
+    "Softplus" 1 => pointwise::softplus;
+    "Softsign" 1 => pointwise::softsign;
+    "SpaceToDepth" 1 => shape::space_to_depth;
+    "Split" 2 => shape::split;
+    "Sqrt" 6 => pointwise::sqrt;
+    "Squeeze" 1 => shape::squeeze;
+    "Sub" 6 => pointwise::sub;
+    "Sum" 6 => pointwise::sum;
+    "Swish" 24 => pointwise::swish;
+    "Tanh" 6 => pointwise::tanh;
+    "ThresholdedRelu" 10 => pointwise::thresholded_relu;
+    "Tile" 6 => shape::tile;
+    "Transpose" 1 => shape::transpose;
+    "Trilu" 14 => shape::trilu;
+    "Unsqueeze" 1 => shape::unsqueeze;
+    "Where" 9 => pointwise::select;
+    "Xor" 6 => pointwise::xor;
+};
+
+/// The operator of that name where the opset has it.
+pub fn find(domain: &str, name: &str, opset: i64) -> Option<&'static Operator> {
+    let known = |o: &&Operator| domain.is_empty() && o.name == name && opset >= o.since;
+    OPERATORS.iter().find(known).filter(|_| opset <= NEWEST)
+}
+
+/// Why there is no such operator.
+pub fn unsupported(domain: &str, name: &str, opset: i64) -> Diagnostic {
+    let full = if domain.is_empty() { name.to_string() } else { format!("{domain}.{name}") };
+    let help = match OPERATORS.iter().find(|o| domain.is_empty() && o.name == name) {
+        Some(o) => format!("Kiln reads it from opset {} to {NEWEST}; convert the model", o.since),
+        None => {
+            "export without this operator, or fold it away; `kiln ops` lists what is read".into()
+        }
+    };
+    Diagnostic::new("K0109", "an operator that is not supported").op(full, opset).help(help)
+}
