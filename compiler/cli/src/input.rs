@@ -349,7 +349,7 @@ mod tests {
         let by_name = format!("ids={}", text("x.npy"));
         for (given, message) in [
             (args(&[&text("x.npy")]), "no tensor given for input ids: i64[4]"),
-            (args(&[&by_name]), "does not fit input ids: i64[4]; given: f32[2,3]"),
+            (args(&[&text("x.npy"), &by_name]), "does not fit input ids: i64[4]; given: f32[2,3]"),
             (args(&["y=x.npy"]), "No such file"),
             (args(&[&text("x.npy"), &text("x.npy")]), "does not fit input ids"),
             (args(&[&text("all.npz"), &by_name]), "two tensors given for input `ids`"),
