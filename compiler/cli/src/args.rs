@@ -163,7 +163,7 @@ pub struct CompileArgs {
     /// File to write; without it, text goes to standard output
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// What to write [default: obj with -o, plan without]
+    /// What to write (default: obj with -o, plan without)
     #[arg(long, value_name = "STAGE")]
     pub emit: Option<Emit>,
 }
@@ -190,9 +190,10 @@ pub enum Emit {
 /// Where inputs come from.
 #[derive(Args, Clone, Debug)]
 pub struct InputArgs {
-    /// NAME=FILE.npy, FILE.npy, FILE.npz, FILE.pb, random[:SEED], or a folder of input_K.pb;
-    /// may be given several times
+    /// Tensors, in any of the forms that the help text names.
     #[arg(short, long, value_name = "INPUT")]
+    #[arg(help = "NAME=FILE.npy, FILE.npy, FILE.npz, FILE.pb, random[:SEED], or a folder of \
+        input_K.pb; may be given several times")]
     pub input: Vec<String>,
 }
 

@@ -117,7 +117,7 @@ impl Term {
         if self.progress == ProgressForm::Json {
             let mut value = json!({ "event": event, "phase": phase });
             if let Some(elapsed) = elapsed {
-                value["ms"] = json!(elapsed.as_secs_f64() * 1e3);
+                value["ms"] = json!(elapsed.as_nanos() as f64 / 1e6);
             }
             let _ = writeln!(io::stderr(), "{}", with_schema(value));
         }
@@ -181,7 +181,8 @@ fn show(phase: &str, length: Option<Duration>, done: &Receiver<()>) {
         return;
     }
     let bar = match length {
-        Some(length) => ProgressBar::new(length.as_millis() as u64),
+        Some(length) => ProgressBar::new(length.as_millis() as u64)
+            .with_position(begin.elapsed().as_millis() as u64),
         None => ProgressBar::new_spinner(),
     };
     let template = match length {

@@ -31,7 +31,7 @@ pub fn run(args: &BenchArgs, term: &Term) -> Result<(), Failure> {
         measure(&executable, &inputs, &mut outputs, args.time)
     })?;
     times.sort_unstable();
-    let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    let ms = |time: Duration| time.as_nanos() as f64 / 1e6;
     let (threads, rss) = (executable.pool().threads(), peak_rss_mb());
     let mut value = json!({
         "model": model_name(&args.model.model), "threads": threads, "compile_ms": ms(compiled),

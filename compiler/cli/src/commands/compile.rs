@@ -23,19 +23,19 @@ pub fn run(args: &CompileArgs, term: &Term) -> Result<(), Failure> {
     let (model, _) = open(&args.model, term)?;
     let compiler = compiler(&args.model, &args.build);
     let stages = term.during("compile", None, || compiler.stages(&model))?;
-    let contents: &[u8] = match emit {
-        Emit::Graph => stages.graph.as_bytes(),
-        Emit::Fused => stages.fused.as_bytes(),
-        Emit::Loops => stages.loops.as_bytes(),
-        Emit::Clif => stages.clif.as_bytes(),
-        Emit::Asm => stages.asm.as_bytes(),
-        Emit::Plan => stages.plan.as_bytes(),
-        Emit::Obj => &stages.obj,
+    let contents = match emit {
+        Emit::Graph => text(&stages.graph),
+        Emit::Fused => text(&stages.fused),
+        Emit::Loops => text(&stages.loops),
+        Emit::Clif => text(&stages.clif),
+        Emit::Asm => text(&stages.asm),
+        Emit::Plan => text(&stages.plan),
+        Emit::Obj => stages.obj,
     };
     let Some(path) = &args.output else {
-        return files::write(Path::new("-"), |out| out.write_all(contents));
+        return files::write(Path::new("-"), |out| out.write_all(&contents));
     };
-    files::write(path, |out| out.write_all(contents))?;
+    files::write(path, |out| out.write_all(&contents))?;
     let (name, size) = (model_name(path), contents.len());
     term.note(format_args!("wrote {name} ({})", bytes(size as u64)));
     if term.json {
@@ -44,4 +44,10 @@ pub fn run(args: &CompileArgs, term: &Term) -> Result<(), Failure> {
         return term.report(value, "");
     }
     Ok(())
+}
+
+/// Text without the control characters that names of a model may bring in.
+fn text(stage: &str) -> Vec<u8> {
+    let clean = |c: char| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c };
+    stage.chars().map(clean).collect::<String>().into_bytes()
 }

@@ -1,9 +1,12 @@
 //! `kiln explain`: what became of a node of the model.
 
+use std::collections::BTreeMap;
+
 use kiln::error::sanitize;
 use kiln::graph::op::Op;
 use kiln::graph::text::{op_text, type_text};
 use kiln::graph::{Graph, NodeId};
+use kiln::rules::{self, Report};
 use serde_json::{Value, json};
 
 use crate::args::ExplainArgs;
@@ -16,9 +19,11 @@ pub fn run(args: &ExplainArgs, term: &Term) -> Result<(), Failure> {
     let (model, _) = open(&args.model, term)?;
     let compiler = compiler(&args.model, &args.build);
     let graph = compiler.graph(&model)?;
-    let fused = term.during("optimise", None, || compiler.optimise(&graph))?;
+    let optimised =
+        term.during("optimise", None, || rules::optimise(&graph, !args.build.no_egraph))?;
+    let fused: &Graph = &optimised.graph;
     let before = touching(&graph, &args.node);
-    let after = touching(&fused, &args.node);
+    let after = touching(fused, &args.node);
     if before.is_empty() && after.is_empty() {
         let text = format!("no node has `{}` in its name", args.node);
         return Err(Failure::usage(text).help("names are listed by kiln compile --emit graph"));
@@ -30,9 +35,18 @@ pub fn run(args: &ExplainArgs, term: &Term) -> Result<(), Failure> {
     if after.is_empty() {
         text += "  nothing of its own: folded into constants, views or other nodes\n";
     }
+    let Report { fired, greedy_us, chosen_us, .. } = optimised.report;
+    let fired: BTreeMap<&str, usize> = fired.into_iter().filter(|(_, count)| *count > 0).collect();
+    if !fired.is_empty() {
+        text += "rules that made two forms of something in the whole model equal\n";
+        fired.iter().for_each(|(rule, count)| text += &format!("  {count:>6} {rule}\n"));
+    }
+    text += &format!("modelled cost of the model {chosen_us:.1} us");
+    text += &format!(", without the rules {greedy_us:.1} us\n");
     let name = model_name(&args.model.model);
     let value: Value = json!({
         "model": name, "node": args.node, "read_as": before, "compiled_into": after,
+        "rules": fired, "cost_us": chosen_us, "greedy_cost_us": greedy_us,
     });
     term.report(value, &text)
 }

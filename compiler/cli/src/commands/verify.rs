@@ -212,3 +212,56 @@ fn report(
     });
     term.report(value, &text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln::graph::Origin;
+    use kiln::graph::op::{Type, UnaryFn};
+    use kiln::tensor::DType;
+
+    const TOLERANCE: Tolerance = Tolerance { rtol: 1e-3, atol: 1e-5 };
+
+    /// Two functions in a row of four numbers.
+    fn chain(first: UnaryFn, second: UnaryFn) -> Graph {
+        let mut graph = Graph::default();
+        let x = graph.input("x", Type::new(DType::F32, &[4]));
+        let first = graph.unary(first, x, &Origin::from("first")).expect("a node");
+        let second = graph.unary(second, first, &Origin::from("second")).expect("a node");
+        graph.outputs.push(("y".into(), second));
+        graph
+    }
+
+    #[test]
+    fn the_first_node_with_another_value_is_named() {
+        let x = [Meaning::from_tensor(&Tensor::from_slice(&[4], &[0.5f32, -2.0, 3.0, 0.0]))];
+        let right = chain(UnaryFn::Neg, UnaryFn::Abs);
+        let reference = eval_nodes(&right, &x);
+        for (first, second, expected) in [
+            (UnaryFn::Neg, UnaryFn::Abs, None),
+            (UnaryFn::Exp, UnaryFn::Abs, Some("first".to_string())),
+            (UnaryFn::Neg, UnaryFn::Exp, Some("second".to_string())),
+        ] {
+            let other = chain(first, second);
+            let values = eval_nodes(&other, &x);
+            let found = first_unlike(&right, &reference, &other, &values, TOLERANCE);
+            assert_eq!(found, expected);
+        }
+    }
+
+    #[test]
+    fn all_is_well_down_to_the_plan() {
+        let graph = chain(UnaryFn::Exp, UnaryFn::Neg);
+        let x = [Meaning::from_tensor(&Tensor::from_slice(&[4], &[0.5f32, -2.0, 3.0, 0.0]))];
+        // Nothing differs stage by stage, so only what is between the kernels is left.
+        let found = locate(&Compiler::new(), &graph, &x, TOLERANCE).expect("it compiles");
+        assert_eq!(found, Some(("plan".to_string(), None)));
+    }
+
+    #[test]
+    fn another_shape_differs_everywhere() {
+        let (a, b) = (Tensor::zeros(DType::F32, &[4]), Tensor::zeros(DType::F32, &[2, 2]));
+        assert_eq!(TOLERANCE.compare(&a, &b).outside, 4);
+        assert_eq!(TOLERANCE.compare(&a, &a).outside, 0);
+    }
+}

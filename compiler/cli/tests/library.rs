@@ -1,0 +1,90 @@
+//! The library on the model that ships with Kiln: what a program that links it relies on.
+
+use std::path::Path;
+
+use kiln::npz::read_npz;
+use kiln::tensor::{DType, Tensor, TensorView, TensorViewMut};
+use kiln::{Compiler, Executable, Limits, Model};
+
+const IMAGES: usize = 32;
+
+fn shipped(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples").join(name)
+}
+
+fn executable(threads: usize) -> Executable {
+    let model = Model::open(shipped("digits.onnx"), &Limits::default()).expect("the model");
+    let compiler = Compiler::new().threads(threads).dim("batch", IMAGES);
+    compiler.compile(&model).expect("it compiles")
+}
+
+fn images() -> Tensor {
+    let file = std::fs::read(shipped("digits_test.npz")).expect("the data");
+    let arrays = read_npz(&file).expect("a sound archive");
+    let images = &arrays.iter().find(|(name, _)| name == "image").expect("images").1;
+    let values = images.as_slice::<f32>().expect("f32");
+    Tensor::from_slice(&[IMAGES, 1, 8, 8], &values[..IMAGES * 64])
+}
+
+fn run(executable: &Executable) -> Tensor {
+    let mut outputs = executable.run(&[("image", images().view())]).expect("a run");
+    outputs.remove(0).1
+}
+
+#[test]
+fn results_are_equal_bit_for_bit_for_every_number_of_threads() {
+    let one = run(&executable(1));
+    for threads in [2, 3, 8] {
+        assert!(run(&executable(threads)) == one, "{threads} threads");
+    }
+}
+
+#[test]
+fn many_threads_share_one_executable() {
+    let executable = executable(2);
+    let expected = run(&executable);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            let (executable, expected) = (executable.clone(), &expected);
+            scope.spawn(move || (0..50).for_each(|_| assert!(run(&executable) == *expected)));
+        }
+    });
+}
+
+#[test]
+fn tensors_may_lie_at_any_address() {
+    let executable = executable(2);
+    let expected = run(&executable);
+    let images = images();
+    for offset in 1..8 {
+        let mut input = vec![0; offset];
+        input.extend_from_slice(images.bytes());
+        let mut output = vec![0u8; offset + expected.bytes().len()];
+        let (shape_in, shape_out) = (images.shape(), expected.shape());
+        let view = TensorView { dtype: DType::F32, shape: shape_in, bytes: &input[offset..] };
+        let target =
+            TensorViewMut { dtype: DType::F32, shape: shape_out, bytes: &mut output[offset..] };
+        executable.run_into(&[view], &mut [target]).expect("a run");
+        assert!(&output[offset..] == expected.bytes(), "{offset} bytes off");
+    }
+}
+
+#[test]
+fn a_session_gives_what_the_executable_gives() {
+    let executable = executable(2);
+    let expected = run(&executable);
+    let mut session = executable.session();
+    for _ in 0..3 {
+        let found = session.run(&[("image", images().view())]).expect("a run");
+        assert!(found[0].1 == expected);
+        session.reset();
+    }
+}
+
+#[test]
+fn an_executable_outlives_its_model_and_compiler() {
+    let executable = executable(1);
+    let clone = executable.clone();
+    drop(executable);
+    assert_eq!(run(&clone).shape(), [IMAGES, 10]);
+}
