@@ -241,13 +241,16 @@ pub(super) fn softmax(call: &mut Call) -> Outputs {
 }
 
 pub(super) fn log_softmax(call: &mut Call) -> Outputs {
-    over_axis(call, |c, x, axis| {
-        let (g, o) = (&mut *c.graph, &c.origin);
-        let max = g.reduce(ReduceFn::Max, x, &[axis], o)?;
-        let shifted = g.binary(BinaryFn::Sub, x, max, o)?;
-        let exp = g.unary(UnaryFn::Exp, shifted, o)?;
-        let total = g.reduce(ReduceFn::Sum, exp, &[axis], o)?;
-        let log = g.unary(UnaryFn::Log, total, o)?;
-        g.binary(BinaryFn::Sub, shifted, log, o)
-    })
+    over_axis(call, log_softmax_of)
+}
+
+/// x - max - ln of the sum of e^(x - max), over one axis.
+pub(super) fn log_softmax_of(call: &mut Call, x: NodeId, axis: usize) -> Added {
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let max = g.reduce(ReduceFn::Max, x, &[axis], o)?;
+    let shifted = g.binary(BinaryFn::Sub, x, max, o)?;
+    let exp = g.unary(UnaryFn::Exp, shifted, o)?;
+    let total = g.reduce(ReduceFn::Sum, exp, &[axis], o)?;
+    let log = g.unary(UnaryFn::Log, total, o)?;
+    g.binary(BinaryFn::Sub, shifted, log, o)
 }

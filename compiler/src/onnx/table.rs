@@ -2,7 +2,7 @@
 //! the function that imports it.
 
 use super::call::{Call, Outputs};
-use super::{contraction, norm, pointwise, reduce, shape};
+use super::{attention, contraction, loss, norm, pointwise, reduce, resize, shape};
 use crate::error::Diagnostic;
 
 /// The newest opset that has been read.
@@ -31,6 +31,7 @@ pub static OPERATORS: &[Operator] = operators! {
     "And" 6 => pointwise::and;
     "ArgMax" 6 => reduce::arg_max;
     "ArgMin" 6 => reduce::arg_min;
+    "Attention" 23 => attention::attention;
     "AveragePool" 6 => contraction::average_pool;
     "BatchNormalization" 6 => norm::batch_norm;
     "BitwiseAnd" 18 => pointwise::and;
@@ -46,6 +47,7 @@ pub static OPERATORS: &[Operator] = operators! {
     "Constant" 1 => shape::constant;
     "ConstantOfShape" 9 => shape::constant_of_shape;
     "Conv" 1 => contraction::conv;
+    "ConvTranspose" 1 => contraction::conv_transpose;
     "Cos" 7 => pointwise::cos;
     "CumSum" 11 => reduce::cum_sum;
     "DepthToSpace" 1 => shape::depth_to_space;
@@ -92,6 +94,7 @@ pub static OPERATORS: &[Operator] = operators! {
     "Mod" 10 => pointwise::modulo;
     "Mul" 6 => pointwise::mul;
     "Neg" 6 => pointwise::neg;
+    "NegativeLogLikelihoodLoss" 12 => loss::negative_log_likelihood;
     "Not" 1 => pointwise::not;
     "Or" 6 => pointwise::or;
     "PRelu" 6 => pointwise::prelu;
@@ -112,6 +115,8 @@ pub static OPERATORS: &[Operator] = operators! {
     "ReduceSumSquare" 1 => reduce::sum_square;
     "Relu" 6 => pointwise::relu;
     "Reshape" 1 => shape::reshape;
+    "Resize" 10 => resize::resize;
+    "RotaryEmbedding" 23 => attention::rotary;
     "Round" 11 => pointwise::round;
     "ScatterElements" 11 => shape::scatter_elements;
     "ScatterND" 11 => shape::scatter_nd;
@@ -123,6 +128,7 @@ pub static OPERATORS: &[Operator] = operators! {
     "Size" 1 => shape::size;
     "Slice" 1 => shape::slice;
     "Softmax" 1 => reduce::softmax;
+    "SoftmaxCrossEntropyLoss" 12 => loss::softmax_cross_entropy;
     "Softplus" 1 => pointwise::softplus;
     "Softsign" 1 => pointwise::softsign;
     "SpaceToDepth" 1 => shape::space_to_depth;
@@ -133,11 +139,13 @@ pub static OPERATORS: &[Operator] = operators! {
     "Sum" 6 => pointwise::sum;
     "Swish" 24 => pointwise::swish;
     "Tanh" 6 => pointwise::tanh;
+    "TensorScatter" 24 => attention::tensor_scatter;
     "ThresholdedRelu" 10 => pointwise::thresholded_relu;
     "Tile" 6 => shape::tile;
     "Transpose" 1 => shape::transpose;
     "Trilu" 14 => shape::trilu;
     "Unsqueeze" 1 => shape::unsqueeze;
+    "Upsample" 7 => resize::upsample;
     "Where" 9 => pointwise::select;
     "Xor" 6 => pointwise::xor;
 };
