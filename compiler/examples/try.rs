@@ -10,7 +10,7 @@ fn main() {
                 continue;
             }
         };
-        let c = kiln::Compiler::new();
+        let c = kiln::Compiler::new().wide(std::env::var("NARROW").is_err());
         let graph = match c.graph(&model) {
             Ok(m) => m,
             Err(e) => {
@@ -19,6 +19,7 @@ fn main() {
             }
         };
         let t1 = t.elapsed();
+        if std::env::var("REPORT").is_ok() { println!("{:?}", kiln::rules::optimise(&graph, true).unwrap().report); }
         let k = match c.optimise(&graph) {
             Ok(m) => m,
             Err(e) => {

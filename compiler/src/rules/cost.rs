@@ -113,7 +113,11 @@ fn contract_us(contract: &Contract, constant: [bool; 2]) -> f64 {
         contract.maps[k].iter().take(n.saturating_sub(1)).any(|a| a.coefficient(axis) != 0)
     };
     let unit = |k: usize| !uses(k) || constant[k] || (last_index(k) == 1 && !outer_use(k));
-    let wide = contract.extents[axis] >= 8;
+    let extent = contract.extents[axis];
+    // Lanes that the last tile leaves empty.
+    let filled = extent as f64 / extent.next_multiple_of(8) as f64;
+    let packed = (0..2).any(|k| uses(k) && constant[k]);
+    let wide = extent >= 8;
     // The broadcast operand should run along its own last axis while the sum runs.
     let summed = contract.n_out..contract.extents.len();
     let along = |k: usize| {
@@ -123,8 +127,10 @@ fn contract_us(contract: &Contract, constant: [bool; 2]) -> f64 {
                 .any(|a| contract.maps[k].last().is_some_and(|i| i.coefficient(a) == 1))
     };
     let efficiency = match (unit(0) && unit(1), wide) {
-        (true, true) if along(0) && along(1) => 0.6,
-        (true, true) => 0.5,
+        // Panels packed at compile time are read in order, whatever the other operand does.
+        (true, true) if packed && along(0) && along(1) => 0.6 * filled,
+        (true, true) if packed => 0.5 * filled,
+        (true, true) => 0.3 * filled,
         (true, false) => 0.12,
         (false, _) => 0.04,
     };
