@@ -4,5 +4,11 @@ fn main() {
     let model = kiln::Model::open(&a[1], &kiln::Limits::default()).unwrap();
     let c = kiln::Compiler::new().wide(std::env::var("NARROW").is_err());
     let s = c.stages(&model).unwrap();
-    match a[2].as_str() { "loops" => println!("{}", s.loops), "fused" => println!("{}", s.fused), "asm" => println!("{}", s.asm), "graph" => println!("{}", s.graph), _ => println!("{}", s.plan) }
+    match a[2].as_str() {
+        "loops" => println!("{}", s.loops),
+        "fused" => println!("{}", s.fused),
+        "asm" => println!("{}", s.asm),
+        "graph" => println!("{}", s.graph),
+        _ => println!("{}", s.plan),
+    }
 }

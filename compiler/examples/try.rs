@@ -19,7 +19,9 @@ fn main() {
             }
         };
         let t1 = t.elapsed();
-        if std::env::var("REPORT").is_ok() { println!("{:?}", kiln::rules::optimise(&graph, true).unwrap().report); }
+        if std::env::var("REPORT").is_ok() {
+            println!("{:?}", kiln::rules::optimise(&graph, true).unwrap().report);
+        }
         let k = match c.optimise(&graph) {
             Ok(m) => m,
             Err(e) => {

@@ -150,6 +150,12 @@ impl<'a> Call<'a> {
             .unwrap_or_else(|| default.to_string())
     }
 
+    /// A list of strings.
+    pub fn strings(&self, name: &str) -> Option<Vec<String>> {
+        let text = |s: &bytes::Bytes| String::from_utf8_lossy(s).into_owned();
+        self.attribute(name).map(|a| a.strings.iter().map(text).collect())
+    }
+
     /// A tensor attribute.
     pub fn tensor(&mut self, name: &str) -> Result<Option<Constant>, Diagnostic> {
         match self.attribute(name).and_then(|a| a.t.as_ref()) {

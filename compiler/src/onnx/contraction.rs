@@ -7,10 +7,15 @@ use super::shape::pad_constant;
 use crate::error::Diagnostic;
 use crate::graph::NodeId;
 use crate::graph::build::Added;
-use crate::graph::op::{BinaryFn, Op, ReduceFn, Shape};
+use crate::graph::op::{BinaryFn, Op, ReduceFn, Shape, UnaryFn};
 
 pub(super) fn matmul(call: &mut Call) -> Outputs {
     let (x, y) = (call.input(0)?, call.input(1)?);
+    one(matmul_of(call, x, y)?)
+}
+
+/// The product of matrices, batches of them, or vectors.
+pub(super) fn matmul_of(call: &mut Call, x: NodeId, y: NodeId) -> Added {
     let (xs, ys) = (call.shape(x), call.shape(y));
     if xs.is_empty() || ys.is_empty() {
         return Err(not_supported("a matrix product of scalars"));
@@ -29,7 +34,7 @@ pub(super) fn matmul(call: &mut Call) -> Outputs {
     if xs.len() == 1 {
         shape.remove(rank - 2);
     }
-    one(g.reshape(z, &shape, o)?)
+    g.reshape(z, &shape, o)
 }
 
 pub(super) fn gemm(call: &mut Call) -> Outputs {
@@ -163,6 +168,12 @@ fn padded(call: &mut Call, x: NodeId, w: &Windows, fill: f64) -> Added {
 
 pub(super) fn conv(call: &mut Call) -> Outputs {
     let (x, weight) = (call.input(0)?, call.input(1)?);
+    let bias = call.optional(2);
+    one(conv_of(call, x, weight, bias)?)
+}
+
+/// The convolution that the attributes describe.
+pub(super) fn conv_of(call: &mut Call, x: NodeId, weight: NodeId, bias: Option<NodeId>) -> Added {
     let spatial = spatial_of(call, x)?;
     let kernel: Vec<usize> = call.shape(weight).get(2..).unwrap_or(&[]).to_vec();
     call.ignore("kernel_shape");
@@ -170,11 +181,11 @@ pub(super) fn conv(call: &mut Call) -> Outputs {
     let w = windows(call, &spatial, kernel)?;
     let x = padded(call, x, &w, 0.0)?;
     let window = (w.strides.as_slice(), w.dilations.as_slice());
-    let mut y = call.graph.conv([x, weight], window, groups, &call.origin)?;
-    if let Some(bias) = call.optional(2) {
-        y = add_bias(call, y, bias)?;
+    let y = call.graph.conv([x, weight], window, groups, &call.origin)?;
+    match bias {
+        Some(bias) => add_bias(call, y, bias),
+        None => Ok(y),
     }
-    one(y)
 }
 
 /// Borders that a transposed convolution takes off its result, per spatial axis.
@@ -372,6 +383,20 @@ pub(super) fn average_pool(call: &mut Call) -> Outputs {
     let ones = padded(call, ones, &counted, 0.0)?;
     let counts = pool(call, ones, &counted, ReduceFn::Sum)?;
     one(call.graph.binary(BinaryFn::Div, sums, counts, &call.origin)?)
+}
+
+/// The p-norm of each window.
+pub(super) fn lp_pool(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    let p = call.int_or("p", 2);
+    let w = pool_windows(call, x)?;
+    let padded = padded(call, x, &w, 0.0)?;
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let magnitude = g.unary(UnaryFn::Abs, padded, o)?;
+    let power = g.binary_number(BinaryFn::Pow, magnitude, p as f64, o)?;
+    let sums = pool(call, power, &w, ReduceFn::Sum)?;
+    let inverse = 1.0 / p as f64;
+    one(call.graph.binary_number(BinaryFn::Pow, sums, inverse, &call.origin)?)
 }
 
 fn global(call: &mut Call) -> Result<(NodeId, Vec<usize>), Diagnostic> {

@@ -8,9 +8,12 @@ pub mod loss;
 pub mod norm;
 pub mod pointwise;
 pub mod proto;
+pub mod quant;
+pub mod recurrent;
 pub mod reduce;
 pub mod resize;
 pub mod shape;
+pub mod special;
 pub mod table;
 pub mod tensor;
 
