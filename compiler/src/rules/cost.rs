@@ -118,13 +118,12 @@ fn contract_us(contract: &Contract, constant: [bool; 2]) -> f64 {
     let filled = extent as f64 / extent.next_multiple_of(8) as f64;
     let packed = (0..2).any(|k| uses(k) && constant[k]);
     let wide = extent >= 8;
-    // The broadcast operand should run along its own last axis while the sum runs.
-    let summed = contract.n_out..contract.extents.len();
+    // The longest part of the sum should run along an operand's last axis.
+    let longest = (contract.n_out..contract.extents.len()).max_by_key(|&a| contract.extents[a]);
     let along = |k: usize| {
         constant[k]
-            || summed
-                .clone()
-                .any(|a| contract.maps[k].last().is_some_and(|i| i.coefficient(a) == 1))
+            || longest
+                .is_none_or(|a| contract.maps[k].last().is_some_and(|i| i.coefficient(a) == 1))
     };
     let efficiency = match (unit(0) && unit(1), wide) {
         // Panels packed at compile time are read in order, whatever the other operand does.

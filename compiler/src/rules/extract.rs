@@ -53,6 +53,7 @@ pub fn extract(saturated: &Saturated, original: &Graph) -> Graph {
             *users.entry(egraph.find(saturated.classes[arg.index()])).or_insert(0.0) += 1.0;
         }
     }
+    inherit_users(saturated, &mut users);
     let best = cheapest(saturated, &users);
     let mut build = Build {
         saturated,
@@ -73,6 +74,24 @@ pub fn extract(saturated: &Saturated, original: &Graph) -> Graph {
         build.graph.outputs.push((name.clone(), out));
     }
     build.graph
+}
+
+/// The same value in another layout has the users of the value.
+fn inherit_users(saturated: &Saturated, users: &mut HashMap<Id, f64>) {
+    let egraph = &saturated.egraph;
+    let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();
+    classes.sort_unstable();
+    for _ in 0..2 {
+        for class in &classes {
+            let Some(count) = users.get(class).copied() else { continue };
+            for node in &egraph[*class].nodes {
+                if let Op::Permute(_) | Op::Reshape(_) = node.op {
+                    let other = users.entry(egraph.find(node.args[0])).or_insert(0.0);
+                    *other = other.max(count);
+                }
+            }
+        }
+    }
 }
 
 /// A node for each class, by Knuth's generalisation of Dijkstra's algorithm: a class is settled by

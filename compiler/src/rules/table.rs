@@ -3,8 +3,10 @@
 //! of the type, and these rules move permutations to where they cost nothing.
 
 use std::collections::BTreeMap;
+use std::hash::{Hash, Hasher};
 
 use egg::Id;
+use rustc_hash::{FxHashSet, FxHasher};
 use smallvec::SmallVec;
 
 use super::Budget;
@@ -77,20 +79,23 @@ pub static RULES: &[Rule] = rules! {
 /// Applies all rules until nothing new is found or a budget ends; counts the firings.
 pub fn saturate(egraph: &mut Egg, budget: Budget) -> BTreeMap<&'static str, usize> {
     let mut fired: BTreeMap<&'static str, usize> = RULES.iter().map(|r| (r.name, 0)).collect();
+    // A rule looks at a node and its operands' classes; while these stay the same, so does what
+    // it says.
+    let mut tried: Vec<FxHashSet<u64>> = vec![FxHashSet::default(); RULES.len()];
     for _ in 0..budget.rounds {
+        let mut nodes: Vec<(Id, ENode)> = egraph
+            .classes()
+            .filter(|class| !class.data.constant)
+            .flat_map(|class| class.nodes.iter().map(|n| (class.id, n.clone())))
+            .collect();
+        nodes.sort_unstable();
         let mut changed = false;
-        for rule in RULES {
-            let mut matches: Vec<(Id, ENode)> = egraph
-                .classes()
-                .filter(|class| !class.data.constant)
-                .flat_map(|class| class.nodes.iter().map(|n| (class.id, n.clone())))
-                .collect();
-            matches.sort_unstable();
-            for (class, node) in matches {
-                if egraph.total_size() > budget.nodes {
-                    break;
+        for (class, node) in nodes {
+            let seen = fingerprint(egraph, class, &node);
+            for (rule, tried) in RULES.iter().zip(&mut tried) {
+                if egraph.total_size() > budget.nodes || !tried.insert(seen) {
+                    continue;
                 }
-                let node = node.clone();
                 if let Some(equal) = (rule.apply)(egraph, &node)
                     && egraph.union(class, equal)
                 {
@@ -98,13 +103,34 @@ pub fn saturate(egraph: &mut Egg, budget: Budget) -> BTreeMap<&'static str, usiz
                     changed = true;
                 }
             }
-            egraph.rebuild();
         }
+        egraph.rebuild();
         if !changed || egraph.total_size() > budget.nodes {
             break;
         }
     }
     fired
+}
+
+/// Rules look at most this deep below a node.
+const DEPTH: usize = 3;
+
+/// A hash of a node and of how much is known of its class and of what is below it.
+fn fingerprint(egraph: &Egg, class: Id, node: &ENode) -> u64 {
+    fn below(egraph: &Egg, id: Id, depth: usize, hasher: &mut FxHasher) {
+        let class = &egraph[id];
+        (class.id, class.nodes.len()).hash(hasher);
+        if depth > 1 {
+            for node in &class.nodes {
+                node.args.iter().for_each(|a| below(egraph, *a, depth - 1, hasher));
+            }
+        }
+    }
+    let mut hasher = FxHasher::default();
+    node.hash(&mut hasher);
+    below(egraph, class, 1, &mut hasher);
+    node.args.iter().for_each(|a| below(egraph, *a, DEPTH, &mut hasher));
+    hasher.finish()
 }
 
 /// The operation of a class that `pick` takes, the least where there are several.

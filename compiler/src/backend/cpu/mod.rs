@@ -4,6 +4,7 @@
 pub mod clif;
 pub mod emit;
 pub mod math;
+pub mod wide;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::loops::ir::Loops;
@@ -86,7 +87,12 @@ pub fn emit_all(kernels: &[Loops], cpu: &Cpu, verify: bool, texts: bool) -> Resu
     let mut out = Emitted::default();
     let mut problems = Vec::new();
     for kernel in kernels {
-        match clif::compile(kernel, &*isa, lanes, texts) {
+        let compiled = match cpu.wide_lanes {
+            0 => clif::compile(kernel, &*isa, lanes, texts),
+            wide => wide::compile(kernel, wide, texts)
+                .or_else(|_| clif::compile(kernel, &*isa, lanes, texts)),
+        };
+        match compiled {
             Ok(compiled) => {
                 out.code.resize(out.code.len().next_multiple_of(64), 0xcc);
                 out.entries.push(out.code.len());

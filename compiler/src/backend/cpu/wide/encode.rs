@@ -1,0 +1,456 @@
+//! From allocated steps to bytes: frame, moves, branches, and a pool of constants behind the code.
+
+use iced_x86::{
+    Code, Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, MemoryOperand, OpKind,
+    Register,
+};
+use regalloc2::{Allocation, Block, Edit, Function, InstOrEdit, Output, RegClass};
+
+use super::ssa::{Arg, Ask, CALLEE_SAVED, Flat, Step, Test, What};
+use crate::backend::cpu::emit::{Emitted, Unsupported};
+
+/// Bytes of a short branch.
+const SHORT: usize = 2;
+
+const GPR: [Register; 16] = [
+    Register::RAX,
+    Register::RCX,
+    Register::RDX,
+    Register::RBX,
+    Register::RSP,
+    Register::RBP,
+    Register::RSI,
+    Register::RDI,
+    Register::R8,
+    Register::R9,
+    Register::R10,
+    Register::R11,
+    Register::R12,
+    Register::R13,
+    Register::R14,
+    Register::R15,
+];
+
+/// The register of that hardware number in a row that starts with `first`.
+fn row(first: Register, number: usize) -> Register {
+    Register::try_from(first as usize + number).expect("registers of a kind are numbered in a row")
+}
+
+fn number(place: Allocation) -> Emitted<usize> {
+    match place.as_reg() {
+        Some(register) => Ok(register.hw_enc()),
+        None => Err(Unsupported("an operand that was left in memory".into())),
+    }
+}
+
+struct Encoder<'a> {
+    flat: &'a Flat,
+    allocated: &'a Output,
+    vector_bytes: usize,
+    pool: Vec<u32>,
+    /// Branches go to blocks, constants lie at offsets in the pool, until all sizes are known.
+    code: Vec<Instruction>,
+    /// The first instruction of each block.
+    starts: Vec<usize>,
+    saved: Vec<Register>,
+    frame: usize,
+}
+
+/// Machine code of a function with its constants, and the size without them.
+pub fn encode(flat: &Flat, allocated: &Output, vector_bytes: usize) -> Emitted<(Vec<u8>, usize)> {
+    let mut encoder = Encoder {
+        flat,
+        allocated,
+        vector_bytes,
+        pool: Vec::new(),
+        code: Vec::new(),
+        starts: vec![0; flat.num_blocks()],
+        saved: Vec::new(),
+        frame: (allocated.num_spillslots * 8).next_multiple_of(vector_bytes),
+    };
+    encoder.find_saved();
+    encoder.run()?;
+    let (mut bytes, pool_at) = encoder.assemble()?;
+    let size = bytes.len();
+    if !encoder.pool.is_empty() {
+        bytes.resize(pool_at, 0xcc);
+        for bits in &encoder.pool {
+            bytes.extend(bits.to_le_bytes().repeat(vector_bytes / 4));
+        }
+    }
+    Ok((bytes, size))
+}
+
+fn refused(e: iced_x86::IcedError) -> Unsupported {
+    Unsupported(format!("encoding: {e}"))
+}
+
+/// The text of machine code.
+pub fn disassemble(code: &[u8]) -> String {
+    let mut formatter = IntelFormatter::new();
+    let mut text = String::new();
+    for instruction in &mut Decoder::with_ip(64, code, 0, DecoderOptions::NONE) {
+        text.push_str(&format!("{:6x}  ", instruction.ip()));
+        formatter.format(&instruction, &mut text);
+        text.push('\n');
+    }
+    text
+}
+
+impl Encoder<'_> {
+    fn find_saved(&mut self) {
+        let mut used = [false; 16];
+        let mut mark = |place: &Allocation| {
+            if let Some(register) = place.as_reg().filter(|r| r.class() == RegClass::Int) {
+                used[register.hw_enc()] = true;
+            }
+        };
+        self.allocated.allocs.iter().for_each(&mut mark);
+        for (_, Edit::Move { from, to }) in &self.allocated.edits {
+            mark(from);
+            mark(to);
+        }
+        self.saved = CALLEE_SAVED.into_iter().filter(|&n| used[n]).map(|n| GPR[n]).collect();
+    }
+
+    fn run(&mut self) -> Emitted<()> {
+        self.prologue();
+        let threads = self.threads();
+        for block in 0..threads.len() {
+            if threads[block] != block {
+                continue;
+            }
+            self.starts[block] = self.code.len();
+            let next = (block + 1..threads.len()).find(|&b| threads[b] == b);
+            let (allocated, flat) = (self.allocated, self.flat);
+            for item in allocated.block_insts_and_edits(flat, Block::new(block)) {
+                match item {
+                    InstOrEdit::Edit(Edit::Move { from, to }) => self.shift(*from, *to)?,
+                    InstOrEdit::Inst(inst) => {
+                        let places = allocated.inst_allocs(inst);
+                        self.step(&flat.steps[inst.index()], places, &threads, next)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of all instructions, and where the pool has to be. Branches are short where they can.
+    fn assemble(&mut self) -> Emitted<(Vec<u8>, usize)> {
+        let mut encoder = iced_x86::Encoder::new(64);
+        let mut sizes = Vec::with_capacity(self.code.len());
+        for instruction in &self.code {
+            let mut sample = *instruction;
+            if is_branch(instruction) {
+                sample.set_near_branch64(0);
+            }
+            sizes.push(encoder.encode(&sample, 0).map_err(refused)?);
+        }
+        let offsets = loop {
+            let mut at = 0;
+            let mut offsets = vec![0];
+            for size in &sizes {
+                at += size;
+                offsets.push(at);
+            }
+            let mut shorter = false;
+            for (i, instruction) in self.code.iter_mut().enumerate() {
+                if !is_branch(instruction) || sizes[i] == SHORT {
+                    continue;
+                }
+                // Distances only shrink from here on.
+                let to = offsets[self.starts[instruction.near_branch64() as usize]] as i64;
+                if i8::try_from(to - offsets[i] as i64 - SHORT as i64).is_ok() {
+                    instruction.set_code(short(instruction.code()));
+                    sizes[i] = SHORT;
+                    shorter = true;
+                }
+            }
+            if !shorter {
+                break offsets;
+            }
+        };
+        let pool_at = offsets[self.code.len()].next_multiple_of(self.vector_bytes);
+        let _ = encoder.take_buffer();
+        for (i, instruction) in self.code.iter_mut().enumerate() {
+            if is_branch(instruction) {
+                let to = offsets[self.starts[instruction.near_branch64() as usize]];
+                instruction.set_near_branch64(to as u64);
+            } else if instruction.memory_base() == Register::RIP {
+                let to = instruction.memory_displacement64() + pool_at as u64;
+                instruction.set_memory_displacement64(to);
+            }
+            encoder.encode(instruction, offsets[i] as u64).map_err(refused)?;
+        }
+        Ok((encoder.take_buffer(), pool_at))
+    }
+
+    /// For each block the one that runs in its place: others than itself stand for empty ones.
+    fn threads(&self) -> Vec<usize> {
+        let mut threads: Vec<usize> = (0..self.flat.num_blocks()).collect();
+        for block in 0..threads.len() {
+            let mut items = self.allocated.block_insts_and_edits(self.flat, Block::new(block));
+            if let (Some(InstOrEdit::Inst(inst)), None) = (items.next(), items.next())
+                && let What::Jump(to) = self.flat.steps[inst.index()].what
+            {
+                threads[block] = to;
+            }
+        }
+        for block in 0..threads.len() {
+            // No loop is empty: each has a test.
+            while threads[threads[block]] != threads[block] {
+                threads[block] = threads[threads[block]];
+            }
+        }
+        threads
+    }
+
+    /// An instruction of registers, memory and numbers.
+    fn put(&mut self, code: Code, operands: &[Out]) {
+        let mut instruction = Instruction::new();
+        instruction.set_code(code);
+        for (i, operand) in operands.iter().enumerate() {
+            let i = i as u32;
+            match *operand {
+                Out::Register(register) => {
+                    instruction.set_op_kind(i, OpKind::Register);
+                    instruction.set_op_register(i, register);
+                }
+                Out::Memory(memory) => {
+                    instruction.set_op_kind(i, OpKind::Memory);
+                    instruction.set_memory_base(memory.base);
+                    instruction.set_memory_index(memory.index);
+                    instruction.set_memory_index_scale(memory.scale);
+                    instruction.set_memory_displ_size(memory.displ_size);
+                    instruction.set_memory_displacement64(memory.displacement as u64);
+                }
+                Out::Imm(kind, value) => {
+                    instruction.set_op_kind(i, kind);
+                    instruction.set_immediate_i64(i, value);
+                }
+            }
+        }
+        self.code.push(instruction);
+    }
+
+    fn prologue(&mut self) {
+        use Out::Register as R;
+        if self.saved.is_empty() && self.frame == 0 {
+            return;
+        }
+        self.put(Code::Push_r64, &[R(Register::RBP)]);
+        self.put(Code::Mov_r64_rm64, &[R(Register::RBP), R(Register::RSP)]);
+        for register in self.saved.clone() {
+            self.put(Code::Push_r64, &[R(register)]);
+        }
+        if self.frame > 0 {
+            let (size, align) = (self.frame as i64, -(self.vector_bytes as i64));
+            self.put(
+                Code::Sub_rm64_imm32,
+                &[R(Register::RSP), Out::Imm(OpKind::Immediate32to64, size)],
+            );
+            self.put(
+                Code::And_rm64_imm8,
+                &[R(Register::RSP), Out::Imm(OpKind::Immediate8to64, align)],
+            );
+        }
+    }
+
+    fn epilogue(&mut self) {
+        use Out::Register as R;
+        self.put(Code::VEX_Vzeroupper, &[]);
+        if !(self.saved.is_empty() && self.frame == 0) {
+            let saved = MemoryOperand::with_base_displ(Register::RBP, -8 * self.saved.len() as i64);
+            self.put(Code::Lea_r64_m, &[R(Register::RSP), Out::Memory(saved)]);
+            for register in self.saved.clone().into_iter().rev() {
+                self.put(Code::Pop_r64, &[R(register)]);
+            }
+            self.put(Code::Pop_r64, &[R(Register::RBP)]);
+        }
+        self.put(Code::Retnq, &[]);
+    }
+
+    /// A move that the allocator asked for.
+    fn shift(&mut self, from: Allocation, to: Allocation) -> Emitted<()> {
+        use Out::Register as R;
+        let slot = |place: Allocation| {
+            place.as_stack().map(|slot| {
+                let bytes = 8 * slot.index() as i64;
+                Out::Memory(MemoryOperand::with_base_displ(Register::RSP, bytes))
+            })
+        };
+        let int = |n: usize| R(GPR[n]);
+        let vector = |n: usize| R(row(Register::YMM0, n));
+        match (from.as_reg(), to.as_reg()) {
+            (Some(x), Some(y)) if x.class() == RegClass::Int => {
+                self.put(Code::Mov_r64_rm64, &[int(y.hw_enc()), int(x.hw_enc())]);
+            }
+            (Some(x), Some(y)) => {
+                let code = Code::VEX_Vmovaps_ymm_ymmm256;
+                self.put(code, &[vector(y.hw_enc()), vector(x.hw_enc())]);
+            }
+            (Some(x), None) => {
+                let Some(slot) = slot(to) else { return Err(lost()) };
+                match x.class() {
+                    RegClass::Int => self.put(Code::Mov_rm64_r64, &[slot, int(x.hw_enc())]),
+                    RegClass::Float | RegClass::Vector => {
+                        self.put(Code::VEX_Vmovaps_ymmm256_ymm, &[slot, vector(x.hw_enc())]);
+                    }
+                }
+            }
+            (None, Some(y)) => {
+                let Some(slot) = slot(from) else { return Err(lost()) };
+                match y.class() {
+                    RegClass::Int => self.put(Code::Mov_r64_rm64, &[int(y.hw_enc()), slot]),
+                    RegClass::Float | RegClass::Vector => {
+                        self.put(Code::VEX_Vmovaps_ymm_ymmm256, &[vector(y.hw_enc()), slot]);
+                    }
+                }
+            }
+            (None, None) => return Err(lost()),
+        }
+        Ok(())
+    }
+
+    fn operand(&mut self, arg: Arg, places: &[Allocation]) -> Emitted<Out> {
+        let at = |k: u8| number(places[k as usize]);
+        Ok(match arg {
+            Arg::Gpr(k) => Out::Register(GPR[at(k)?]),
+            Arg::Gpr32(k) => Out::Register(row(Register::EAX, at(k)?)),
+            Arg::Xmm(k) => Out::Register(row(Register::XMM0, at(k)?)),
+            Arg::Ymm(k) => Out::Register(row(Register::YMM0, at(k)?)),
+            Arg::Imm(kind, value) => Out::Imm(kind, value),
+            Arg::Memory(base, index, displacement) => {
+                let index = match index {
+                    Some(k) => GPR[at(k)?],
+                    None => Register::None,
+                };
+                let size = u32::from(displacement != 0);
+                Out::Memory(MemoryOperand::with_base_index_scale_displ_size(
+                    GPR[at(base)?],
+                    index,
+                    1,
+                    i64::from(displacement),
+                    size,
+                ))
+            }
+            Arg::Pool(bits) => {
+                let place = self.pool.iter().position(|&b| b == bits).unwrap_or_else(|| {
+                    self.pool.push(bits);
+                    self.pool.len() - 1
+                });
+                let offset = (place * self.vector_bytes) as i64;
+                Out::Memory(MemoryOperand::with_base_displ(Register::RIP, offset))
+            }
+        })
+    }
+
+    fn step(
+        &mut self,
+        step: &Step,
+        places: &[Allocation],
+        threads: &[usize],
+        next: Option<usize>,
+    ) -> Emitted<()> {
+        use Out::Register as R;
+        match &step.what {
+            What::Params => {}
+            What::Plain(code, args) => {
+                let operands: Vec<Out> =
+                    args.iter().map(|&arg| self.operand(arg, places)).collect::<Emitted<_>>()?;
+                self.put(*code, &operands);
+            }
+            What::Set(ask) => {
+                let [to, x, y] = [number(places[0])?, number(places[1])?, number(places[2])?];
+                let code = match ask {
+                    Ask::Lt => Code::Setl_rm8,
+                    Ask::Le => Code::Setle_rm8,
+                    Ask::Eq => Code::Sete_rm8,
+                    Ask::Ne => Code::Setne_rm8,
+                };
+                self.put(Code::Cmp_r64_rm64, &[R(GPR[x]), R(GPR[y])]);
+                let byte = R(low_byte(to));
+                self.put(code, &[byte]);
+                self.put(Code::Movzx_r32_rm8, &[R(row(Register::EAX, to)), byte]);
+            }
+            What::Jump(to) => {
+                if Some(threads[*to]) != next {
+                    self.go(Code::Jmp_rel32_64, threads[*to])?;
+                }
+            }
+            What::Branch(test, yes, no) => {
+                self.test(*test, places)?;
+                let (yes, no) = (threads[*yes], threads[*no]);
+                if Some(yes) == next {
+                    self.go(Code::Je_rel32_64, no)?;
+                } else {
+                    self.go(Code::Jne_rel32_64, yes)?;
+                    if Some(no) != next {
+                        self.go(Code::Jmp_rel32_64, no)?;
+                    }
+                }
+            }
+            What::Return => self.epilogue(),
+        }
+        Ok(())
+    }
+
+    fn test(&mut self, test: Test, places: &[Allocation]) -> Emitted<()> {
+        let x = Out::Register(GPR[number(places[0])?]);
+        match test {
+            Test::NonZero => self.put(Code::Test_rm64_r64, &[x, x]),
+            Test::NotImm(value) => {
+                let (code, kind) = match i8::try_from(value) {
+                    Ok(_) => (Code::Cmp_rm64_imm8, OpKind::Immediate8to64),
+                    Err(_) => (Code::Cmp_rm64_imm32, OpKind::Immediate32to64),
+                };
+                self.put(code, &[x, Out::Imm(kind, i64::from(value))]);
+            }
+            Test::Differ => {
+                let y = Out::Register(GPR[number(places[1])?]);
+                self.put(Code::Cmp_r64_rm64, &[x, y]);
+            }
+        }
+        Ok(())
+    }
+
+    fn go(&mut self, code: Code, block: usize) -> Emitted<()> {
+        self.code.push(Instruction::with_branch(code, block as u64).map_err(refused)?);
+        Ok(())
+    }
+}
+
+fn is_branch(instruction: &Instruction) -> bool {
+    matches!(instruction.op0_kind(), OpKind::NearBranch64) && instruction.op_count() == 1
+}
+
+/// The form of a branch that has a displacement of one byte.
+fn short(code: Code) -> Code {
+    match code {
+        Code::Jmp_rel32_64 => Code::Jmp_rel8_64,
+        Code::Je_rel32_64 => Code::Je_rel8_64,
+        Code::Jne_rel32_64 => Code::Jne_rel8_64,
+        other => other,
+    }
+}
+
+/// An operand with registers in place.
+#[derive(Clone, Copy)]
+enum Out {
+    Register(Register),
+    Memory(MemoryOperand),
+    Imm(OpKind, i64),
+}
+
+fn lost() -> Unsupported {
+    Unsupported("a move between places in memory".into())
+}
+
+/// al, cl, dl, bl, then spl and so on, which have numbers of their own.
+fn low_byte(number: usize) -> Register {
+    match number {
+        0..4 => row(Register::AL, number),
+        _ => row(Register::SPL, number - 4),
+    }
+}

@@ -1,0 +1,362 @@
+//! The wide emitter: f32 kernels in 256-bit vectors on x86-64 with AVX2 and FMA, which Cranelift
+//! has no instructions for. Kernels that need other types are left to Cranelift.
+//!
+//! The walk over loops becomes SSA (`ssa`), which regalloc2 gives registers and `encode` turns
+//! into bytes. Indices are not computed: every loop carries a counter for each distinct step in
+//! bytes, and what does not change in a loop is added to the base before it.
+
+mod address;
+mod encode;
+mod lanes;
+mod ssa;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+
+use iced_x86::Code;
+use kiln_runtime::tensor::DType;
+use regalloc2::{RegClass, VReg};
+
+use self::address::{Address, Counted, Int, Span};
+use self::lanes::Val;
+use self::ssa::{Arg, Builder, Test};
+use super::clif::Compiled;
+use super::emit::{Access, Bits, Emitted, Machine, Unsupported, emit};
+use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
+use crate::loops::ir::{BufferId, Loops, Number, Scope};
+
+/// Lanes of the only width that there is code for.
+const LANES: usize = 8;
+
+/// Compiles a kernel.
+pub fn compile(loops: &Loops, lanes: usize, texts: bool) -> Emitted<Compiled> {
+    if lanes != LANES {
+        return Err(Unsupported(format!("vectors of {lanes} lanes")));
+    }
+    let mut wide = Wide::new(loops);
+    emit(loops, &mut wide)?;
+    wide.code.ret(wide.current);
+    let flat = wide.code.finish(4 * lanes);
+    let allocated = flat.allocate()?;
+    let (code, size) = encode::encode(&flat, &allocated, 4 * lanes)?;
+    let asm = if texts { encode::disassemble(&code[..size]) } else { String::new() };
+    Ok(Compiled { code, clif: String::new(), asm })
+}
+
+/// Something that has begun and not ended.
+enum Open {
+    /// A loop by its number, and the values before it.
+    Loop(usize, Vec<VReg>),
+    /// The first block of a branch: what comes before, the condition, and where it starts.
+    Then(usize, VReg, usize),
+    /// The second one: where the first one ends.
+    Else(usize),
+}
+
+/// Code in the making.
+struct Wide {
+    code: Builder,
+    /// Where instructions go.
+    current: usize,
+    /// Where what hangs on the parallel loop alone goes: its first block.
+    head: usize,
+    /// Where its body starts.
+    body: usize,
+    /// Buffers, begin, end.
+    arguments: [VReg; 3],
+    bases: Vec<Option<VReg>>,
+    loops: Vec<Counted>,
+    open: Vec<Open>,
+    /// Sums of a buffer's base and of terms, by the block that they are computed in.
+    sums: HashMap<(BufferId, Vec<(Int, i64)>, usize), VReg>,
+    /// Quotients and remainders times numbers.
+    products: HashMap<(VReg, i64), VReg>,
+}
+
+impl Wide {
+    fn new(loops: &Loops) -> Wide {
+        let mut code = Builder::default();
+        let entry = code.block();
+        let arguments = code.arguments(entry);
+        let mut slot = 0;
+        let mut bases = Vec::new();
+        for buffer in &loops.buffers {
+            bases.push((buffer.scope == Scope::Global).then(|| {
+                let args = [Arg::Gpr(0), Arg::Memory(1, None, slot)];
+                slot += 8;
+                code.make(entry, RegClass::Int, Code::Mov_r64_rm64, &args, &arguments[..1])
+            }));
+        }
+        Wide {
+            code,
+            current: entry,
+            head: entry,
+            body: entry,
+            arguments,
+            bases,
+            loops: Vec::new(),
+            open: Vec::new(),
+            sums: HashMap::new(),
+            products: HashMap::new(),
+        }
+    }
+
+    /// Starts a loop; returns its number and the carried values in it.
+    fn begin(&mut self, span: Span, carried: Vec<VReg>) -> (usize, Vec<VReg>) {
+        let before = self.current;
+        let header = self.code.block();
+        let inside = carried.iter().map(|r| self.code.param(header, r.class())).collect();
+        let id = self.loops.len();
+        self.loops.push(Counted { before, header, span, counters: Vec::new() });
+        self.open.push(Open::Loop(id, carried));
+        self.current = header;
+        (id, inside)
+    }
+
+    /// Ends the innermost loop: its counters step, and one of them decides.
+    fn end(&mut self, next: Vec<VReg>) {
+        let Some(Open::Loop(id, mut first)) = self.open.pop() else {
+            unreachable!("loops end in the order in which they begin")
+        };
+        let (driving_step, driver) = self.driver(id);
+        let Counted { before, header, span, ref counters } = self.loops[id];
+        let counters = counters.clone();
+        let latch = self.current;
+        let mut again = next;
+        let mut decisive = driver;
+        // The deciding counter steps last, next to its test.
+        for &(step, counter) in counters.iter().rev() {
+            decisive = self.stepped(latch, counter, step);
+            again.push(decisive);
+        }
+        for &(step, _) in counters.iter() {
+            first.push(match span {
+                Span::Extent(_) => self.int(before, 0),
+                Span::Range(begin, _) => self.times(before, begin, step),
+            });
+        }
+        let at = again.len() - counters.len();
+        again[at..].reverse();
+        let (test, uses) = match span {
+            Span::Extent(extent) => {
+                let last = extent as i64 * driving_step;
+                match i32::try_from(last) {
+                    Ok(last) => (Test::NotImm(last), vec![decisive]),
+                    Err(_) => (Test::Differ, vec![decisive, self.int(before, last)]),
+                }
+            }
+            Span::Range(_, end) => {
+                (Test::Differ, vec![decisive, self.times(before, end, driving_step)])
+            }
+        };
+        self.code.jump(before, header, &first);
+        // Only jumps carry values: the way back is a block of its own.
+        let (back, exit) = (self.code.block(), self.code.block());
+        self.code.branch(latch, test, &uses, back, exit);
+        self.code.jump(back, header, &again);
+        self.current = exit;
+    }
+}
+
+/// The only dtype of buffers and of arithmetic.
+fn f32_only(dtype: DType) -> Emitted<()> {
+    match dtype {
+        DType::F32 => Ok(()),
+        other => Err(Unsupported(format!("{other} in wide code"))),
+    }
+}
+
+impl Machine for Wide {
+    type Value = Val;
+    type Int = Int;
+    type Address = Address;
+
+    fn loop_begin(&mut self, extent: usize, carried: &[Val]) -> (Int, Vec<Val>) {
+        let before = carried.iter().map(|v| self.register(v)).collect();
+        let (id, inside) = self.begin(Span::Extent(extent), before);
+        let inside = carried.iter().zip(inside).map(|(v, r)| v.like(r)).collect();
+        (Int::Loop(id), inside)
+    }
+
+    fn loop_end(&mut self, next: &[Val]) -> Vec<Val> {
+        let registers: Vec<VReg> = next.iter().map(|v| self.register(v)).collect();
+        self.end(registers.clone());
+        next.iter().zip(registers).map(|(v, r)| v.like(r)).collect()
+    }
+
+    fn parallel_begin(&mut self) -> Int {
+        let (id, _) = self.begin(Span::Range(self.arguments[1], self.arguments[2]), Vec::new());
+        self.head = self.current;
+        self.body = self.code.block();
+        self.current = self.body;
+        Int::Loop(id)
+    }
+
+    fn parallel_end(&mut self) {
+        self.code.jump(self.head, self.body, &[]);
+        self.end(Vec::new());
+    }
+
+    fn div_rem(&mut self, x: &Int, divisor: usize, limit: usize) -> Emitted<(Int, Int)> {
+        self.divided(*x, divisor, limit)
+    }
+
+    fn branch_begin(&mut self, condition: &Val) -> Emitted<()> {
+        let &Val::Int(condition) = condition else {
+            return Err(Unsupported("a branch on floats".into()));
+        };
+        let then = self.code.block();
+        self.open.push(Open::Then(self.current, condition, then));
+        self.current = then;
+        Ok(())
+    }
+
+    fn branch_else(&mut self) {
+        let Some(Open::Then(from, condition, then)) = self.open.pop() else {
+            unreachable!("a branch is open")
+        };
+        let other = self.code.block();
+        self.code.branch(from, Test::NonZero, &[condition], then, other);
+        self.open.push(Open::Else(self.current));
+        self.current = other;
+    }
+
+    fn branch_end(&mut self) {
+        let Some(Open::Else(then_end)) = self.open.pop() else { unreachable!("a branch is open") };
+        let exit = self.code.block();
+        self.code.jump(then_end, exit, &[]);
+        self.code.jump(self.current, exit, &[]);
+        self.current = exit;
+    }
+
+    fn address(
+        &mut self,
+        buffer: BufferId,
+        terms: &[(Int, i64)],
+        offset: i64,
+        dynamic: Option<(&Val, i64)>,
+    ) -> Emitted<Address> {
+        match dynamic {
+            None => self.place(buffer, terms, offset),
+            Some(_) => Err(Unsupported("places from data in wide code".into())),
+        }
+    }
+
+    fn load(&mut self, dtype: DType, address: &Address, access: Access) -> Emitted<Val> {
+        f32_only(dtype)?;
+        let (code, to) = match access {
+            Access::One => (Code::VEX_Vmovss_xmm_m32, Arg::Xmm(0)),
+            Access::Lanes => (Code::VEX_Vmovups_ymm_ymmm256, Arg::Ymm(0)),
+            Access::Splat => (Code::VEX_Vbroadcastss_ymm_m32, Arg::Ymm(0)),
+        };
+        let (args, uses) = ([to, address.operand(1)], address.registers());
+        let value = self.code.make(self.current, RegClass::Float, code, &args, &uses);
+        Ok(match access {
+            Access::One => Val::One(value),
+            Access::Lanes | Access::Splat => Val::Lanes(value),
+        })
+    }
+
+    fn store(&mut self, dtype: DType, address: &Address, value: &Val) -> Emitted<()> {
+        f32_only(dtype)?;
+        let mut uses = vec![self.vector(value)?];
+        uses.extend(address.registers());
+        let (code, from) = match value.is_wide() {
+            true => (Code::VEX_Vmovups_ymmm256_ymm, Arg::Ymm(0)),
+            false => (Code::VEX_Vmovss_m32_xmm, Arg::Xmm(0)),
+        };
+        self.code.effect(self.current, code, &[address.operand(1), from], &uses);
+        Ok(())
+    }
+
+    fn number(&mut self, dtype: DType, number: Number, wide: bool) -> Emitted<Val> {
+        match (dtype, number) {
+            (DType::F32, Number::Float(v)) => Ok(Val::Literal((v as f32).to_bits(), wide)),
+            (DType::I64 | DType::Bool, Number::Int(v)) if !wide => {
+                Ok(Val::Int(self.int(self.current, v as i64)))
+            }
+            _ => Err(Unsupported(format!("{dtype} in wide code"))),
+        }
+    }
+
+    fn index(&mut self, terms: &[(Int, i64)], offset: i64) -> Emitted<Val> {
+        let mut sum = self.int(self.current, offset);
+        for &(int, factor) in terms {
+            let step = self.scaled(int, factor)?;
+            sum = self.sum(self.current, sum, step);
+        }
+        Ok(Val::Int(sum))
+    }
+
+    fn unary(&mut self, f: UnaryFn, dtype: DType, x: &Val) -> Emitted<Val> {
+        f32_only(dtype)?;
+        self.float_unary(f, x)
+    }
+
+    fn binary(&mut self, f: BinaryFn, dtype: DType, x: &Val, y: &Val) -> Emitted<Val> {
+        match dtype {
+            DType::I64 | DType::Bool => self.int_binary(f, x, y),
+            _ => {
+                f32_only(dtype)?;
+                self.float_binary(f, x, y)
+            }
+        }
+    }
+
+    fn select(&mut self, dtype: DType, c: &Val, x: &Val, y: &Val) -> Emitted<Val> {
+        f32_only(dtype)?;
+        let mask = match *c {
+            Val::Int(bool) => self.mask(bool, x.is_wide() || y.is_wide()),
+            Val::One(_) | Val::Lanes(_) | Val::Literal(..) => *c,
+        };
+        self.blend(&mask, x, y)
+    }
+
+    fn cast(&mut self, from: DType, to: DType, x: &Val) -> Emitted<Val> {
+        match from == to {
+            true => Ok(*x),
+            false => Err(Unsupported(format!("{from} as {to} in wide code"))),
+        }
+    }
+
+    fn fma(&mut self, dtype: DType, x: &Val, y: &Val, z: &Val) -> Emitted<Val> {
+        f32_only(dtype)?;
+        self.fused(x, y, z)
+    }
+
+    fn bits(&mut self, op: Bits, x: &Val, y: &Val) -> Emitted<Val> {
+        let code = match op {
+            Bits::Add => Code::VEX_Vpaddd_ymm_ymm_ymmm256,
+            Bits::And => Code::VEX_Vandps_ymm_ymm_ymmm256,
+            Bits::Or => Code::VEX_Vorps_ymm_ymm_ymmm256,
+            Bits::Xor => Code::VEX_Vxorps_ymm_ymm_ymmm256,
+        };
+        self.two(code, x, y, None)
+    }
+
+    fn shift(&mut self, x: &Val, left: i32) -> Emitted<Val> {
+        let code = match left {
+            0.. => Code::VEX_Vpslld_ymm_ymm_imm8,
+            _ => Code::VEX_Vpsrld_ymm_ymm_imm8,
+        };
+        self.one(code, x, Some(left.unsigned_abs() as u8))
+    }
+
+    fn from_int(&mut self, x: &Val) -> Emitted<Val> {
+        self.one(Code::VEX_Vcvtdq2ps_ymm_ymmm256, x, None)
+    }
+
+    fn splat(&mut self, x: &Val) -> Emitted<Val> {
+        match *x {
+            Val::One(r) => Ok(self.broadcast(r)),
+            Val::Lanes(_) => Ok(*x),
+            Val::Literal(bits, _) => Ok(Val::Literal(bits, true)),
+            Val::Int(_) => Err(Unsupported("lanes of another type than f32".into())),
+        }
+    }
+
+    fn fold(&mut self, f: ReduceFn, x: &[Val]) -> Emitted<Val> {
+        self.folded(f.binary(), x)
+    }
+}
