@@ -306,11 +306,6 @@ fn stack(call: &mut Call, rows: &[NodeId], shape: &[usize]) -> Added {
 fn layer(call: &mut Call, kind: Kind) -> Outputs {
     let batch_first = call.int_or("layout", 0) != 0;
     call.ignore("hidden_size");
-    for (name, index) in [("sequence lengths", 4)] {
-        if call.optional(index).is_some() {
-            return Err(not_supported(name));
-        }
-    }
     if call.float("clip").is_some() || call.int_or("input_forget", 0) != 0 {
         return Err(not_supported("clipped or coupled gates"));
     }
@@ -323,6 +318,12 @@ fn layer(call: &mut Call, kind: Kind) -> Outputs {
     }
     let sizes = sizes(call, kind, &call.shape(x))?;
     let Sizes { steps, batch, hidden, directions, .. } = sizes;
+    if let Some(lengths) = call.optional(4) {
+        let known = call.graph.value(lengths).and_then(|v| v.as_i64s());
+        if known.is_none_or(|v| v.iter().any(|&n| n != steps as i64)) {
+            return Err(not_supported("sequences of different lengths"));
+        }
+    }
     let mut rows = vec![Vec::new(); steps];
     let mut states: Vec<Vec<NodeId>> = vec![Vec::new(); 2];
     for direction in 0..directions {

@@ -9,7 +9,7 @@ use crate::graph::build::Added;
 use crate::graph::op::{BinaryFn, Op, Shape};
 
 /// Elements of an axis and neighbours of an element that tables are written for.
-const MOST: usize = 1 << 20;
+const MOST: usize = 1 << 16;
 
 /// What is the same for all axes.
 struct Settings {
