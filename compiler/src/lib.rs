@@ -21,6 +21,7 @@ mod model;
 pub mod onnx;
 mod package;
 pub mod plan;
+pub mod rules;
 
 #[cfg(test)]
 mod tests;
@@ -73,7 +74,7 @@ impl Compiler {
         Compiler { threads: threads.max(1), ..self }
     }
 
-    /// Whether the e-graph optimises; without it, operators stand alone.
+    /// Whether the e-graph optimises; without it, the greedy fuser works on the model as it is.
     pub fn egraph(self, egraph: bool) -> Compiler {
         Compiler { egraph, ..self }
     }
@@ -119,7 +120,7 @@ impl Compiler {
 
     /// The graph as kernels.
     pub fn optimise(&self, graph: &Graph) -> Result<Graph> {
-        Ok((*plan::order::unfused(graph)?).clone())
+        Ok((*rules::optimise(graph, self.egraph)?.graph).clone())
     }
 
     /// The executable of a graph of kernels.

@@ -127,8 +127,11 @@ pub fn numel(shape: &[usize]) -> Option<usize> {
     shape.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent))
 }
 
-/// Bytes of a tensor of that type, or `None` where the product overflows.
+/// Bytes of a tensor of that type, or `None` where the product overflows, be it only that of the
+/// extents other than 0: so every product of some of the extents fits as well.
 pub fn size_bytes(dtype: DType, shape: &[usize]) -> Option<usize> {
+    let most = shape.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent.max(1)));
+    most?.checked_mul(dtype.bytes()).filter(|&n| n <= isize::MAX as usize)?;
     numel(shape)?.checked_mul(dtype.bytes()).filter(|&n| n <= isize::MAX as usize)
 }
 

@@ -1,15 +1,14 @@
 //! What the suites share: where references are, how a graph is run, how results are compared.
 
+pub mod cases;
+
 use std::io::Write;
 use std::path::PathBuf;
 
-use kiln::backend::cpu::{Cpu, emit_all};
-use kiln::compile::assemble;
+use kiln::Compiler;
 use kiln::graph::Graph;
-use kiln::graph::eval::{Value, eval};
-use kiln::plan::kernels::program;
-use kiln::plan::order::unfused;
-use kiln_runtime::tensor::{DType, Tensor, TensorView};
+use kiln::graph::eval::Value;
+use kiln::tensor::{DType, Tensor, TensorView};
 
 /// A folder of the references that `tests/run` makes, or `None` (said aloud) where there is none.
 pub fn oracle(folder: &str) -> Option<PathBuf> {
@@ -62,27 +61,29 @@ impl Random {
     }
 }
 
-/// What the interpreter says.
-pub fn interpret(graph: &Graph, inputs: &[Tensor]) -> Vec<Tensor> {
-    let inputs: Vec<Value> = inputs.iter().map(Value::from_tensor).collect();
-    eval(graph, &inputs).iter().map(Value::to_tensor).collect()
-}
+pub use kiln::interpret;
 
-/// What compiled code says: one kernel per operation, no rewriting.
+/// What compiled code says.
 pub fn run_compiled(
     graph: &Graph,
     inputs: &[Tensor],
-    wide: bool,
+    compiler: &Compiler,
 ) -> kiln::error::Result<Vec<Tensor>> {
-    let cpu = Cpu::host(wide);
-    let kernels = unfused(graph)?;
-    let program = program(&kernels, cpu.target())?;
-    let emitted = emit_all(&program.kernels, &cpu, true, false)?;
-    let executable = assemble(&kernels, &program, &emitted, 1)?;
+    let executable = compiler.build(&compiler.optimise(graph)?)?;
     let named: Vec<(&str, TensorView)> =
         graph.inputs.iter().zip(inputs).map(|(port, t)| (port.0.as_str(), t.view())).collect();
     let outputs = executable.run(&named).expect("the inputs are those of the graph");
     Ok(outputs.into_iter().map(|(_, tensor)| tensor).collect())
+}
+
+/// The ways of compiling that must all give right results, with their names.
+pub fn compilers() -> [(&'static str, Compiler); 3] {
+    let compiler = Compiler::new().verify_code(true);
+    [
+        ("compiled", compiler.clone()),
+        ("compiled without the e-graph", compiler.clone().egraph(false)),
+        ("compiled without wide vectors", compiler.wide(false)),
+    ]
 }
 
 /// How far results may be from the reference: `|a - b| <= atol + rtol * |b|`.

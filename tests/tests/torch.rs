@@ -3,8 +3,8 @@
 use kiln::error::Diagnostic;
 use kiln::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
 use kiln::graph::{Graph, NodeId, Origin};
-use kiln_runtime::tensor::{DType, Tensor};
-use kiln_tests::{Random, Tolerance, difference, interpret, run_compiled};
+use kiln::tensor::{DType, Tensor};
+use kiln_tests::{Random, Tolerance, compilers, difference, interpret, run_compiled};
 use proptest::prelude::*;
 use smallvec::SmallVec;
 use tch::Kind;
@@ -47,8 +47,8 @@ fn check(
     graph.outputs.push(("y".into(), y));
     let want = from_torch(&torch(&inputs.iter().map(to_torch).collect::<Vec<_>>()));
     let mut results = vec![("interpreted", interpret(&graph, inputs))];
-    for (name, wide) in [("compiled", false), ("compiled wide", true)] {
-        let got = run_compiled(&graph, inputs, wide)
+    for (name, compiler) in compilers() {
+        let got = run_compiled(&graph, inputs, &compiler)
             .map_err(|e| TestCaseError::fail(format!("{name}: {e}")))?;
         results.push((name, got));
     }

@@ -126,7 +126,7 @@ fn windows(call: &mut Call, spatial: &[usize], kernel: Vec<usize>) -> Result<Win
             }
             other => return Err(not_supported(format!("auto_pad {other}"))),
         };
-        if before.abs() > 1 << 31 || after.abs() > 1 << 31 {
+        if before.unsigned_abs() > 1 << 31 || after.unsigned_abs() > 1 << 31 {
             return Err(not_supported("a border that is too large"));
         }
         let room = extent + before + after - reach - 1;

@@ -106,7 +106,7 @@ pub(super) fn rms_norm(call: &mut Call) -> Outputs {
 fn normalise_groups(call: &mut Call, x: NodeId, groups: usize, epsilon: f32) -> Added {
     let shape = call.shape(x);
     let count = shape.get(1).copied().unwrap_or(0);
-    if groups == 0 || !count.is_multiple_of(groups) {
+    if shape.len() < 2 || groups == 0 || !count.is_multiple_of(groups) {
         return Err(not_supported(format!("{groups} groups of {count} channels")));
     }
     let inner = count / groups * shape[2..].iter().product::<usize>();

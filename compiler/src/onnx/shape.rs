@@ -193,6 +193,9 @@ pub(super) fn pad_constant(
     call.graph.add(Op::Pad(grow), &[y, fill], &call.origin)
 }
 
+/// Places of an index that the importer writes out.
+const MOST_PLACES: u64 = 1 << 24;
+
 /// Padding by elements of the operand: a gather along each axis.
 fn pad_gather(call: &mut Call, x: NodeId, borders: &[(i64, i64)], mode: &str) -> Added {
     let mut y = x;
@@ -201,8 +204,9 @@ fn pad_gather(call: &mut Call, x: NodeId, borders: &[(i64, i64)], mode: &str) ->
         if (before, after) == (0, 0) {
             continue;
         }
-        if n == 0 || before + n + after < 0 {
-            return Err(not_supported(format!("{mode} padding of an empty axis")));
+        let wild = before.unsigned_abs().max(after.unsigned_abs()).max(n as u64) > MOST_PLACES;
+        if n == 0 || wild || before + n + after < 0 {
+            return Err(not_supported(format!("{mode} padding of {n} by {before} and {after}")));
         }
         let from = |i: i64| match mode {
             "edge" => i.clamp(0, n - 1),
@@ -263,12 +267,16 @@ pub(super) fn split(call: &mut Call) -> Outputs {
         Some(parts) => parts.into_iter().map(extent).collect::<Result<Vec<usize>, _>>()?,
         None => {
             let count = extent(call.int_or("num_outputs", call.n_outputs() as i64))?.max(1);
+            if count != call.n_outputs() {
+                return Err(not_supported(format!("{count} parts, {} outputs", call.n_outputs())));
+            }
             let part = shape[axis].div_ceil(count);
             (0..count).map(|i| part.min(shape[axis].saturating_sub(i * part))).collect()
         }
     };
     call.ignore("num_outputs");
-    if parts.iter().sum::<usize>() != shape[axis] {
+    let total = parts.iter().try_fold(0usize, |sum, &part| sum.checked_add(part));
+    if total != Some(shape[axis]) {
         return Err(not_supported(format!("parts {parts:?} of an axis of {}", shape[axis])));
     }
     let mut start = 0;
@@ -524,7 +532,8 @@ pub(super) fn trilu(call: &mut Call) -> Outputs {
 fn depth_space(call: &mut Call, to_space: bool) -> Outputs {
     let x = call.input(0)?;
     let shape = call.shape(x);
-    let block = extent(call.int_or("blocksize", 0))?;
+    // Larger blocks than extents fit nothing; smaller ones have a square that fits.
+    let block = extent(call.int_or("blocksize", 0))?.min(1 << 31);
     let mode = call.string_or("mode", "DCR");
     let [n, c, h, w] = shape[..] else { return Err(not_supported(format!("shape {shape:?}"))) };
     let (g, o) = (&mut *call.graph, &call.origin);

@@ -1,0 +1,345 @@
+//! What the command understands.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Kiln fires a model into machine code.
+#[derive(Parser, Debug)]
+#[command(name = "kiln", version, propagate_version = true, max_term_width = 100)]
+#[command(after_help = "EXAMPLES:\n  \
+    kiln check model.onnx                      every problem at once\n  \
+    kiln run model.onnx -i x.npy -o out.npz    compile in memory and run\n  \
+    kiln bench model.onnx --threads 2          latency of random inputs\n  \
+    kiln verify model.onnx -i test_data_set_0  compare with the reference\n  \
+    kiln compile model.onnx --emit loops       look at a stage\n\n\
+    EXIT CODES:\n  \
+    0 ok, 1 other failure, 2 usage, 3 invalid or unsupported model, 4 results differ,\n  \
+    5 this machine cannot run it, 6 a limit was hit, 7 a file could not be read or written")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// How to say it.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// Flags of every command.
+#[derive(Args, Clone, Debug)]
+pub struct Output {
+    /// Print one JSON object on standard output instead of text
+    #[arg(long, global = true, help_heading = "Output")]
+    pub json: bool,
+    /// Print nothing but results and errors
+    #[arg(short, long, global = true, help_heading = "Output", conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Say more about what happens
+    #[arg(short, long, global = true, help_heading = "Output")]
+    pub verbose: bool,
+    /// Colour of messages
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Output",
+        value_name = "WHEN",
+        default_value = "auto"
+    )]
+    pub color: When,
+    /// Progress of anything longer than a second, on standard error
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Output",
+        value_name = "HOW",
+        default_value = "auto"
+    )]
+    pub progress: ProgressForm,
+}
+
+/// When to use colour.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum When {
+    /// On a terminal, unless NO_COLOR is set.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// How to show progress.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ProgressForm {
+    /// A bar on a terminal.
+    Auto,
+    /// Not at all.
+    Never,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// List everything that is wrong with a model or not supported
+    Check(CheckArgs),
+    /// Compile a model and write one of the stages or the object file
+    Compile(CompileArgs),
+    /// Compile a model in memory and run it
+    Run(RunArgs),
+    /// Measure compile time, latency and memory
+    Bench(BenchArgs),
+    /// Show inputs, outputs, operators and memory of a model
+    Inspect(InspectArgs),
+    /// Compare the compiled model with the reference interpreter and with stored outputs
+    Verify(VerifyArgs),
+    /// Show what became of a node of the model
+    Explain(ExplainArgs),
+    /// List the operators that are supported
+    Ops(OpsArgs),
+    /// Show what Kiln sees of this machine, and whether it can run here
+    Doctor,
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print a manual page
+    Man {
+        /// The command that it is about; without it, `kiln` itself
+        command: Option<String>,
+    },
+}
+
+/// The model and how far it may go.
+#[derive(Args, Clone, Debug)]
+pub struct ModelArgs {
+    /// The model, an .onnx file
+    pub model: PathBuf,
+    /// Extent of a named dimension of the inputs; may be given several times
+    #[arg(long, value_name = "NAME=N", value_parser = parse_dim, help_heading = "Model")]
+    pub dim: Vec<(String, usize)>,
+    /// Bytes that the tensors of the model may take, such as 512M or 2G
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Model")]
+    pub max_memory: Option<u64>,
+    /// Nodes that the model may have
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    pub max_nodes: Option<usize>,
+}
+
+/// How to compile.
+#[derive(Args, Clone, Debug)]
+pub struct BuildArgs {
+    /// Threads to run on; 0 means all that the system offers
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Compiler")]
+    pub threads: usize,
+    /// Leave out optimisation by equality saturation
+    #[arg(long, help_heading = "Compiler")]
+    pub no_egraph: bool,
+    /// Use 128-bit vectors only
+    #[arg(long, help_heading = "Compiler")]
+    pub no_wide: bool,
+}
+
+/// `kiln check`
+#[derive(Args, Debug)]
+pub struct CheckArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+}
+
+/// `kiln compile`
+#[derive(Args, Debug)]
+pub struct CompileArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub build: BuildArgs,
+    /// File to write; without it, text goes to standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// What to write [default: obj with -o, plan without]
+    #[arg(long, value_name = "STAGE")]
+    pub emit: Option<Emit>,
+}
+
+/// A stage of the pipeline, or what comes out of it.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Emit {
+    /// The model as Kiln's graph of tensors.
+    Graph,
+    /// The graph after optimisation: one node for each kernel.
+    Fused,
+    /// The loops of each kernel.
+    Loops,
+    /// Cranelift's form of each kernel.
+    Clif,
+    /// Machine code, disassembled.
+    Asm,
+    /// Order of kernels and places in memory.
+    Plan,
+    /// An object file.
+    Obj,
+}
+
+/// Where inputs come from.
+#[derive(Args, Clone, Debug)]
+pub struct InputArgs {
+    /// NAME=FILE.npy, FILE.npy, FILE.npz, FILE.pb, random[:SEED], or a folder of input_K.pb;
+    /// may be given several times
+    #[arg(short, long, value_name = "INPUT")]
+    pub input: Vec<String>,
+}
+
+/// `kiln run`
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub build: BuildArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub inputs: InputArgs,
+    /// File for the outputs: .npz, with their names as keys, or .npy for a single one;
+    /// without it, a summary goes to standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// `kiln bench`
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub build: BuildArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub inputs: InputArgs,
+    /// How long to run before measuring
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_time)]
+    pub warmup: Duration,
+    /// How long to measure
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_time)]
+    pub time: Duration,
+    /// Percentiles of the latency to print
+    #[arg(long, value_name = "P,..", default_value = "50,90,99", value_delimiter = ',')]
+    #[arg(value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub percentiles: Vec<u8>,
+    /// Also print how long each kernel takes
+    #[arg(long)]
+    pub kernels: bool,
+}
+
+/// `kiln inspect`
+#[derive(Args, Debug)]
+pub struct InspectArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+}
+
+/// `kiln verify`
+#[derive(Args, Debug)]
+pub struct VerifyArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub build: BuildArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub inputs: InputArgs,
+    /// Relative difference that is allowed
+    #[arg(long, value_name = "X", default_value_t = 1e-3)]
+    pub rtol: f64,
+    /// Absolute difference that is allowed
+    #[arg(long, value_name = "X", default_value_t = 1e-5)]
+    pub atol: f64,
+}
+
+/// `kiln explain`
+#[derive(Args, Debug)]
+pub struct ExplainArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Name of the node, or a part of it
+    pub node: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub build: BuildArgs,
+}
+
+/// `kiln ops`
+#[derive(Args, Debug)]
+pub struct OpsArgs {
+    /// Only operators whose name contains this, in any case
+    pub filter: Option<String>,
+}
+
+fn parse_dim(text: &str) -> Result<(String, usize), String> {
+    let (name, extent) = text.rsplit_once('=').ok_or("expected NAME=N, such as batch=1")?;
+    let extent = extent.parse().map_err(|_| format!("`{extent}` is no extent"))?;
+    if name.is_empty() { Err("the name is empty".into()) } else { Ok((name.into(), extent)) }
+}
+
+/// A number of bytes, with a suffix for a power of 1024.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("`{text}` is no size; write bytes, or a number with K, M, G or T");
+    let upper = text.to_ascii_uppercase();
+    let trimmed = upper.trim_end_matches('B').trim_end_matches('I');
+    let suffixes = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
+    let suffix = suffixes.iter().find(|(suffix, _)| trimmed.ends_with(*suffix));
+    let (digits, shift) =
+        suffix.map_or((trimmed, 0), |(s, shift)| (trimmed.trim_end_matches(*s), *shift));
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
+/// A time such as `500ms`, `2s`, `1m`; a bare number is seconds.
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("`{text}` is no time; write 500ms, 2s or 1m");
+    let units = [("ms", 1e-3), ("us", 1e-6), ("s", 1.0), ("m", 60.0)];
+    let unit = units.iter().find_map(|(unit, scale)| Some((text.strip_suffix(unit)?, *scale)));
+    let (number, scale) = unit.unwrap_or((text, 1.0));
+    let number: f64 = number.trim().parse().map_err(|_| wrong())?;
+    Duration::try_from_secs_f64(number * scale).map_err(|_| wrong())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_times_and_dims() {
+        assert_eq!(parse_size("1024"), Ok(1024));
+        assert_eq!(parse_size("2G"), Ok(2 << 30));
+        assert_eq!(parse_size("512MiB"), Ok(512 << 20));
+        assert_eq!(parse_size("1kb"), Ok(1024));
+        assert!(parse_size("x").is_err() && parse_size("99999999999T").is_err());
+        assert_eq!(parse_time("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_time("2"), Ok(Duration::from_secs(2)));
+        assert_eq!(parse_time("1m"), Ok(Duration::from_secs(60)));
+        assert!(parse_time("-1s").is_err() && parse_time("fast").is_err());
+        assert_eq!(parse_dim("batch=4"), Ok(("batch".to_string(), 4)));
+        assert!(parse_dim("batch").is_err() && parse_dim("=4").is_err());
+    }
+}

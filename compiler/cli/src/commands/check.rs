@@ -1,0 +1,34 @@
+//! `kiln check`: every problem of a model at once.
+
+use kiln::Compiler;
+use serde_json::json;
+
+use crate::args::CheckArgs;
+use crate::commands::{dim_names, limits, model_name, open};
+use crate::failure::Failure;
+use crate::term::Term;
+
+/// Reads the model, checks all shapes and operators, and says that all is well.
+pub fn run(args: &CheckArgs, term: &Term) -> Result<(), Failure> {
+    let (model, _) = open(&args.model, term)?;
+    let compiler = Compiler::new().limits(limits(&args.model));
+    let dims = args.model.dim.iter();
+    let mut compiler = dims.fold(compiler, |compiler, (name, extent)| compiler.dim(name, *extent));
+    let mut known: Vec<&str> = args.model.dim.iter().map(|(name, _)| name.as_str()).collect();
+    for dim in model.inputs().iter().flat_map(dim_names).flatten() {
+        if !known.contains(&dim) {
+            known.push(dim);
+            compiler = compiler.dim(dim, 1);
+            term.note(format_args!("note: dim {dim} is taken as 1; --dim {dim}=N checks another"));
+        }
+    }
+    let graph = term.during("check", None, || compiler.graph(&model))?;
+    let name = model_name(&args.model.model);
+    let (nodes, operations) = (model.nodes().len(), graph.nodes.len());
+    let text = format!(
+        "{} {name}: {nodes} nodes, all supported; {operations} operations\n",
+        term.green("ok")
+    );
+    let value = json!({ "ok": true, "model": name, "nodes": nodes, "operations": operations });
+    term.report(value, &text)
+}

@@ -1,0 +1,93 @@
+//! `kiln doctor`: what this machine offers, and whether compiled models can run here.
+
+use serde_json::{Value, json};
+
+use crate::failure::{Exit, Failure};
+use crate::term::{Term, bytes};
+
+/// Finds out and prints; fails when compiled models cannot run here.
+pub fn run(term: &Term) -> Result<(), Failure> {
+    let features = features();
+    let has = |name: &str| features.iter().any(|(feature, present)| *feature == name && *present);
+    let vectors = match () {
+        () if has("avx512f") => "512 bits",
+        () if has("avx2") && has("fma") => "256 bits",
+        () => "128 bits",
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let memory = total_memory();
+    let limits = kiln::Limits::default();
+    let code = kiln::code::Code::load(&[0xc3], vec![0]);
+    let code_text = code.as_ref().map_or_else(ToString::to_string, |_| "works".to_string());
+    let listed: Vec<&str> = features.iter().filter(|f| f.1).map(|f| f.0).collect();
+    let rows = [
+        ("version", env!("CARGO_PKG_VERSION").to_string()),
+        ("target", target()),
+        ("processor", processor().unwrap_or_else(|| "unknown".into())),
+        ("features", if listed.is_empty() { "none".into() } else { listed.join(" ") }),
+        ("vectors", vectors.to_string()),
+        ("threads", threads.to_string()),
+        ("memory", memory.map_or("unknown".into(), bytes)),
+        ("machine code", code_text.clone()),
+        ("node limit", limits.max_nodes.to_string()),
+        ("memory limit", bytes(limits.max_bytes)),
+    ];
+    let text: String = rows.iter().map(|(name, row)| format!("{name:<14}{row}\n")).collect();
+    let value = json!({
+        "ok": code.is_ok(), "version": env!("CARGO_PKG_VERSION"), "target": target(),
+        "processor": processor(), "features": listed, "vectors": vectors, "threads": threads,
+        "memory_bytes": memory, "machine_code": code_text,
+        "limits": { "nodes": limits.max_nodes, "bytes": limits.max_bytes },
+    });
+    term.report(value, &text)?;
+    if code.is_err() {
+        return Err(Failure::said(Exit::Incompatible));
+    }
+    Ok(())
+}
+
+fn target() -> String {
+    format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS)
+}
+
+/// Features that decide which instructions are used, and whether they are here.
+#[cfg(target_arch = "x86_64")]
+fn features() -> Vec<(&'static str, bool)> {
+    macro_rules! detect {
+        ($($name:tt),*) => { vec![$(($name, std::arch::is_x86_feature_detected!($name))),*] };
+    }
+    detect!(
+        "sse4.2",
+        "avx",
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "avx512vnni",
+        "avx512bf16",
+        "avx512fp16",
+        "avxvnni"
+    )
+}
+
+/// Features that decide which instructions are used, and whether they are here.
+#[cfg(not(target_arch = "x86_64"))]
+fn features() -> Vec<(&'static str, bool)> {
+    Vec::new()
+}
+
+fn processor() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_string())
+}
+
+fn total_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: Value = serde_json::from_str(line.trim().trim_end_matches("kB").trim()).ok()?;
+    Some(kib.as_u64()? * 1024)
+}

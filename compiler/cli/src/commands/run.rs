@@ -1,0 +1,98 @@
+//! `kiln run`: compiles a model in memory and runs it once.
+
+use std::path::Path;
+use std::time::Instant;
+
+use kiln::error::sanitize;
+use kiln::plan::Port;
+use kiln::tensor::{Tensor, TensorView};
+use serde_json::{Value, json};
+
+use crate::args::RunArgs;
+use crate::commands::{compile, compiler, gather, model_name, open};
+use crate::failure::Failure;
+use crate::files;
+use crate::stats::values;
+use crate::term::{Term, milliseconds};
+
+/// Runs the model and writes its outputs, or a summary of them.
+pub fn run(args: &RunArgs, term: &Term) -> Result<(), Failure> {
+    let (model, _) = open(&args.model, term)?;
+    let compiler = compiler(&args.model, &args.build);
+    let (given, compiler) = gather(&model, &args.model.dim, &args.inputs, false, compiler)?;
+    let (executable, _) = compile(&model, &compiler, term)?;
+    let inputs = given.complete(executable.inputs())?;
+    let begin = Instant::now();
+    let outputs = executable.run(&inputs.named());
+    let outputs = outputs.map_err(|error| Failure::usage(error.to_string()))?;
+    term.detail(format_args!("run: {}", milliseconds(begin.elapsed())));
+    let Some(path) = &args.output else {
+        let name = model_name(&args.model.model);
+        let list: Vec<Value> = outputs.iter().map(|(name, t)| summary_json(name, t)).collect();
+        let text: String = outputs.iter().map(|(name, t)| summary(name, t)).collect();
+        return term.report(json!({ "ok": true, "model": name, "outputs": list }), &text);
+    };
+    write(path, &outputs)?;
+    term.note(format_args!("wrote {}", model_name(path)));
+    if term.json {
+        term.report(json!({ "ok": true, "output": model_name(path) }), "")?;
+    }
+    Ok(())
+}
+
+fn write(path: &Path, outputs: &[(String, Tensor)]) -> Result<(), Failure> {
+    let views: Vec<(&str, TensorView<'_>)> =
+        outputs.iter().map(|(name, tensor)| (name.as_str(), tensor.view())).collect();
+    let extension = path.extension().and_then(|extension| extension.to_str());
+    match (extension, views.as_slice()) {
+        (Some("npz"), views) => files::write(path, |mut out| kiln::npz::write_npz(&mut out, views)),
+        (Some("npy"), [(_, view)]) => {
+            files::write(path, |mut out| kiln::npz::write_npy(&mut out, *view))
+        }
+        (Some("npy"), _) => {
+            let text = format!("a .npy file holds one tensor, the model has {}", views.len());
+            Err(Failure::usage(text).help("write a .npz file"))
+        }
+        _ => Err(Failure::usage(format!("{}: neither .npz nor .npy", path.display()))),
+    }
+}
+
+/// Smallest, largest and mean element; NaN and infinities are left out and counted.
+fn figures(values: &[f64]) -> (f64, f64, f64, usize) {
+    let finite: Vec<f64> = values.iter().copied().filter(|value| value.is_finite()).collect();
+    let min = finite.iter().copied().fold(f64::INFINITY, f64::min);
+    let max = finite.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let mean = finite.iter().sum::<f64>() / finite.len() as f64;
+    (min, max, mean, values.len() - finite.len())
+}
+
+fn port(name: &str, tensor: &Tensor) -> String {
+    let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+    Port { name: sanitize(name), dtype, shape }.to_string()
+}
+
+fn summary(name: &str, tensor: &Tensor) -> String {
+    let values = values(tensor);
+    let first: Vec<String> = values.iter().take(8).map(|value| format!("{value:.6}")).collect();
+    let more = if values.len() > 8 { " ..." } else { "" };
+    let mut text = format!("{}\n  {}{more}\n", port(name, tensor), first.join(" "));
+    let (min, max, mean, odd) = figures(&values);
+    if values.len() > odd {
+        text += &format!("  min {min:.6}  max {max:.6}  mean {mean:.6}\n");
+    }
+    if odd > 0 {
+        text += &format!("  {odd} elements are not finite\n");
+    }
+    text
+}
+
+fn summary_json(name: &str, tensor: &Tensor) -> Value {
+    let values = values(tensor);
+    let (min, max, mean, odd) = figures(&values);
+    // JSON has no infinities: where nothing is finite these become null.
+    json!({
+        "name": sanitize(name), "dtype": tensor.dtype().name(), "shape": tensor.shape(),
+        "min": min, "max": max, "mean": mean, "not_finite": odd,
+        "first": values.iter().take(8).collect::<Vec<_>>(),
+    })
+}

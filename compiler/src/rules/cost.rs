@@ -1,0 +1,137 @@
+//! What a kernel is modelled to cost on a CPU core: launch + the larger of traffic and arithmetic.
+//! The figures are those of one AVX2 core; only their ratios decide.
+
+use crate::graph::op::{BinaryFn, Contract, Op, UnaryFn};
+use crate::graph::{Body, Graph};
+
+/// Microseconds to start a kernel.
+const LAUNCH_US: f64 = 0.3;
+/// Bytes per microsecond.
+const BYTES_PER_US: f64 = 20_000.0;
+/// Floating point operations per microsecond at full rate.
+const FLOPS_PER_US: f64 = 100_000.0;
+
+/// Modelled time of all kernels of a graph that do not hang on constants only.
+pub fn kernels_us(graph: &Graph) -> f64 {
+    let mut constant: Vec<bool> = Vec::with_capacity(graph.nodes.len());
+    let mut total = 0.0;
+    for node in &graph.nodes {
+        let fixed = match node.op {
+            Op::Input(_) => false,
+            _ => node.args.iter().all(|a| constant[a.index()]),
+        };
+        constant.push(fixed);
+        if let (Op::Fused(body), false) = (&node.op, fixed) {
+            let weights: Vec<bool> = node.args.iter().map(|a| constant[a.index()]).collect();
+            total += body_us(&graph.bodies[*body as usize], &weights);
+        }
+    }
+    total
+}
+
+/// Modelled time of one kernel.
+pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
+    let mut bytes = body.root().ty.size_bytes() as f64;
+    let mut work_us = 0.0;
+    for node in &body.nodes {
+        match &node.op {
+            Op::Input(i) => {
+                bytes += node.ty.size_bytes() as f64;
+                let _ = i;
+            }
+            op => {
+                let constant = |k: usize| {
+                    node.args.get(k).is_some_and(|a| match body.nodes[a.index()].op {
+                        Op::Input(i) => constant_args.get(i as usize) == Some(&true),
+                        _ => false,
+                    })
+                };
+                work_us += op_us(op, node.ty.numel() as f64, [constant(0), constant(1)]);
+            }
+        }
+    }
+    // A permutation that ends up in memory order is strided access for all bytes.
+    let strided = matches!(body.root().op, Op::Permute(_)) && body.nodes.len() == 2;
+    let slow = if strided { 4.0 } else { 1.0 };
+    LAUNCH_US + (slow * bytes / BYTES_PER_US).max(work_us)
+}
+
+/// Modelled time of an operation's arithmetic for so many results.
+pub fn op_us(op: &Op, results: f64, constant: [bool; 2]) -> f64 {
+    match op {
+        Op::Contract(contract) => contract_us(contract, constant),
+        Op::Unary(f) => results * unary_weight(*f) / FLOPS_PER_US,
+        Op::Binary(BinaryFn::Pow) => results * 100.0 / FLOPS_PER_US,
+        Op::Binary(_) | Op::Select | Op::Cast(_) => results * 8.0 / FLOPS_PER_US,
+        Op::Reduce(..) | Op::Scan(..) | Op::Scatter(_) | Op::Gather(_) => {
+            results * 16.0 / FLOPS_PER_US
+        }
+        Op::Composite(_) => results * 200.0 / FLOPS_PER_US,
+        Op::Input(_)
+        | Op::Const(_)
+        | Op::Iota(..)
+        | Op::Reshape(_)
+        | Op::Permute(_)
+        | Op::Expand(_)
+        | Op::Slice(_)
+        | Op::Pad(_)
+        | Op::Window(_)
+        | Op::Concat(_)
+        | Op::Fused(_) => 0.0,
+    }
+}
+
+fn unary_weight(f: UnaryFn) -> f64 {
+    match f {
+        UnaryFn::Exp
+        | UnaryFn::Log
+        | UnaryFn::Tanh
+        | UnaryFn::Erf
+        | UnaryFn::Sin
+        | UnaryFn::Cos => 100.0,
+        UnaryFn::Recip | UnaryFn::Sqrt => 30.0,
+        UnaryFn::Neg
+        | UnaryFn::Abs
+        | UnaryFn::Sign
+        | UnaryFn::Floor
+        | UnaryFn::Ceil
+        | UnaryFn::Round
+        | UnaryFn::Not => 8.0,
+    }
+}
+
+/// The last result axis goes into lanes: fast where one operand steps along it by one element or
+/// is constant (then it is packed), and the other stays or does the same.
+fn contract_us(contract: &Contract, constant: [bool; 2]) -> f64 {
+    let flops = 2.0 * contract.extents.iter().map(|&e| e as f64).product::<f64>();
+    let lanes = (0..contract.n_out).rev().find(|&a| contract.extents[a] > 1);
+    let Some(axis) = lanes else { return flops / FLOPS_PER_US / 0.1 };
+    let last_index = |k: usize| contract.maps[k].last().map_or(0, |a| a.coefficient(axis));
+    let uses = |k: usize| contract.maps[k].iter().any(|a| a.coefficient(axis) != 0);
+    let outer_use = |k: usize| {
+        let n = contract.maps[k].len();
+        contract.maps[k].iter().take(n.saturating_sub(1)).any(|a| a.coefficient(axis) != 0)
+    };
+    let unit = |k: usize| !uses(k) || constant[k] || (last_index(k) == 1 && !outer_use(k));
+    let extent = contract.extents[axis];
+    // Lanes that the last tile leaves empty.
+    let filled = extent as f64 / extent.next_multiple_of(8) as f64;
+    let packed = (0..2).any(|k| uses(k) && constant[k]);
+    let wide = extent >= 8;
+    // The longest part of the sum should run along an operand's last axis.
+    let longest = (contract.n_out..contract.extents.len()).max_by_key(|&a| contract.extents[a]);
+    let along = |k: usize| {
+        constant[k]
+            || longest
+                .is_none_or(|a| contract.maps[k].last().is_some_and(|i| i.coefficient(a) == 1))
+    };
+    let efficiency = match (unit(0) && unit(1), wide) {
+        // Panels packed at compile time are read in order, whatever the other operand does.
+        (true, true) if packed && along(0) && along(1) => 0.6 * filled,
+        (true, true) if packed => 0.5 * filled,
+        (true, true) => 0.3 * filled,
+        (true, false) => 0.12,
+        (false, _) => 0.04,
+    };
+    flops / FLOPS_PER_US / efficiency
+}

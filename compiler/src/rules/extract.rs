@@ -1,0 +1,186 @@
+//! Takes one node of each e-class that is needed: the cheapest by area flow (a value's cost is
+//! shared by as many users as it had in the model), children before parents, without cycles.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+
+use egg::Id;
+use smallvec::SmallVec;
+
+use super::cost::op_us;
+use super::lang::{ENode, Saturated};
+use crate::graph::op::Op;
+use crate::graph::{Args, Graph, NodeId, Origin};
+
+/// Bytes per microsecond of a value that is written and read.
+const BYTES_PER_US: f64 = 10_000.0;
+
+/// The cost of a node by itself, apart from its operands.
+fn node_us(saturated: &Saturated, class: Id, node: &ENode) -> f64 {
+    let data = &saturated.egraph[class].data;
+    if data.constant {
+        return 0.0;
+    }
+    let constant =
+        [0, 1].map(|k: usize| node.args.get(k).is_some_and(|a| saturated.egraph[*a].data.constant));
+    let bytes = data.ty.size_bytes() as f64;
+    // Pointwise work usually runs in the epilogue of what makes its operand.
+    let traffic = match &node.op {
+        Op::Input(_) | Op::Const(_) | Op::Reshape(_) | Op::Fused(_) => 0.0,
+        Op::Permute(_) => 4.0 * bytes,
+        Op::Unary(_) | Op::Binary(_) | Op::Select | Op::Cast(_) | Op::Expand(_) | Op::Iota(..) => {
+            0.2 * bytes
+        }
+        Op::Slice(_) | Op::Window(_) => 0.5 * bytes,
+        Op::Pad(_)
+        | Op::Concat(_)
+        | Op::Gather(_)
+        | Op::Scatter(_)
+        | Op::Reduce(..)
+        | Op::Scan(..)
+        | Op::Contract(_)
+        | Op::Composite(_) => bytes,
+    };
+    0.01 + traffic / BYTES_PER_US + op_us(&node.op, data.ty.numel() as f64, constant)
+}
+
+/// The graph of the cheapest nodes.
+pub fn extract(saturated: &Saturated, original: &Graph) -> Graph {
+    let egraph = &saturated.egraph;
+    let mut users: HashMap<Id, f64> = HashMap::new();
+    for node in &original.nodes {
+        for arg in &node.args {
+            *users.entry(egraph.find(saturated.classes[arg.index()])).or_insert(0.0) += 1.0;
+        }
+    }
+    inherit_users(saturated, &mut users);
+    let best = cheapest(saturated, &users);
+    let mut build = Build {
+        saturated,
+        best: &best,
+        graph: Graph::empty_like(original),
+        done: HashMap::new(),
+        open: Vec::new(),
+    };
+    // All inputs are there, used or not.
+    for (i, node) in original.nodes.iter().enumerate() {
+        if let Op::Input(_) = node.op {
+            build.visit(saturated.classes[i], &node.origin);
+        }
+    }
+    for (name, id) in &original.outputs {
+        let origin = &original.node(*id).origin;
+        let out = build.visit(saturated.classes[id.index()], origin);
+        build.graph.outputs.push((name.clone(), out));
+    }
+    build.graph
+}
+
+/// The same value in another layout has the users of the value.
+fn inherit_users(saturated: &Saturated, users: &mut HashMap<Id, f64>) {
+    let egraph = &saturated.egraph;
+    let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();
+    classes.sort_unstable();
+    for _ in 0..2 {
+        for class in &classes {
+            let Some(count) = users.get(class).copied() else { continue };
+            for node in &egraph[*class].nodes {
+                if let Op::Permute(_) | Op::Reshape(_) = node.op {
+                    let other = users.entry(egraph.find(node.args[0])).or_insert(0.0);
+                    *other = other.max(count);
+                }
+            }
+        }
+    }
+}
+
+/// A node for each class, by Knuth's generalisation of Dijkstra's algorithm: a class is settled by
+/// the cheapest node whose operands are settled, so the choice has no cycles.
+fn cheapest(saturated: &Saturated, users: &HashMap<Id, f64>) -> HashMap<Id, ENode> {
+    let egraph = &saturated.egraph;
+    let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();
+    classes.sort_unstable();
+    let mut nodes: Vec<(Id, &ENode, Vec<Id>)> = Vec::new();
+    for &class in &classes {
+        let mut sorted: Vec<&ENode> = egraph[class].nodes.iter().collect();
+        sorted.sort_unstable();
+        for node in sorted {
+            let mut args: Vec<Id> = node.args.iter().map(|a| egraph.find(*a)).collect();
+            args.sort_unstable();
+            args.dedup();
+            nodes.push((class, node, args));
+        }
+    }
+    let mut waiting: Vec<usize> = nodes.iter().map(|n| n.2.len()).collect();
+    let mut used_by: HashMap<Id, Vec<usize>> = HashMap::new();
+    let mut queue: BinaryHeap<Reverse<(u64, usize)>> = BinaryHeap::new();
+    // Costs are positive, so their bits are in the order of their values.
+    let key = |cost: f64| cost.to_bits();
+    for (i, (class, node, args)) in nodes.iter().enumerate() {
+        args.iter().for_each(|a| used_by.entry(*a).or_default().push(i));
+        if args.is_empty() {
+            queue.push(Reverse((key(node_us(saturated, *class, node)), i)));
+        }
+    }
+    let mut cost: HashMap<Id, f64> = HashMap::new();
+    let mut best: HashMap<Id, ENode> = HashMap::new();
+    while let Some(Reverse((bits, i))) = queue.pop() {
+        let (class, node, _) = &nodes[i];
+        if best.contains_key(class) {
+            continue;
+        }
+        best.insert(*class, (*node).clone());
+        cost.insert(*class, f64::from_bits(bits));
+        for &user in used_by.get(class).map_or(&[][..], Vec::as_slice) {
+            waiting[user] -= 1;
+            if waiting[user] == 0 {
+                let (class, node, args) = &nodes[user];
+                let below: f64 = args
+                    .iter()
+                    .map(|a| cost[a] / users.get(a).copied().unwrap_or(1.0).max(1.0))
+                    .sum();
+                let total = node_us(saturated, *class, node) + below;
+                queue.push(Reverse((key(total), user)));
+            }
+        }
+    }
+    best
+}
+
+struct Build<'a> {
+    saturated: &'a Saturated,
+    best: &'a HashMap<Id, ENode>,
+    graph: Graph,
+    done: HashMap<Id, NodeId>,
+    open: Vec<(Id, Origin)>,
+}
+
+impl Build<'_> {
+    /// Adds a class after its operands; a loop instead of recursion, since models can be deep.
+    fn visit(&mut self, class: Id, origin: &Origin) -> NodeId {
+        let root = self.saturated.egraph.find(class);
+        self.open.push((root, origin.clone()));
+        while let Some((class, user)) = self.open.last().cloned() {
+            if self.done.contains_key(&class) {
+                self.open.pop();
+                continue;
+            }
+            let node = &self.best[&class];
+            let data = &self.saturated.egraph[class].data;
+            let origin = data.origin.clone().unwrap_or(user);
+            let args: SmallVec<[Id; 4]> =
+                node.args.iter().map(|a| self.saturated.egraph.find(*a)).collect();
+            let missing: Vec<Id> =
+                args.iter().copied().filter(|a| !self.done.contains_key(a)).collect();
+            if missing.is_empty() {
+                let args: Args = args.iter().map(|a| self.done[a]).collect();
+                let id = self.graph.push(node.op.clone(), args, data.ty.clone(), &origin);
+                self.done.insert(class, id);
+                self.open.pop();
+            } else {
+                self.open.extend(missing.into_iter().rev().map(|a| (a, origin.clone())));
+            }
+        }
+        self.done[&root]
+    }
+}

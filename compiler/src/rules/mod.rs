@@ -1,0 +1,74 @@
+//! The optimiser: an e-graph finds equal forms of a graph, the cheapest is taken and fused.
+
+pub mod cost;
+pub mod extract;
+pub mod fuse;
+pub mod lang;
+pub mod table;
+
+use std::collections::BTreeMap;
+
+use crate::error::Result;
+use crate::graph::Graph;
+use crate::graph::verify::{Verified, verify};
+
+/// Budgets are counts, never time, so that equal input gives equal results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Rounds of all rules.
+    pub rounds: usize,
+    /// E-nodes.
+    pub nodes: usize,
+}
+
+impl Default for Budget {
+    fn default() -> Budget {
+        Budget { rounds: 40, nodes: 60_000 }
+    }
+}
+
+/// What optimisation did.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// How often each rule made two forms equal.
+    pub fired: BTreeMap<&'static str, usize>,
+    /// E-nodes after saturation.
+    pub nodes: usize,
+    /// E-classes after saturation.
+    pub classes: usize,
+    /// Modelled cost of the greedy fuser's kernels on the graph as imported, in microseconds.
+    pub greedy_us: f64,
+    /// Modelled cost of the kernels that were chosen, in microseconds.
+    pub chosen_us: f64,
+}
+
+/// A graph of kernels and how it came about.
+#[derive(Clone, Debug)]
+pub struct Optimised {
+    /// Nodes are inputs, constants, reshapes (the same bytes) and fused bodies.
+    pub graph: Verified<Graph>,
+    /// What was done.
+    pub report: Report,
+}
+
+/// The graph as kernels. Without the e-graph, the greedy fuser works on the graph as it is.
+pub fn optimise(graph: &Graph, egraph: bool) -> Result<Optimised> {
+    let plain = fuse::expand(graph)?;
+    let greedy = fuse::fuse(&plain)?;
+    let greedy_us = cost::kernels_us(&greedy);
+    let mut report = Report { greedy_us, chosen_us: greedy_us, ..Report::default() };
+    if !egraph {
+        return Ok(Optimised { graph: verify(greedy)?, report });
+    }
+    let mut saturated = lang::build(&plain);
+    report.fired = table::saturate(&mut saturated.egraph, Budget::default());
+    report.nodes = saturated.egraph.total_size();
+    report.classes = saturated.egraph.number_of_classes();
+    let extracted = extract::extract(&saturated, &plain);
+    let fused = fuse::fuse(&extracted)?;
+    let fused_us = cost::kernels_us(&fused);
+    // Never dearer than the greedy fuser on the model as it came.
+    let best = if fused_us <= greedy_us { fused } else { greedy };
+    report.chosen_us = fused_us.min(greedy_us);
+    Ok(Optimised { graph: verify(best)?, report })
+}

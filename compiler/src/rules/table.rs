@@ -1,0 +1,565 @@
+//! The rules. Each is one function that takes a node and gives an equal one; `RULES` lists them
+//! with how they treat rounding. Layout needs no tag: a layout is a [`Op::Permute`], so it is part
+//! of the type, and these rules move permutations to where they cost nothing.
+
+use std::collections::BTreeMap;
+use std::hash::{Hash, Hasher};
+
+use egg::Id;
+use rustc_hash::{FxHashSet, FxHasher};
+use smallvec::SmallVec;
+
+use super::Budget;
+use super::lang::{ENode, Egg};
+use crate::graph::op::{Affine, Axes, BinaryFn, Contract, Op, Shape};
+
+/// How a rule treats floating point results.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rounding {
+    /// Bit for bit the same.
+    Exact,
+    /// The same sum or product in another order.
+    Reassociating,
+}
+
+/// A rule: from a node of a class to an equal class.
+pub struct Rule {
+    /// Name in reports.
+    pub name: &'static str,
+    /// What it does to rounding.
+    pub rounding: Rounding,
+    /// An equal class, where the rule applies.
+    pub apply: fn(&mut Egg, &ENode) -> Option<Id>,
+}
+
+macro_rules! rules {
+    ($($name:literal $rounding:ident $apply:ident;)*) => {
+        &[$(Rule { name: $name, rounding: Rounding::$rounding, apply: $apply },)*]
+    };
+}
+
+/// All rules.
+pub static RULES: &[Rule] = rules! {
+    // p(q(x)) = (p then q)(x)
+    "permute-permute" Exact permute_permute;
+    // reshape(reshape(x)) = reshape(x)
+    "reshape-reshape" Exact reshape_reshape;
+    // A permutation that only moves unit axes is a reshape, and reshapes look through it.
+    "reshape-of-unit-permute" Exact reshape_of_unit_permute;
+    // A reshape that splits axes moves through a permutation.
+    "reshape-split-permute" Exact reshape_split_permute;
+    // A reshape that joins axes moves through a permutation that keeps them together.
+    "reshape-join-permute" Exact reshape_join_permute;
+    // f(p(x)) = p(f(x))
+    "unary-permute" Exact unary_permute;
+    // f(p(x), y) = p(f(x, p'(y)))
+    "binary-permute" Exact binary_permute;
+    // pad(p(x)) = p(pad'(x))
+    "pad-permute" Exact pad_permute;
+    // slice(p(x)) = p(slice'(x))
+    "slice-permute" Exact slice_permute;
+    // reduce(p(x)) = p(reduce'(x))
+    "reduce-permute" Exact reduce_permute;
+    // concat(p(x), p(y)) = p(concat'(x, y))
+    "concat-permute" Exact concat_permute;
+    // A pooling of p(x) is computed in the order of x.
+    "pool-permute" Exact pool_permute;
+    // contract(p(x), y) = contract'(x, y)
+    "contract-absorbs-permute" Exact contract_absorbs_permute;
+    // contract(split(x), y) = contract'(x, y)
+    "contract-absorbs-split" Exact contract_absorbs_split;
+    // Result axes of extent 1 that a reshape drops need not be there.
+    "contract-drops-unit-axes" Exact contract_drops_unit_axes;
+    // A contraction with constant weights may have its channels last.
+    "contract-channels-last" Exact contract_channels_last;
+    // s * contract(x, w) = contract(x, s * w): batch norms and scales go into weights.
+    "scale-into-contract" Reassociating scale_into_contract;
+};
+
+/// Applies all rules until nothing new is found or a budget ends; counts the firings.
+pub fn saturate(egraph: &mut Egg, budget: Budget) -> BTreeMap<&'static str, usize> {
+    let mut fired: BTreeMap<&'static str, usize> = RULES.iter().map(|r| (r.name, 0)).collect();
+    // A rule looks at a node and its operands' classes; while these stay the same, so does what
+    // it says.
+    let mut tried: Vec<FxHashSet<u64>> = vec![FxHashSet::default(); RULES.len()];
+    for _ in 0..budget.rounds {
+        let mut nodes: Vec<(Id, ENode)> = egraph
+            .classes()
+            .filter(|class| !class.data.constant)
+            .flat_map(|class| class.nodes.iter().map(|n| (class.id, n.clone())))
+            .collect();
+        nodes.sort_unstable();
+        let mut changed = false;
+        for (class, node) in nodes {
+            let seen = fingerprint(egraph, class, &node);
+            for (rule, tried) in RULES.iter().zip(&mut tried) {
+                if egraph.total_size() > budget.nodes || !tried.insert(seen) {
+                    continue;
+                }
+                if let Some(equal) = (rule.apply)(egraph, &node)
+                    && egraph.union(class, equal)
+                {
+                    *fired.entry(rule.name).or_insert(0) += 1;
+                    changed = true;
+                }
+            }
+        }
+        egraph.rebuild();
+        if !changed || egraph.total_size() > budget.nodes {
+            break;
+        }
+    }
+    fired
+}
+
+/// Rules look at most this deep below a node.
+const DEPTH: usize = 3;
+
+/// A hash of a node and of how much is known of its class and of what is below it.
+fn fingerprint(egraph: &Egg, class: Id, node: &ENode) -> u64 {
+    fn below(egraph: &Egg, id: Id, depth: usize, hasher: &mut FxHasher) {
+        let class = &egraph[id];
+        (class.id, class.nodes.len()).hash(hasher);
+        if depth > 1 {
+            for node in &class.nodes {
+                node.args.iter().for_each(|a| below(egraph, *a, depth - 1, hasher));
+            }
+        }
+    }
+    let mut hasher = FxHasher::default();
+    node.hash(&mut hasher);
+    below(egraph, class, 1, &mut hasher);
+    node.args.iter().for_each(|a| below(egraph, *a, DEPTH, &mut hasher));
+    hasher.finish()
+}
+
+/// The operation of a class that `pick` takes, the least where there are several.
+fn find<T>(egraph: &Egg, id: Id, pick: impl Fn(&ENode) -> Option<T>) -> Option<T> {
+    let mut nodes: Vec<&ENode> = egraph[id].nodes.iter().collect();
+    nodes.sort_unstable();
+    nodes.into_iter().find_map(pick)
+}
+
+/// The permutation of a class, and what it permutes.
+fn permutation(egraph: &Egg, id: Id) -> Option<(Axes, Id)> {
+    find(egraph, id, |n| match &n.op {
+        Op::Permute(axes) => Some((axes.clone(), n.args[0])),
+        _ => None,
+    })
+}
+
+fn shape(egraph: &Egg, id: Id) -> Shape {
+    egraph[id].data.ty.shape.clone()
+}
+
+fn inverse(axes: &[u8]) -> Axes {
+    let mut inverse = Axes::from_elem(0, axes.len());
+    axes.iter().enumerate().for_each(|(i, &a)| inverse[a as usize] = i as u8);
+    inverse
+}
+
+fn is_identity(axes: &[u8]) -> bool {
+    axes.iter().enumerate().all(|(i, &a)| i == a as usize)
+}
+
+fn add(egraph: &mut Egg, op: Op, args: &[Id]) -> Id {
+    egraph.add(ENode::new(op, args))
+}
+
+/// x with its axes in an order; x itself where the order changes nothing.
+fn permuted(egraph: &mut Egg, axes: &[u8], x: Id) -> Id {
+    match is_identity(axes) {
+        true => x,
+        false => add(egraph, Op::Permute(Axes::from_slice(axes)), &[x]),
+    }
+}
+
+fn permute_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Permute(outer) = &node.op else { return None };
+    let (inner, x) = permutation(egraph, node.args[0])?;
+    let joined: Axes = outer.iter().map(|&a| inner[a as usize]).collect();
+    Some(permuted(egraph, &joined, x))
+}
+
+fn reshape_reshape(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Reshape(to) = &node.op else { return None };
+    let x = find(egraph, node.args[0], |n| match &n.op {
+        Op::Reshape(_) => Some(n.args[0]),
+        _ => None,
+    })?;
+    Some(match shape(egraph, x) == *to {
+        true => x,
+        false => add(egraph, Op::Reshape(to.clone()), &[x]),
+    })
+}
+
+fn reshape_of_unit_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Reshape(to) = &node.op else { return None };
+    let (axes, x) = permutation(egraph, node.args[0])?;
+    let from = shape(egraph, x);
+    let moved: Vec<u8> = axes.iter().copied().filter(|&a| from[a as usize] != 1).collect();
+    if !moved.windows(2).all(|w| w[0] < w[1]) {
+        return None;
+    }
+    Some(match from == *to {
+        true => x,
+        false => add(egraph, Op::Reshape(to.clone()), &[x]),
+    })
+}
+
+/// For each axis of `from`, the extents that replace it in `to`, where every axis is only split.
+fn split_of(from: &[usize], to: &[usize]) -> Option<Vec<Vec<usize>>> {
+    let mut rest = to.iter().copied().peekable();
+    let mut parts = Vec::new();
+    for &extent in from {
+        let mut part = Vec::new();
+        let mut product = 1;
+        while product < extent || part.is_empty() {
+            let next = rest.next()?;
+            product *= next;
+            part.push(next);
+        }
+        if product != extent {
+            return None;
+        }
+        parts.push(part);
+    }
+    // Unit axes at the end belong to the last one.
+    for extent in rest {
+        if extent != 1 {
+            return None;
+        }
+        parts.last_mut()?.push(1);
+    }
+    Some(parts)
+}
+
+fn reshape_split_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Reshape(to) = &node.op else { return None };
+    let (axes, x) = permutation(egraph, node.args[0])?;
+    let from = shape(egraph, x);
+    if to.len() <= from.len() || from.contains(&0) {
+        return None;
+    }
+    let permuted_shape: Vec<usize> = axes.iter().map(|&a| from[a as usize]).collect();
+    let parts = split_of(&permuted_shape, to)?;
+    // Split x itself, then put the pieces in order.
+    let mut split = Shape::new();
+    let mut first_of = vec![0usize; from.len()];
+    for d in 0..from.len() {
+        let at = axes.iter().position(|&a| a as usize == d)?;
+        first_of[d] = split.len();
+        split.extend_from_slice(&parts[at]);
+    }
+    let order: Axes = axes
+        .iter()
+        .enumerate()
+        .flat_map(|(at, &a)| (0..parts[at].len()).map(move |k| (a as usize, k)))
+        .map(|(a, k)| (first_of[a] + k) as u8)
+        .collect();
+    let x = add(egraph, Op::Reshape(split), &[x]);
+    Some(permuted(egraph, &order, x))
+}
+
+fn reshape_join_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Reshape(to) = &node.op else { return None };
+    let (axes, x) = permutation(egraph, node.args[0])?;
+    let from = shape(egraph, x);
+    let permuted_shape: Vec<usize> = axes.iter().map(|&a| from[a as usize]).collect();
+    if to.len() >= from.len() || from.contains(&0) {
+        return None;
+    }
+    // Each axis of the result joins a run of axes; the run must be one of x as well.
+    let runs = split_of(to, &permuted_shape)?;
+    let mut at = 0;
+    let mut blocks: Vec<(u8, usize)> = Vec::new();
+    for run in &runs {
+        let members = &axes[at..at + run.len()];
+        if !members.windows(2).all(|w| w[1] == w[0] + 1) {
+            return None;
+        }
+        blocks.push((members[0], run.len()));
+        at += run.len();
+    }
+    let mut order: Vec<usize> = (0..blocks.len()).collect();
+    order.sort_unstable_by_key(|&b| blocks[b].0);
+    let joined: Shape = order.iter().map(|&b| to[b]).collect();
+    let x = add(egraph, Op::Reshape(joined), &[x]);
+    let back: Axes =
+        (0..blocks.len()).map(|b| order.iter().position(|&o| o == b).unwrap_or(b) as u8).collect();
+    Some(permuted(egraph, &back, x))
+}
+
+fn unary_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let (Op::Unary(_) | Op::Cast(_)) = &node.op else { return None };
+    let (axes, x) = permutation(egraph, node.args[0])?;
+    let y = add(egraph, node.op.clone(), &[x]);
+    Some(permuted(egraph, &axes, y))
+}
+
+fn binary_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let (Op::Binary(_) | Op::Select) = &node.op else { return None };
+    let full = &egraph.lookup(node.clone())?;
+    let result = shape(egraph, *full);
+    // The permutation of an operand as large as the result leads.
+    let (axes, _) = node
+        .args
+        .iter()
+        .filter(|a| shape(egraph, **a) == result && !egraph[**a].data.constant)
+        .find_map(|a| permutation(egraph, *a))?;
+    let back = inverse(&axes);
+    let mut args: SmallVec<[Id; 4]> = SmallVec::new();
+    for &arg in &node.args {
+        let known = find(egraph, arg, |n| match &n.op {
+            Op::Permute(a) if *a == axes => Some(n.args[0]),
+            _ => None,
+        });
+        args.push(match known {
+            Some(x) => x,
+            None => {
+                let from = shape(egraph, arg);
+                let to: Shape = back.iter().map(|&a| from[a as usize]).collect();
+                let moved: Vec<u8> =
+                    back.iter().copied().filter(|&a| from[a as usize] != 1).collect();
+                // Moving unit axes only is no copy.
+                if moved.windows(2).all(|w| w[0] < w[1]) {
+                    if to == from { arg } else { add(egraph, Op::Reshape(to), &[arg]) }
+                } else {
+                    permuted(egraph, &back, arg)
+                }
+            }
+        });
+    }
+    let y = add(egraph, node.op.clone(), &args);
+    Some(permuted(egraph, &axes, y))
+}
+
+fn pad_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Pad(borders) = &node.op else { return None };
+    let (axes, x) = permutation(egraph, node.args[0])?;
+    let mut moved = borders.clone();
+    axes.iter().enumerate().for_each(|(i, &a)| moved[a as usize] = borders[i]);
+    let y = add(egraph, Op::Pad(moved), &[x, node.args[1]]);
+    Some(permuted(egraph, &axes, y))
+}
+
+fn slice_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Slice(ranges) = &node.op else { return None };
+    let (axes, x) = permutation(egraph, node.args[0])?;
+    let mut moved = ranges.clone();
+    axes.iter().enumerate().for_each(|(i, &a)| moved[a as usize] = ranges[i]);
+    let y = add(egraph, Op::Slice(moved), &[x]);
+    Some(permuted(egraph, &axes, y))
+}
+
+fn reduce_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Reduce(f, folded) = &node.op else { return None };
+    let (axes, x) = permutation(egraph, node.args[0])?;
+    let mut moved: Axes = folded.iter().map(|&a| axes[a as usize]).collect();
+    moved.sort_unstable();
+    let y = add(egraph, Op::Reduce(*f, moved), &[x]);
+    Some(permuted(egraph, &axes, y))
+}
+
+fn concat_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Concat(axis) = &node.op else { return None };
+    let (axes, _) = permutation(egraph, node.args[0])?;
+    let mut args: SmallVec<[Id; 4]> = SmallVec::new();
+    for &arg in &node.args {
+        args.push(find(egraph, arg, |n| match &n.op {
+            Op::Permute(a) if *a == axes => Some(n.args[0]),
+            _ => None,
+        })?);
+    }
+    let y = add(egraph, Op::Concat(axes[*axis as usize]), &args);
+    Some(permuted(egraph, &axes, y))
+}
+
+/// `reshape(reduce(window(p(x))))` as `p(p'(..))`: the inner permutation becomes the order in
+/// which the kernel runs, so that it reads and writes along x's last axis.
+fn pool_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Reshape(_) = &node.op else { return None };
+    let class = egraph.lookup(node.clone())?;
+    if permutation(egraph, class).is_some() {
+        return None;
+    }
+    let window = find(egraph, node.args[0], |n| match &n.op {
+        Op::Reduce(..) => Some(n.args[0]),
+        _ => None,
+    })?;
+    let x = find(egraph, window, |n| match &n.op {
+        Op::Window(_) => Some(n.args[0]),
+        _ => None,
+    })?;
+    let (axes, _) = permutation(egraph, x)?;
+    if shape(egraph, class).len() != axes.len() {
+        return None;
+    }
+    let y = permuted(egraph, &inverse(&axes), class);
+    Some(permuted(egraph, &axes, y))
+}
+
+/// A contraction with another operand and map.
+fn with_operand(
+    egraph: &mut Egg,
+    node: &ENode,
+    at: usize,
+    x: Id,
+    map: SmallVec<[Affine; 4]>,
+) -> Option<Id> {
+    let Op::Contract(contract) = &node.op else { return None };
+    let mut contract = contract.clone();
+    contract.maps[at] = map;
+    let mut args = node.args.clone();
+    args[at] = x;
+    Some(add(egraph, Op::Contract(contract), &args))
+}
+
+fn contract_absorbs_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Contract(contract) = &node.op else { return None };
+    let at = (0..2).find(|&k| permutation(egraph, node.args[k]).is_some())?;
+    let (axes, x) = permutation(egraph, node.args[at])?;
+    let back = inverse(&axes);
+    let map = back.iter().map(|&a| contract.maps[at][a as usize].clone()).collect();
+    with_operand(egraph, node, at, x, map)
+}
+
+fn contract_absorbs_split(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Contract(contract) = &node.op else { return None };
+    for at in 0..2 {
+        let to = shape(egraph, node.args[at]);
+        let source = find(egraph, node.args[at], |n| match &n.op {
+            Op::Reshape(_) => Some(n.args[0]),
+            _ => None,
+        });
+        let Some(x) = source else { continue };
+        let from = shape(egraph, x);
+        if to.contains(&0) {
+            continue;
+        }
+        let Some(parts) = split_of(&from, &to) else { continue };
+        // The index of a split axis is the flat index of its parts.
+        let mut d = 0;
+        let mut map = SmallVec::new();
+        for part in parts {
+            let mut index = Affine::default();
+            for &extent in &part {
+                let scaled = index
+                    .terms
+                    .iter()
+                    .fold(Affine::default(), |sum, t| sum.plus(t.0 as usize, t.1 * extent as i64));
+                let inner = &contract.maps[at][d];
+                let offset = index.offset * extent as i64 + inner.offset;
+                let sum = inner.terms.iter().fold(scaled, |s, t| s.plus(t.0 as usize, t.1));
+                index = Affine { offset, ..sum };
+                d += 1;
+            }
+            map.push(index);
+        }
+        return with_operand(egraph, node, at, x, map);
+    }
+    None
+}
+
+fn contract_drops_unit_axes(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Reshape(to) = &node.op else { return None };
+    let (contract, args) = find(egraph, node.args[0], |n| match &n.op {
+        Op::Contract(c) => Some((c.clone(), n.args.clone())),
+        _ => None,
+    })?;
+    let (out, summed) = contract.extents.split_at(contract.n_out);
+    if to.len() >= out.len() {
+        return None;
+    }
+    // Which result axes stay: in order, those that match, unit axes that do not match go.
+    let mut kept = Vec::new();
+    let mut want = to.iter().peekable();
+    for (axis, &extent) in out.iter().enumerate() {
+        let left = out.len() - axis;
+        if want.peek() == Some(&&extent) && (extent != 1 || want.len() == left) {
+            kept.push(axis);
+            want.next();
+        } else if extent != 1 {
+            return None;
+        }
+    }
+    if want.next().is_some() {
+        return None;
+    }
+    let all: Vec<usize> = kept.iter().copied().chain(out.len()..contract.extents.len()).collect();
+    let place = |axis: usize| match all.iter().position(|&a| a == axis) {
+        Some(at) => Affine::axis(at),
+        None => Affine::constant(0),
+    };
+    let maps =
+        [0, 1].map(|k: usize| contract.maps[k].iter().map(|a| a.substitute(&place)).collect());
+    let extents = kept.iter().map(|&a| out[a]).chain(summed.iter().copied()).collect();
+    let smaller = Contract { extents, n_out: kept.len(), maps };
+    Some(add(egraph, Op::Contract(Box::new(smaller)), &args))
+}
+
+fn contract_channels_last(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Contract(contract) = &node.op else { return None };
+    let weight = (0..2).find(|&k| egraph[node.args[k]].data.constant)?;
+    if egraph[node.args[1 - weight]].data.constant {
+        return None;
+    }
+    let uses = |operand: usize, axis: usize| {
+        contract.maps[operand].iter().any(|a| a.coefficient(axis) != 0)
+    };
+    // The channel: the last axis along which the weights vary and the other operand does not, or
+    // (depthwise) along which both do.
+    let n = contract.n_out;
+    let long = |axis: &usize| contract.extents[*axis] > 1;
+    let channel = (0..n)
+        .rev()
+        .filter(long)
+        .find(|&a| uses(weight, a) && !uses(1 - weight, a))
+        .or_else(|| (0..n).rev().filter(long).find(|&a| uses(weight, a)))?;
+    if channel + 1 == n {
+        return None;
+    }
+    let order: Axes = (0..n).filter(|&a| a != channel).chain([channel]).map(|a| a as u8).collect();
+    let place = |axis: usize| match order.iter().position(|&o| o as usize == axis) {
+        Some(at) => Affine::axis(at),
+        None => Affine::axis(axis),
+    };
+    let maps =
+        [0, 1].map(|k: usize| contract.maps[k].iter().map(|a| a.substitute(&place)).collect());
+    let extents = order
+        .iter()
+        .map(|&a| contract.extents[a as usize])
+        .chain(contract.extents[n..].iter().copied())
+        .collect();
+    let last = Contract { extents, n_out: n, maps };
+    let y = add(egraph, Op::Contract(Box::new(last)), &node.args);
+    Some(permuted(egraph, &inverse(&order), y))
+}
+
+fn scale_into_contract(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Binary(BinaryFn::Mul) = &node.op else { return None };
+    let at = (0..2).find(|&k| egraph[node.args[k]].data.constant)?;
+    let (scale, other) = (node.args[at], node.args[1 - at]);
+    let result = shape(egraph, other);
+    let scale_shape = shape(egraph, scale);
+    let (contract, args) = find(egraph, other, |n| match &n.op {
+        Op::Contract(c) => Some((c.clone(), n.args.clone())),
+        _ => None,
+    })?;
+    let weight = (0..2).find(|&k| egraph[args[k]].data.constant)?;
+    let along: Vec<usize> = (0..scale_shape.len()).filter(|&d| scale_shape[d] != 1).collect();
+    if result.len() != scale_shape.len() || along.len() > 1 {
+        return None;
+    }
+    let weight_shape = shape(egraph, args[weight]);
+    let mut to = Shape::from_elem(1, weight_shape.len());
+    if let Some(&axis) = along.first() {
+        let d = contract.maps[weight].iter().position(|a| a.as_axis() == Some(axis))?;
+        to[d] = scale_shape[axis];
+    }
+    let scale = add(egraph, Op::Reshape(to), &[scale]);
+    let scaled = add(egraph, Op::Binary(BinaryFn::Mul), &[args[weight], scale]);
+    let mut args = args;
+    args[weight] = scaled;
+    Some(add(egraph, Op::Contract(contract), &args))
+}

@@ -1,0 +1,204 @@
+//! Models that are damaged at random: always an error that says something, never a panic.
+//!
+//! One half of the damages is to bytes, which mostly tests the reading of messages; the other is
+//! to fields of a model that still reads, which reaches the operators.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kiln::onnx::proto::{DimensionProto, DimensionValue, GraphProto, ModelProto, ValueInfoProto};
+use kiln::onnx::{ImportOptions, Limits, import};
+use kiln::tensor::Tensor;
+use kiln_tests::cases::{folders, read};
+use kiln_tests::{Random, oracle};
+use prost::Message;
+
+const MUTATIONS: u64 = 50_000;
+/// Files above this size are mostly weights, where damage does nothing.
+const LARGEST: u64 = 8 << 10;
+/// Lengths, tags and extents at which code breaks.
+const NUMBERS: [i64; 14] =
+    [-2, -1, 0, 1, 2, 3, 4, 7, 100, 1 << 20, 1 << 31, 1 << 40, i64::MAX, i64::MIN];
+/// The same for bytes.
+const BYTES: [u8; 10] = [0x00, 0x01, 0x02, 0x08, 0x12, 0x7f, 0x80, 0xfe, 0xff, 0x0a];
+
+/// One to four damages: bytes changed, dropped, repeated, or taken from another file.
+fn mutate(file: &[u8], other: &[u8], random: &mut Random) -> Vec<u8> {
+    let mut bytes = file.to_vec();
+    for _ in 0..1 + random.below(4) {
+        if bytes.is_empty() {
+            break;
+        }
+        let at = random.below(bytes.len());
+        let end = (at + 1 + random.below(16)).min(bytes.len());
+        match random.below(7) {
+            0 => bytes[at] ^= 1 << random.below(8),
+            1 => bytes[at] = BYTES[random.below(BYTES.len())],
+            2 => bytes[at] = random.bits() as u8,
+            3 => bytes.truncate(at),
+            4 => drop(bytes.drain(at..end)),
+            5 => {
+                let piece = bytes[at..end].to_vec();
+                bytes.splice(at..at, piece);
+            }
+            _ => {
+                let from = random.below(other.len());
+                let to = (from + 1 + random.below(64)).min(other.len());
+                bytes.splice(at..end, other[from..to].iter().copied());
+            }
+        }
+    }
+    bytes
+}
+
+/// A number at which code breaks.
+fn number(random: &mut Random) -> i64 {
+    NUMBERS[random.below(NUMBERS.len())]
+}
+
+/// One of a list, if it has any.
+fn pick<'a, T>(list: &'a mut [T], random: &mut Random) -> Option<&'a mut T> {
+    let count = list.len();
+    (count > 0).then(|| &mut list[random.below(count)])
+}
+
+fn mutate_node(graph: &mut GraphProto, other: &GraphProto, random: &mut Random) -> Option<()> {
+    let n_nodes = graph.node.len();
+    let node = pick(&mut graph.node, random)?;
+    match random.below(8) {
+        0 => node.op_type = other.node.get(random.below(other.node.len().max(1)))?.op_type.clone(),
+        1 => drop(node.attribute.pop()),
+        2 => node.attribute.extend(other.node.first()?.attribute.iter().cloned()),
+        3 => *pick(&mut node.input, random)? = String::new(),
+        4 => node.input.reverse(),
+        5 => {
+            let attribute = pick(&mut node.attribute, random)?;
+            attribute.i = Some(number(random));
+            attribute.f = Some(number(random) as f32);
+        }
+        6 => {
+            let attribute = pick(&mut node.attribute, random)?;
+            match pick(&mut attribute.ints, random) {
+                Some(value) => *value = number(random),
+                None => attribute.ints.push(number(random)),
+            }
+        }
+        _ => graph.node.swap(random.below(n_nodes), random.below(n_nodes)),
+    }
+    Some(())
+}
+
+fn mutate_input(input: &mut ValueInfoProto, random: &mut Random) -> Option<()> {
+    let tensor = input.r#type.as_mut()?.tensor_type.as_mut()?;
+    let dims = &mut tensor.shape.as_mut()?.dim;
+    let dim = DimensionProto { value: Some(DimensionValue::DimValue(number(random))) };
+    match random.below(4) {
+        0 => tensor.elem_type = Some(random.below(24) as i32),
+        1 => drop(dims.pop()),
+        2 => dims.push(dim),
+        _ => *pick(dims, random)? = dim,
+    }
+    Some(())
+}
+
+/// One to three damages to fields of a model.
+fn mutate_fields(file: &[u8], other: &[u8], random: &mut Random) -> Vec<u8> {
+    let mut model = ModelProto::decode(file).expect("a seed is a model");
+    let other = ModelProto::decode(other).expect("a seed is a model").graph.unwrap_or_default();
+    for _ in 0..1 + random.below(3) {
+        let graph = model.graph.get_or_insert_default();
+        // A damage that finds nothing to damage is none.
+        let _ = match random.below(10) {
+            0..5 => mutate_node(graph, &other, random),
+            5..8 => pick(&mut graph.input, random).and_then(|i| mutate_input(i, random)),
+            8 => pick(&mut graph.initializer, random).map(|t| t.dims.push(number(random))),
+            _ => pick(&mut model.opset_import, random)
+                .map(|o| o.version = Some(random.below(30) as i64)),
+        };
+    }
+    model.encode_to_vec()
+}
+
+/// Values for inputs that may decide shapes, so that their operators are reached.
+fn values(file: &[u8], random: &mut Random) -> Vec<(String, Tensor)> {
+    let graph = ModelProto::decode(file).ok().and_then(|m| m.graph).unwrap_or_default();
+    let mut values = Vec::new();
+    for input in &graph.input {
+        let ty = input.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
+        let dims = ty.and_then(|t| t.shape.as_ref()).map_or(&[][..], |s| &s.dim);
+        let [DimensionProto { value: Some(DimensionValue::DimValue(n @ 1..=8)) }] = dims else {
+            continue;
+        };
+        if ty.and_then(|t| t.elem_type) == Some(7) {
+            let list: Vec<i64> = (0..*n)
+                .map(|_| if random.below(4) == 0 { number(random) } else { random.below(4) as i64 })
+                .collect();
+            values.push((
+                input.name.clone().unwrap_or_default(),
+                Tensor::from_slice(&[list.len()], &list),
+            ));
+        }
+    }
+    values
+}
+
+fn seeds(data: &Path) -> Vec<Bytes> {
+    let mut files = Vec::new();
+    for kind in ["node", "pytorch-operator", "pytorch-converted", "simple"] {
+        files.extend(folders(&data.join(kind)).iter().map(|f| f.join("model.onnx")));
+    }
+    let small = |f: &std::path::PathBuf| f.metadata().is_ok_and(|m| m.len() <= LARGEST);
+    files.iter().filter(|f| small(f)).map(|f| read(f)).filter(|b| !b.is_empty()).collect()
+}
+
+#[test]
+fn damaged_models_are_refused_and_never_panic() {
+    let Some(data) = oracle("onnx-1.22.0") else { return };
+    let seeds = seeds(&data);
+    let limits = Limits { nodes: 10_000, bytes: 64 << 20, ..Limits::default() };
+    let places = Arc::new(Mutex::new(BTreeMap::new()));
+    let (noted, hook) = (places.clone(), std::panic::take_hook());
+    std::panic::set_hook(Box::new(move |panic| {
+        let place = panic.location().map(|l| format!("{}:{} {panic}", l.file(), l.line()));
+        let mut noted = noted.lock().expect("only this thread panics");
+        *noted.entry(place).or_insert(0) += 1;
+    }));
+    let (mut accepted, mut slowest) = (0, Duration::ZERO);
+    let mut panicked = Vec::new();
+    let count = std::env::var("KILN_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(MUTATIONS);
+    for seed in 0..count {
+        let mut random = Random::new(seed);
+        let file = &seeds[random.below(seeds.len())];
+        let other = &seeds[random.below(seeds.len())];
+        let damaged = match seed % 2 {
+            0 => mutate(file, other, &mut random),
+            _ => mutate_fields(file, other, &mut random),
+        };
+        let values = values(&damaged, &mut random);
+        let options = ImportOptions { limits: limits.clone(), values, ..ImportOptions::default() };
+        let damaged = Bytes::from(damaged);
+        let start = Instant::now();
+        let result = catch_unwind(AssertUnwindSafe(|| import(damaged, &options)));
+        slowest = slowest.max(start.elapsed());
+        match result {
+            Ok(Ok(_)) => accepted += 1,
+            Ok(Err(error)) => {
+                let text = error.to_string();
+                assert!(!error.diagnostics.is_empty(), "mutation {seed}: no diagnostic");
+                let said = error.diagnostics.iter().all(|d| !d.message.is_empty());
+                assert!(said && !text.is_empty(), "mutation {seed}: nothing said");
+                let clean = text.chars().all(|c| c == '\n' || !c.is_control());
+                assert!(clean, "mutation {seed}: control characters in {text:?}");
+            }
+            Err(_) => panicked.push(seed),
+        }
+    }
+    std::panic::set_hook(hook);
+    assert!(panicked.is_empty(), "{panicked:?} panic: {places:#?}");
+    println!("{accepted} of {count} damaged models are still models; slowest {slowest:?}");
+    assert!(slowest < Duration::from_secs(5), "a damaged model took {slowest:?}");
+}
