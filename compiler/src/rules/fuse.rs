@@ -292,27 +292,53 @@ fn grow<'a>(
     constant: &[bool],
 ) -> Cluster<'a> {
     let mut cluster = Cluster { graph, nodes: vec![root] };
+    // What may be computed within a cluster: used by nothing else, or free to compute again.
+    let inside = |cluster: &Cluster, a: usize| {
+        let fixed = matches!(graph.nodes[a].op, Op::Input(_) | Op::Const(_));
+        // Constants are computed once, by kernels of their own.
+        let separate = fixed || (constant[a] && !constant[root]);
+        let alone = !outputs.contains(&a) && users[a].iter().all(|&u| cluster.has(u));
+        !separate && (alone || is_free(graph, a))
+    };
     loop {
         // The latest argument first: its own operands come before it.
         let mut arguments = cluster.arguments();
         arguments.sort_unstable_by(|a, b| b.cmp(a));
-        let next = arguments.into_iter().find(|&a| {
-            let fixed = matches!(graph.nodes[a].op, Op::Input(_) | Op::Const(_));
-            // Constants are computed once, by kernels of their own.
-            if fixed || (constant[a] && !constant[root]) {
-                return false;
-            }
-            let alone = !outputs.contains(&a) && users[a].iter().all(|&u| cluster.has(u));
-            (alone || is_free(graph, a)) && cluster.with(a).classify().is_some()
+        let candidates: Vec<usize> =
+            arguments.into_iter().filter(|&a| inside(&cluster, a)).collect();
+        let step = candidates.iter().find_map(|&a| {
+            let with = cluster.with(a).nodes;
+            let with = Cluster { graph, nodes: with };
+            with.classify().map(|_| with)
         });
+        let next = step.or_else(|| candidates.iter().find_map(|&a| reach(&cluster, a, &inside)));
         match next {
-            Some(node) => {
-                let nodes = cluster.with(node).nodes;
-                cluster = Cluster { graph, nodes };
-            }
+            Some(larger) => cluster = Cluster { graph, nodes: larger.nodes },
             None => return cluster,
         }
     }
+}
+
+/// Operations that are no body yet, but are one together with what is below them: the path from
+/// the use of a reduction to the reduction.
+fn reach<'a>(
+    cluster: &Cluster<'a>,
+    first: usize,
+    inside: &dyn Fn(&Cluster, usize) -> bool,
+) -> Option<Cluster<'a>> {
+    const STEPS: usize = 8;
+    let graph = cluster.graph;
+    let mut trial = Cluster { graph, nodes: cluster.with(first).nodes };
+    let mut newest = first;
+    for _ in 0..STEPS {
+        let below = graph.nodes[newest].args.iter().map(|a| a.index());
+        newest = below.filter(|&a| !trial.has(a) && inside(&trial, a)).max()?;
+        trial = Cluster { graph, nodes: trial.with(newest).nodes };
+        if trial.classify().is_some() {
+            return Some(trial);
+        }
+    }
+    None
 }
 
 /// A graph with one node for each cluster.

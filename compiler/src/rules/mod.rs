@@ -7,6 +7,9 @@ pub mod fuse;
 pub mod lang;
 pub mod table;
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 use crate::error::Result;
