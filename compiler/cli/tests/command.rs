@@ -117,6 +117,8 @@ fn every_command_prints_text_and_json() {
     let (out, _) = expect(0, &[&["verify", &model], &one[..]].concat());
     assert!(out.starts_with("ok       probabilities against interpreter"), "{out}");
     assert_eq!(json(0, &[&["verify", &model], &one[..]].concat())["ok"], true);
+    let (out, _) = expect(0, &[&["verify", &model, "--kernels"], &one[..]].concat());
+    assert!(out.contains(" kernels against interpreter: largest difference"), "{out}");
     let (out, _) = expect(0, &[&["explain", &model, "dense1"], &one[..]].concat());
     assert!(out.contains("read as\n") && out.contains("compiled into\n"), "{out}");
     let (out, _) = expect(0, &["ops", "softmax"]);
