@@ -8,7 +8,8 @@ use kiln_runtime::tensor::DType;
 use super::proto::{AttributeProto, NodeProto};
 use super::tensor::Files;
 use crate::error::Diagnostic;
-use crate::graph::op::{Shape, Type};
+use crate::graph::build::Added;
+use crate::graph::op::{Op, Shape, Type};
 use crate::graph::{Constant, Graph, NodeId, Origin};
 
 /// What an importer function gives: a value for each output, `None` for those that it cannot make.
@@ -149,6 +150,12 @@ impl<'a> Call<'a> {
             .unwrap_or_else(|| default.to_string())
     }
 
+    /// A list of strings.
+    pub fn strings(&self, name: &str) -> Option<Vec<String>> {
+        let text = |s: &bytes::Bytes| String::from_utf8_lossy(s).into_owned();
+        self.attribute(name).map(|a| a.strings.iter().map(text).collect())
+    }
+
     /// A tensor attribute.
     pub fn tensor(&mut self, name: &str) -> Result<Option<Constant>, Diagnostic> {
         match self.attribute(name).and_then(|a| a.t.as_ref()) {
@@ -170,6 +177,17 @@ impl<'a> Call<'a> {
     /// Axes that may count from the end.
     pub fn axes(&self, axes: &[i64], rank: usize) -> Result<Vec<usize>, Diagnostic> {
         axes.iter().map(|&a| self.axis(a, rank)).collect()
+    }
+
+    /// x at `start + step * i` of one axis, the others whole.
+    pub fn cut(&mut self, x: NodeId, axis: usize, range: (i64, i64, usize)) -> Added {
+        let shape = self.shape(x);
+        let ranges = shape.iter().enumerate().map(|(d, &e)| match d == axis {
+            true if range.2 == 0 => (0, 1, 0),
+            true => range,
+            false => (0, 1, e),
+        });
+        self.graph.add(Op::Slice(ranges.collect()), &[x], &self.origin)
     }
 
     /// A number of a dtype with all extents 1.

@@ -7,10 +7,15 @@ use super::shape::pad_constant;
 use crate::error::Diagnostic;
 use crate::graph::NodeId;
 use crate::graph::build::Added;
-use crate::graph::op::{BinaryFn, Op, ReduceFn, Shape};
+use crate::graph::op::{BinaryFn, Op, ReduceFn, Shape, UnaryFn};
 
 pub(super) fn matmul(call: &mut Call) -> Outputs {
     let (x, y) = (call.input(0)?, call.input(1)?);
+    one(matmul_of(call, x, y)?)
+}
+
+/// The product of matrices, batches of them, or vectors.
+pub(super) fn matmul_of(call: &mut Call, x: NodeId, y: NodeId) -> Added {
     let (xs, ys) = (call.shape(x), call.shape(y));
     if xs.is_empty() || ys.is_empty() {
         return Err(not_supported("a matrix product of scalars"));
@@ -29,7 +34,7 @@ pub(super) fn matmul(call: &mut Call) -> Outputs {
     if xs.len() == 1 {
         shape.remove(rank - 2);
     }
-    one(g.reshape(z, &shape, o)?)
+    g.reshape(z, &shape, o)
 }
 
 pub(super) fn gemm(call: &mut Call) -> Outputs {
@@ -163,6 +168,12 @@ fn padded(call: &mut Call, x: NodeId, w: &Windows, fill: f64) -> Added {
 
 pub(super) fn conv(call: &mut Call) -> Outputs {
     let (x, weight) = (call.input(0)?, call.input(1)?);
+    let bias = call.optional(2);
+    one(conv_of(call, x, weight, bias)?)
+}
+
+/// The convolution that the attributes describe.
+pub(super) fn conv_of(call: &mut Call, x: NodeId, weight: NodeId, bias: Option<NodeId>) -> Added {
     let spatial = spatial_of(call, x)?;
     let kernel: Vec<usize> = call.shape(weight).get(2..).unwrap_or(&[]).to_vec();
     call.ignore("kernel_shape");
@@ -170,14 +181,144 @@ pub(super) fn conv(call: &mut Call) -> Outputs {
     let w = windows(call, &spatial, kernel)?;
     let x = padded(call, x, &w, 0.0)?;
     let window = (w.strides.as_slice(), w.dilations.as_slice());
-    let mut y = call.graph.conv([x, weight], window, groups, &call.origin)?;
-    if let Some(bias) = call.optional(2) {
-        let mut shape = Shape::from_elem(1, call.ty(y).rank());
-        shape[1] = call.ty(bias).numel();
-        let bias = call.graph.reshape(bias, &shape, &call.origin)?;
-        y = call.graph.binary(BinaryFn::Add, y, bias, &call.origin)?;
+    let y = call.graph.conv([x, weight], window, groups, &call.origin)?;
+    match bias {
+        Some(bias) => add_bias(call, y, bias),
+        None => Ok(y),
     }
-    one(y)
+}
+
+/// Borders that a transposed convolution takes off its result, per spatial axis.
+fn transposed_pads(
+    call: &Call,
+    extents: &[usize],
+    strides: &[usize],
+    reaches: &[i64],
+    more: &[i64],
+) -> Result<Vec<(i64, i64)>, Diagnostic> {
+    let n = extents.len();
+    let auto = call.string_or("auto_pad", "NOTSET");
+    let given = call.ints("pads").unwrap_or_else(|| vec![0; 2 * n]);
+    let wanted = call.ints("output_shape");
+    let fits = given.len() == 2 * n
+        && given.iter().all(|p| p.unsigned_abs() < 1 << 31)
+        && wanted.as_ref().is_none_or(|w| w.len() == n && w.iter().all(|&e| e >> 31 == 0));
+    if !fits {
+        return Err(not_supported(format!("pads {given:?} and output shape {wanted:?}")));
+    }
+    let pads = (0..n).map(|d| {
+        let whole = (extents[d] as i64 - 1) * strides[d] as i64 + reaches[d] + 1 + more[d];
+        let target = match (&wanted, auto.as_str()) {
+            (Some(wanted), _) => wanted[d],
+            (None, "SAME_UPPER" | "SAME_LOWER") => extents[d] as i64 * strides[d] as i64,
+            (None, "VALID") => return (0, 0),
+            (None, _) => return (given[d], given[n + d]),
+        };
+        let total = whole - target;
+        if total < 0 {
+            return (0, total);
+        }
+        let (small, large) = (total / 2, total - total / 2);
+        if auto == "SAME_UPPER" { (small, large) } else { (large, small) }
+    });
+    Ok(pads.collect())
+}
+
+/// Spread by the strides, bordered, and convolved with the mirrored weight.
+pub(super) fn conv_transpose(call: &mut Call) -> Outputs {
+    let (x, weight) = (call.input(0)?, call.input(1)?);
+    let extents = spatial_of(call, x)?;
+    let n = extents.len();
+    let (xs, ws) = (call.shape(x), call.shape(weight));
+    let groups = usize::try_from(call.int_or("group", 1)).unwrap_or(0);
+    call.ignore("kernel_shape");
+    let strides = sizes(&call.ints("strides").unwrap_or_else(|| vec![1; n]))?;
+    let dilations = sizes(&call.ints("dilations").unwrap_or_else(|| vec![1; n]))?;
+    let more = call.ints("output_padding").unwrap_or_else(|| vec![0; n]);
+    let fits = ws.len() == n + 2
+        && ws[0] == xs[1]
+        && groups > 0
+        && ws[0].is_multiple_of(groups)
+        && [strides.len(), dilations.len(), more.len()] == [n; 3]
+        && !strides.contains(&0)
+        && !dilations.contains(&0)
+        && !ws.contains(&0)
+        && ws[2..].iter().chain(&extents).all(|&e| e < 1 << 31)
+        && more.iter().all(|&m| m >> 31 == 0);
+    if !fits {
+        return Err(not_supported(format!(
+            "input {xs:?}, weight {ws:?}, groups {groups}, strides {strides:?}, \
+             dilations {dilations:?}, output padding {more:?}"
+        )));
+    }
+    let reaches: Vec<i64> =
+        (0..n).map(|d| (ws[2 + d] as i64 - 1).saturating_mul(dilations[d] as i64)).collect();
+    if reaches.iter().any(|&r| r >> 31 != 0) {
+        return Err(not_supported("a window that is too large"));
+    }
+    let pads = transposed_pads(call, &extents, &strides, &reaches, &more)?;
+    let mut y = x;
+    for d in 0..n {
+        y = spread(call, y, 2 + d, strides[d])?;
+    }
+    let zero = call.number(call.ty(x).dtype, 0, 0.0);
+    let mut borders = vec![(0, 0); 2];
+    borders.extend((0..n).map(|d| (reaches[d] - pads[d].0, reaches[d] - pads[d].1 + more[d])));
+    y = pad_constant(call, y, &borders, zero)?;
+    let weight = mirrored(call, weight, groups)?;
+    let ones = vec![1; n];
+    y = call.graph.conv([y, weight], (&ones, &dilations), groups, &call.origin)?;
+    one(match call.optional(2) {
+        Some(bias) => add_bias(call, y, bias)?,
+        None => y,
+    })
+}
+
+/// Zeros between the elements of an axis, so that they stand a stride apart.
+fn spread(call: &mut Call, x: NodeId, axis: usize, stride: usize) -> Added {
+    let shape = call.shape(x);
+    if stride == 1 || shape[axis] == 0 {
+        return Ok(x);
+    }
+    let zero = call.number(call.ty(x).dtype, 0, 0.0);
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let mut apart = shape.clone();
+    apart.insert(axis + 1, 1);
+    let y = g.reshape(x, &apart, o)?;
+    let mut borders = SmallVec::from_elem((0, 0), apart.len());
+    borders[axis + 1] = (0, stride - 1);
+    let y = g.add(Op::Pad(borders), &[y, zero], o)?;
+    let mut joined = shape.clone();
+    joined[axis] *= stride;
+    let y = g.reshape(y, &joined, o)?;
+    call.cut(y, axis, (0, 1, (shape[axis] - 1) * stride + 1))
+}
+
+/// The weight `[c, o / groups, k..]` of a transposed convolution as `[o, c / groups, k..]`, with
+/// the taps in reverse.
+fn mirrored(call: &mut Call, weight: NodeId, groups: usize) -> Added {
+    let shape = call.shape(weight);
+    let mut y = weight;
+    for (axis, &extent) in shape.iter().enumerate().skip(2) {
+        y = call.cut(y, axis, (extent as i64 - 1, -1, extent))?;
+    }
+    let mut apart = Shape::from_slice(&[groups, shape[0] / groups, shape[1]]);
+    apart.extend_from_slice(&shape[2..]);
+    let order: Vec<usize> = [0, 2, 1].into_iter().chain(3..apart.len()).collect();
+    let mut joined = Shape::from_slice(&[groups * shape[1], shape[0] / groups]);
+    joined.extend_from_slice(&shape[2..]);
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let y = g.reshape(y, &apart, o)?;
+    let y = g.permute(y, &order, o)?;
+    g.reshape(y, &joined, o)
+}
+
+/// y plus a number for each channel.
+fn add_bias(call: &mut Call, y: NodeId, bias: NodeId) -> Added {
+    let mut shape = Shape::from_elem(1, call.ty(y).rank());
+    shape[1] = call.ty(bias).numel();
+    let bias = call.graph.reshape(bias, &shape, &call.origin)?;
+    call.graph.binary(BinaryFn::Add, y, bias, &call.origin)
 }
 
 /// f over the windows of a padded operand, as `[n, c, e..]`.
@@ -242,6 +383,20 @@ pub(super) fn average_pool(call: &mut Call) -> Outputs {
     let ones = padded(call, ones, &counted, 0.0)?;
     let counts = pool(call, ones, &counted, ReduceFn::Sum)?;
     one(call.graph.binary(BinaryFn::Div, sums, counts, &call.origin)?)
+}
+
+/// The p-norm of each window.
+pub(super) fn lp_pool(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    let p = call.int_or("p", 2);
+    let w = pool_windows(call, x)?;
+    let padded = padded(call, x, &w, 0.0)?;
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let magnitude = g.unary(UnaryFn::Abs, padded, o)?;
+    let power = g.binary_number(BinaryFn::Pow, magnitude, p as f64, o)?;
+    let sums = pool(call, power, &w, ReduceFn::Sum)?;
+    let inverse = 1.0 / p as f64;
+    one(call.graph.binary_number(BinaryFn::Pow, sums, inverse, &call.origin)?)
 }
 
 fn global(call: &mut Call) -> Result<(NodeId, Vec<usize>), Diagnostic> {

@@ -1,13 +1,19 @@
 //! ONNX models into graphs. Every operator is a function over graph operations; `table` has one
 //! line for each. All problems of a model are reported at once.
 
+pub mod attention;
 pub mod call;
 pub mod contraction;
+pub mod loss;
 pub mod norm;
 pub mod pointwise;
 pub mod proto;
+pub mod quant;
+pub mod recurrent;
 pub mod reduce;
+pub mod resize;
 pub mod shape;
+pub mod special;
 pub mod table;
 pub mod tensor;
 

@@ -184,6 +184,15 @@ pub(super) fn arg_min(call: &mut Call) -> Outputs {
 }
 
 pub(super) fn cum_sum(call: &mut Call) -> Outputs {
+    running(call, ReduceFn::Sum, 0.0)
+}
+
+pub(super) fn cum_prod(call: &mut Call) -> Outputs {
+    running(call, ReduceFn::Prod, 1.0)
+}
+
+/// f of all elements up to each one, along an axis.
+fn running(call: &mut Call, f: ReduceFn, identity: f64) -> Outputs {
     let x = call.input(0)?;
     let ty = call.ty(x);
     let axis = call.ints_input(1)?.and_then(|a| a.first().copied());
@@ -204,13 +213,13 @@ pub(super) fn cum_sum(call: &mut Call) -> Outputs {
     let (g, o) = (&mut *call.graph, &call.origin);
     let flip = || along(n as i64 - 1, -1, n);
     let mut y = if reverse { g.add(flip(), &[x], o)? } else { x };
-    y = g.add(Op::Scan(ReduceFn::Sum, axis as u8), &[y], o)?;
+    y = g.add(Op::Scan(f, axis as u8), &[y], o)?;
     if exclusive {
-        let zero = g.scalar(ty.dtype, 0, 0.0, o);
+        let first = g.scalar(ty.dtype, 0, identity, o);
         let cut = g.add(along(0, 1, n - 1), &[y], o)?;
         let mut borders = smallvec::SmallVec::from_elem((0, 0), ty.rank());
         borders[axis] = (1, 0);
-        y = g.add(Op::Pad(borders), &[cut, zero], o)?;
+        y = g.add(Op::Pad(borders), &[cut, first], o)?;
     }
     if reverse {
         y = g.add(flip(), &[y], o)?;
@@ -241,13 +250,32 @@ pub(super) fn softmax(call: &mut Call) -> Outputs {
 }
 
 pub(super) fn log_softmax(call: &mut Call) -> Outputs {
+    over_axis(call, log_softmax_of)
+}
+
+/// x - max - ln of the sum of e^(x - max), over one axis.
+pub(super) fn log_softmax_of(call: &mut Call, x: NodeId, axis: usize) -> Added {
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let max = g.reduce(ReduceFn::Max, x, &[axis], o)?;
+    let shifted = g.binary(BinaryFn::Sub, x, max, o)?;
+    let exp = g.unary(UnaryFn::Exp, shifted, o)?;
+    let total = g.reduce(ReduceFn::Sum, exp, &[axis], o)?;
+    let log = g.unary(UnaryFn::Log, total, o)?;
+    g.binary(BinaryFn::Sub, shifted, log, o)
+}
+
+/// 1 at the first greatest element of an axis, else 0.
+pub(super) fn hardmax(call: &mut Call) -> Outputs {
     over_axis(call, |c, x, axis| {
+        let ty = c.ty(x);
         let (g, o) = (&mut *c.graph, &c.origin);
-        let max = g.reduce(ReduceFn::Max, x, &[axis], o)?;
-        let shifted = g.binary(BinaryFn::Sub, x, max, o)?;
-        let exp = g.unary(UnaryFn::Exp, shifted, o)?;
-        let total = g.reduce(ReduceFn::Sum, exp, &[axis], o)?;
-        let log = g.unary(UnaryFn::Log, total, o)?;
-        g.binary(BinaryFn::Sub, shifted, log, o)
+        let best = g.reduce(ReduceFn::Max, x, &[axis], o)?;
+        let here = g.binary(BinaryFn::Eq, x, best, o)?;
+        let index = g.add(Op::Iota(ty.shape.clone(), axis as u8), &[], o)?;
+        let none = g.scalar(DType::I64, ty.rank(), ty.shape[axis] as f64, o);
+        let candidates = g.select(here, index, none, o)?;
+        let first = g.reduce(ReduceFn::Min, candidates, &[axis], o)?;
+        let first = g.binary(BinaryFn::Eq, index, first, o)?;
+        g.cast(first, ty.dtype, o)
     })
 }

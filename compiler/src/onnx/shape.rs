@@ -315,7 +315,7 @@ fn positive(call: &mut Call, index: NodeId, extent: usize) -> Added {
 }
 
 /// The flat places of `x[i.., index[i..], i..]` for an index of x's rank.
-fn element_places(call: &mut Call, x: NodeId, index: NodeId, axis: usize) -> Added {
+pub(super) fn element_places(call: &mut Call, x: NodeId, index: NodeId, axis: usize) -> Added {
     let (shape, steps) = (call.shape(x), strides(&call.shape(x)));
     let of = call.shape(index);
     let at = positive(call, index, shape[axis])?;

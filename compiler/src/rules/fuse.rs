@@ -165,12 +165,13 @@ impl Cluster<'_> {
         for &n in above.iter().skip(1) {
             let fits = match self.op(n) {
                 op if is_pointwise(op) => !moved && self.ty(n).numel() == size,
-                Op::Permute(_) | Op::Reshape(_) => {
-                    // Reshapes and permutations of the result change where it is stored; values
-                    // computed after them would have to be read elsewhere.
-                    moved |= matches!(self.op(n), Op::Permute(_));
-                    true
+                // Values computed after a permutation would have to be read elsewhere; and the
+                // last axis, which runs in lanes, must stay the last one.
+                Op::Permute(axes) => {
+                    moved = true;
+                    axes.last().is_none_or(|&a| a as usize + 1 == axes.len())
                 }
+                Op::Reshape(_) => true,
                 _ => false,
             };
             if !fits {
@@ -184,8 +185,11 @@ impl Cluster<'_> {
         let above = self.above(contract);
         // Everything else only moves elements, into the contraction or beside it.
         let beside = self.nodes.iter().filter(|n| !above.contains(n));
-        let views = beside.clone().all(|&n| {
-            matches!(self.op(n), Op::Permute(_) | Op::Reshape(_) | Op::Expand(_) | Op::Slice(_))
+        let views = beside.clone().all(|&n| match self.op(n) {
+            Op::Permute(_) | Op::Expand(_) | Op::Slice(_) => true,
+            // Only a reshape that splits axes leaves their indices affine.
+            Op::Reshape(to) => self.args(n).all(|a| only_splits(&self.ty(a).shape, to)),
+            _ => false,
         });
         views && self.is_epilogue(contract)
     }
@@ -231,6 +235,13 @@ impl Cluster<'_> {
         });
         same && fits
     }
+}
+
+/// Whether a reshape splits axes, and joins none but those of extent 1.
+fn only_splits(from: &[usize], to: &[usize]) -> bool {
+    let long =
+        |shape: &[usize]| -> Vec<usize> { shape.iter().copied().filter(|&e| e != 1).collect() };
+    super::table::split_of(&long(from), &long(to)).is_some()
 }
 
 /// Whether a value that several kernels want may be computed in each of them.

@@ -1,5 +1,6 @@
 //! The optimiser: an e-graph finds equal forms of a graph, the cheapest is taken and fused.
 
+pub mod constants;
 pub mod cost;
 pub mod extract;
 pub mod fuse;
@@ -60,11 +61,12 @@ pub fn optimise(graph: &Graph, egraph: bool) -> Result<Optimised> {
     if !egraph {
         return Ok(Optimised { graph: verify(greedy)?, report });
     }
-    let mut saturated = lang::build(&plain);
+    let gathered = constants::gather(&plain);
+    let mut saturated = lang::build(&gathered);
     report.fired = table::saturate(&mut saturated.egraph, Budget::default());
     report.nodes = saturated.egraph.total_size();
     report.classes = saturated.egraph.number_of_classes();
-    let extracted = extract::extract(&saturated, &plain);
+    let extracted = extract::extract(&saturated, &gathered);
     let fused = fuse::fuse(&extracted)?;
     let fused_us = cost::kernels_us(&fused);
     // Never dearer than the greedy fuser on the model as it came.

@@ -68,6 +68,8 @@ pub static RULES: &[Rule] = rules! {
     "contract-absorbs-permute" Exact contract_absorbs_permute;
     // contract(split(x), y) = contract'(x, y)
     "contract-absorbs-split" Exact contract_absorbs_split;
+    // contract(join(x), y) = contract'(x, y), the joined axis of the sum split in two
+    "contract-absorbs-join" Reassociating contract_absorbs_join;
     // Result axes of extent 1 that a reshape drops need not be there.
     "contract-drops-unit-axes" Exact contract_drops_unit_axes;
     // A contraction with constant weights may have its channels last.
@@ -208,7 +210,7 @@ fn reshape_of_unit_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
 }
 
 /// For each axis of `from`, the extents that replace it in `to`, where every axis is only split.
-fn split_of(from: &[usize], to: &[usize]) -> Option<Vec<Vec<usize>>> {
+pub(super) fn split_of(from: &[usize], to: &[usize]) -> Option<Vec<Vec<usize>>> {
     let mut rest = to.iter().copied().peekable();
     let mut parts = Vec::new();
     for &extent in from {
@@ -562,4 +564,63 @@ fn scale_into_contract(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let mut args = args;
     args[weight] = scaled;
     Some(add(egraph, Op::Contract(contract), &args))
+}
+
+fn contract_absorbs_join(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Contract(contract) = &node.op else { return None };
+    for at in 0..2 {
+        let to = shape(egraph, node.args[at]);
+        let source = find(egraph, node.args[at], |n| match &n.op {
+            Op::Reshape(_) => Some(n.args[0]),
+            _ => None,
+        });
+        let Some(x) = source else { continue };
+        let from = shape(egraph, x);
+        if from.contains(&0) || from.len() <= to.len() {
+            continue;
+        }
+        let Some(parts) = split_of(&to, &from) else { continue };
+        // One axis is joined of several, and it is an axis of the sum.
+        let mut joined = parts.iter().enumerate().filter(|(_, p)| p.len() > 1);
+        let (Some((d, part)), None) = (joined.next(), joined.next()) else { continue };
+        let Some(axis) = contract.maps[at][d].as_axis() else { continue };
+        if axis < contract.n_out || contract.extents[axis] != to[d] {
+            continue;
+        }
+        // The axis becomes as many as there are parts.
+        let more = part.len() - 1;
+        let renamed = |a: usize| {
+            if a < axis {
+                Affine::axis(a)
+            } else if a > axis {
+                Affine::axis(a + more)
+            } else {
+                let mut step = 1;
+                let mut index = Affine::default();
+                for (k, &extent) in part.iter().enumerate().rev() {
+                    index = index.plus(axis + k, step);
+                    step *= extent as i64;
+                }
+                index
+            }
+        };
+        let mut extents = Shape::from_slice(&contract.extents[..axis]);
+        extents.extend(part.iter().copied());
+        extents.extend_from_slice(&contract.extents[axis + 1..]);
+        let mut maps = [0, 1].map(|k: usize| {
+            contract.maps[k]
+                .iter()
+                .map(|i| i.substitute(&renamed))
+                .collect::<SmallVec<[Affine; 4]>>()
+        });
+        maps[at].remove(d);
+        for k in 0..part.len() {
+            maps[at].insert(d + k, Affine::axis(axis + k));
+        }
+        let split = Contract { extents, n_out: contract.n_out, maps };
+        let mut args = node.args.clone();
+        args[at] = x;
+        return Some(add(egraph, Op::Contract(Box::new(split)), &args));
+    }
+    None
 }

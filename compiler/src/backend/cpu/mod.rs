@@ -98,8 +98,10 @@ pub fn emit_all(kernels: &[Loops], cpu: &Cpu, verify: bool, texts: bool) -> Resu
                 out.entries.push(out.code.len());
                 out.sizes.push(compiled.code.len());
                 out.code.extend(&compiled.code);
-                if texts {
+                if !compiled.clif.is_empty() {
                     out.clif.push_str(&format!("; {}\n{}\n", kernel.name, compiled.clif));
+                }
+                if texts {
                     out.asm.push_str(&format!("; {}\n{}\n", kernel.name, compiled.asm));
                 }
             }

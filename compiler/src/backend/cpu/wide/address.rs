@@ -77,11 +77,11 @@ fn small(value: i64) -> Emitted<i32> {
 impl Wide {
     /// A number in a general register.
     pub fn int(&mut self, block: usize, value: i64) -> VReg {
-        let (code, kind) = match i32::try_from(value) {
-            Ok(_) => (Code::Mov_rm64_imm32, OpKind::Immediate32to64),
-            Err(_) => (Code::Mov_r64_imm64, OpKind::Immediate64),
+        let (code, to, kind) = match u32::try_from(value) {
+            Ok(_) => (Code::Mov_r32_imm32, Arg::Gpr32(0), OpKind::Immediate32),
+            Err(_) => (Code::Mov_r64_imm64, Arg::Gpr(0), OpKind::Immediate64),
         };
-        self.code.make(block, RegClass::Int, code, &[Arg::Gpr(0), Arg::Imm(kind, value)], &[])
+        self.code.make(block, RegClass::Int, code, &[to, Arg::Imm(kind, value)], &[])
     }
 
     /// x + y

@@ -188,22 +188,27 @@ impl Encoder<'_> {
 
     /// For each block the one that runs in its place: others than itself stand for empty ones.
     fn threads(&self) -> Vec<usize> {
-        let mut threads: Vec<usize> = (0..self.flat.num_blocks()).collect();
-        for block in 0..threads.len() {
+        let steps = |block: usize| {
             let mut items = self.allocated.block_insts_and_edits(self.flat, Block::new(block));
-            if let (Some(InstOrEdit::Inst(inst)), None) = (items.next(), items.next())
-                && let What::Jump(to) = self.flat.steps[inst.index()].what
-            {
-                threads[block] = to;
+            match (items.next(), items.next()) {
+                (Some(InstOrEdit::Inst(inst)), None) => Some(&self.flat.steps[inst.index()].what),
+                _ => None,
             }
-        }
-        for block in 0..threads.len() {
-            // No loop is empty: each has a test.
-            while threads[threads[block]] != threads[block] {
-                threads[block] = threads[threads[block]];
+        };
+        let next: Vec<usize> = (0..self.flat.num_blocks())
+            .map(|block| match steps(block) {
+                Some(What::Jump(to)) => *to,
+                _ => block,
+            })
+            .collect();
+        // No loop is empty: each has a test.
+        let follow = |mut block: usize| {
+            while next[block] != block {
+                block = next[block];
             }
-        }
-        threads
+            block
+        };
+        (0..next.len()).map(follow).collect()
     }
 
     /// An instruction of registers, memory and numbers.

@@ -54,6 +54,9 @@ enum Open {
     Else(usize),
 }
 
+/// Base plus terms, and the block that computes the sum.
+type SumKey = (BufferId, Vec<(Int, i64)>, usize);
+
 /// Code in the making.
 struct Wide {
     code: Builder,
@@ -69,7 +72,7 @@ struct Wide {
     loops: Vec<Counted>,
     open: Vec<Open>,
     /// Sums of a buffer's base and of terms, by the block that they are computed in.
-    sums: HashMap<(BufferId, Vec<(Int, i64)>, usize), VReg>,
+    sums: HashMap<SumKey, VReg>,
     /// Quotients and remainders times numbers.
     products: HashMap<(VReg, i64), VReg>,
 }

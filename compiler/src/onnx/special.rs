@@ -1,0 +1,348 @@
+//! Operators that belong to no family: selections, sums by letters, and functions of the rest.
+
+use kiln_runtime::tensor::{DType, Tensor};
+use smallvec::SmallVec;
+
+use super::call::{Call, Outputs, not_supported, one};
+use super::shape::pad_constant;
+use crate::error::Diagnostic;
+use crate::graph::NodeId;
+use crate::graph::build::Added;
+use crate::graph::op::{Affine, BinaryFn, Contract, Op, ReduceFn, Shape, UnaryFn};
+
+/// Pairs of elements that a selection compares at most.
+const MOST_PAIRS: usize = 1 << 26;
+
+pub(super) fn tan(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let (sin, cos) = (g.unary(UnaryFn::Sin, x, o)?, g.unary(UnaryFn::Cos, x, o)?);
+    one(g.binary(BinaryFn::Div, sin, cos, o)?)
+}
+
+/// (e^x + sign * e^-x) / 2
+fn hyperbolic(call: &mut Call, sign: f64) -> Outputs {
+    let x = call.input(0)?;
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let up = g.unary(UnaryFn::Exp, x, o)?;
+    let down = g.unary(UnaryFn::Recip, up, o)?;
+    let down = g.binary_number(BinaryFn::Mul, down, sign, o)?;
+    let sum = g.binary(BinaryFn::Add, up, down, o)?;
+    one(g.binary_number(BinaryFn::Mul, sum, 0.5, o)?)
+}
+
+pub(super) fn sinh(call: &mut Call) -> Outputs {
+    hyperbolic(call, -1.0)
+}
+
+pub(super) fn cosh(call: &mut Call) -> Outputs {
+    hyperbolic(call, 1.0)
+}
+
+/// ln(x + sqrt(x^2 + c))
+fn area(call: &mut Call, x: NodeId, c: f64) -> Added {
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let square = g.binary(BinaryFn::Mul, x, x, o)?;
+    let sum = g.binary_number(BinaryFn::Add, square, c, o)?;
+    let root = g.unary(UnaryFn::Sqrt, sum, o)?;
+    let sum = g.binary(BinaryFn::Add, x, root, o)?;
+    g.unary(UnaryFn::Log, sum, o)
+}
+
+/// Of the magnitude, so that nothing cancels; the sign comes back afterwards.
+pub(super) fn asinh(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    let magnitude = call.graph.unary(UnaryFn::Abs, x, &call.origin)?;
+    let y = area(call, magnitude, 1.0)?;
+    let sign = call.graph.unary(UnaryFn::Sign, x, &call.origin)?;
+    one(call.graph.binary(BinaryFn::Mul, sign, y, &call.origin)?)
+}
+
+pub(super) fn acosh(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    one(area(call, x, -1.0)?)
+}
+
+/// ln((1 + x) / (1 - x)) / 2
+pub(super) fn atanh(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let up = g.binary_number(BinaryFn::Add, x, 1.0, o)?;
+    let minus = g.unary(UnaryFn::Neg, x, o)?;
+    let down = g.binary_number(BinaryFn::Add, minus, 1.0, o)?;
+    let ratio = g.binary(BinaryFn::Div, up, down, o)?;
+    let log = g.unary(UnaryFn::Log, ratio, o)?;
+    one(g.binary_number(BinaryFn::Mul, log, 0.5, o)?)
+}
+
+/// x + bias below -lambd, x - bias above lambd, 0 between.
+pub(super) fn shrink(call: &mut Call) -> Outputs {
+    let bias = f64::from(call.float_or("bias", 0.0));
+    let lambd = f64::from(call.float_or("lambd", 0.5));
+    let x = call.input(0)?;
+    let ty = call.ty(x);
+    let (low, high) = (call.number(ty.dtype, 0, -lambd), call.number(ty.dtype, 0, lambd));
+    let zero = call.number(ty.dtype, 0, 0.0);
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let below = g.binary(BinaryFn::Lt, x, low, o)?;
+    let above = g.binary(BinaryFn::Lt, high, x, o)?;
+    let raised = g.binary_number(BinaryFn::Add, x, bias, o)?;
+    let lowered = g.binary_number(BinaryFn::Sub, x, bias, o)?;
+    let y = g.select(above, lowered, zero, o)?;
+    one(g.select(below, raised, y, o)?)
+}
+
+/// Times or divided by a power of two; a division by 2^width, which wraps to 0, is 0.
+pub(super) fn bit_shift(call: &mut Call) -> Outputs {
+    let left = call.string_or("direction", "LEFT") == "LEFT";
+    let (x, y) = (call.input(0)?, call.input(1)?);
+    let dtype = call.ty(x).dtype;
+    let powers: Vec<u64> = (0..65).map(|n| 1u64.checked_shl(n).unwrap_or(0)).collect();
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let powers = g.tensor(&Tensor::from_slice(&[65], &powers), o);
+    let powers = g.cast(powers, dtype, o)?;
+    let place = g.cast(y, DType::I64, o)?;
+    let power = g.add(Op::Gather(0), &[powers, place], o)?;
+    let f = if left { BinaryFn::Mul } else { BinaryFn::Div };
+    one(g.binary(f, x, power, o)?)
+}
+
+/// 1 on a diagonal of a matrix, else 0.
+pub(super) fn eye_like(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    let ty = call.ty(x);
+    let dtype = match call.int("dtype") {
+        Some(number) => super::tensor::dtype_of(i32::try_from(number).unwrap_or(0))?,
+        None => ty.dtype,
+    };
+    let k = call.int_or("k", 0);
+    if ty.rank() != 2 {
+        return Err(not_supported(format!("a diagonal of {:?}", ty.shape)));
+    }
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let row = g.add(Op::Iota(ty.shape.clone(), 0), &[], o)?;
+    let column = g.add(Op::Iota(ty.shape.clone(), 1), &[], o)?;
+    let row = g.binary_number(BinaryFn::Add, row, k as f64, o)?;
+    let same = g.binary(BinaryFn::Eq, row, column, o)?;
+    one(g.cast(same, dtype, o)?)
+}
+
+/// One value at the place that an index names along a new axis, another elsewhere.
+pub(super) fn one_hot(call: &mut Call) -> Outputs {
+    let (index, values) = (call.input(0)?, call.input(2)?);
+    let depth = call.input(1)?;
+    let depth = call.graph.value(depth).and_then(|v| v.as_f64s().first().copied());
+    let depth = depth
+        .filter(|d| (0.0..2f64.powi(31)).contains(d))
+        .ok_or_else(|| not_supported("a depth that is not known or no extent"))?;
+    let mut shape = call.shape(index);
+    let axis = call.axis(call.int_or("axis", -1), shape.len() + 1)?;
+    shape.insert(axis, 1);
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let index = g.cast(index, DType::I64, o)?;
+    let index = g.reshape(index, &shape, o)?;
+    // Indices below 0 count from the end.
+    let zero = g.scalar(DType::I64, 0, 0.0, o);
+    let negative = g.binary(BinaryFn::Lt, index, zero, o)?;
+    let moved = g.binary_number(BinaryFn::Add, index, depth, o)?;
+    let index = g.select(negative, moved, index, o)?;
+    let mut along = Shape::from_elem(1, shape.len());
+    along[axis] = depth as usize;
+    let place = g.add(Op::Iota(along, axis as u8), &[], o)?;
+    let here = g.binary(BinaryFn::Eq, index, place, o)?;
+    let (off, on) = (call.cut(values, 0, (0, 1, 1))?, call.cut(values, 0, (1, 1, 1))?);
+    one(call.graph.select(here, on, off, &call.origin)?)
+}
+
+/// The k first elements of an axis in order, with their indices. The rank of each element is the
+/// number of those that come before it.
+pub(super) fn top_k(call: &mut Call) -> Outputs {
+    call.ignore("sorted");
+    let largest = call.int_or("largest", 1) != 0;
+    let x = call.input(0)?;
+    let ty = call.ty(x);
+    let axis = call.axis(call.int_or("axis", -1), ty.rank())?;
+    let k = match call.int("k") {
+        Some(k) => Some(k),
+        None => call.ints_input(1)?.and_then(|k| k.first().copied()),
+    };
+    let n = ty.shape[axis];
+    let k = k.and_then(|k| usize::try_from(k).ok()).filter(|&k| k <= n);
+    let k = k.ok_or_else(|| not_supported(format!("that number of {n} elements")))?;
+    if ty.numel().checked_mul(n).is_none_or(|pairs| pairs > MOST_PAIRS) {
+        return Err(not_supported(format!("an order of {n} elements in {:?}", ty.shape)));
+    }
+    let rank = ty.rank();
+    let order: Vec<usize> = (0..rank).filter(|&d| d != axis).chain([axis]).collect();
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let last = g.permute(x, &order, o)?;
+    let lead = Shape::from_slice(&g.ty(last).shape[..rank - 1]);
+    let with = |tail: [usize; 2]| -> Shape { lead.iter().copied().chain(tail).collect() };
+    let (down, across) = (g.reshape(last, &with([n, 1]), o)?, g.reshape(last, &with([1, n]), o)?);
+    let ones = |tail: [usize; 2]| -> Shape { lead.iter().map(|_| 1).chain(tail).collect() };
+    let row = g.add(Op::Iota(ones([n, 1]), rank as u8 - 1), &[], o)?;
+    let column = g.add(Op::Iota(ones([1, n]), rank as u8), &[], o)?;
+    let before = match largest {
+        true => g.binary(BinaryFn::Lt, down, across, o)?,
+        false => g.binary(BinaryFn::Lt, across, down, o)?,
+    };
+    let tie = g.binary(BinaryFn::Eq, down, across, o)?;
+    let earlier = g.binary(BinaryFn::Lt, column, row, o)?;
+    let tie = g.binary(BinaryFn::And, tie, earlier, o)?;
+    let before = g.binary(BinaryFn::Or, before, tie, o)?;
+    let before = g.cast(before, DType::I64, o)?;
+    let ranks = g.reduce(ReduceFn::Sum, before, &[rank], o)?;
+    let ranks = g.reshape(ranks, &with([1, n]), o)?;
+    let wanted = g.add(Op::Iota(ones([k, 1]), rank as u8 - 1), &[], o)?;
+    let here = g.binary(BinaryFn::Eq, ranks, wanted, o)?;
+    let back: Vec<usize> = (0..axis).chain([rank - 1]).chain(axis..rank - 1).collect();
+    let mut outputs = Vec::new();
+    for (values, dtype) in [(across, ty.dtype), (column, DType::I64)] {
+        let zero = g.scalar(dtype, 0, 0.0, o);
+        let picked = g.select(here, values, zero, o)?;
+        let sum = g.reduce(ReduceFn::Sum, picked, &[rank], o)?;
+        let shape: Shape = lead.iter().copied().chain([k]).collect();
+        let flat = g.reshape(sum, &shape, o)?;
+        outputs.push(Some(g.permute(flat, &back, o)?));
+    }
+    Ok(outputs)
+}
+
+/// Cuts or borders axes evenly on both sides to given extents.
+pub(super) fn center_crop_pad(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    let ty = call.ty(x);
+    let wanted = call.ints_input(1)?.ok_or_else(|| not_supported("a crop without a shape"))?;
+    let axes = match call.ints("axes") {
+        Some(axes) => call.axes(&axes, ty.rank())?,
+        None => (0..ty.rank()).collect(),
+    };
+    let fits = axes.len() == wanted.len() && wanted.iter().all(|&e| e >> 31 == 0);
+    if !fits || ty.shape.iter().any(|&e| e >> 31 != 0) {
+        return Err(not_supported(format!("{wanted:?} for axes {axes:?}")));
+    }
+    let mut borders = vec![(0, 0); ty.rank()];
+    for (&axis, &to) in axes.iter().zip(&wanted) {
+        let more = to - ty.shape[axis] as i64;
+        // The odd element goes to the end of a border, and from the end of a cut.
+        borders[axis] = (more / 2, more - more / 2);
+    }
+    let zero = call.number(ty.dtype, 0, 0.0);
+    one(pad_constant(call, x, &borders, zero)?)
+}
+
+pub(super) fn global_lp_pool(call: &mut Call) -> Outputs {
+    let p = call.int_or("p", 2) as f64;
+    let x = call.input(0)?;
+    let axes: Vec<usize> = (2..call.ty(x).rank()).collect();
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let magnitude = g.unary(UnaryFn::Abs, x, o)?;
+    let power = g.binary_number(BinaryFn::Pow, magnitude, p, o)?;
+    let sum = g.reduce(ReduceFn::Sum, power, &axes, o)?;
+    one(g.binary_number(BinaryFn::Pow, sum, 1.0 / p, o)?)
+}
+
+/// Letters of each operand and of the result; an ellipsis becomes digits.
+struct Equation {
+    operands: Vec<Vec<char>>,
+    result: Vec<char>,
+}
+
+fn equation(text: &str, ranks: &[usize]) -> Result<Equation, Diagnostic> {
+    let fail = || not_supported(format!("the equation {text} for ranks {ranks:?}"));
+    let text: String = text.chars().filter(|c| !c.is_whitespace()).collect();
+    let (left, right) = match text.split_once("->") {
+        Some((left, right)) => (left, Some(right)),
+        None => (text.as_str(), None),
+    };
+    let terms: Vec<&str> = left.split(',').collect();
+    if terms.len() != ranks.len() {
+        return Err(fail());
+    }
+    // Axes of an ellipsis are numbered from the end, so that they align.
+    let spell = |term: &str, rest: usize| -> Option<Vec<char>> {
+        let dots: Option<String> =
+            (0..rest).rev().map(|i| char::from_digit(i as u32, 36)).collect();
+        let spelled = term.replacen("...", &dots?, 1);
+        let plain = spelled.chars().all(|c| c.is_ascii_alphabetic() || c.is_ascii_digit());
+        plain.then(|| spelled.chars().collect())
+    };
+    let mut operands = Vec::new();
+    let mut longest = 0;
+    for (term, &rank) in terms.iter().zip(ranks) {
+        let letters = term.chars().filter(|c| *c != '.').count();
+        let rest = if term.contains("...") { rank.checked_sub(letters) } else { Some(0) };
+        let rest = rest.filter(|&r| r <= 10).ok_or_else(fail)?;
+        longest = longest.max(rest);
+        let spelled = spell(term, rest).filter(|s| s.len() == rank).ok_or_else(fail)?;
+        operands.push(spelled);
+    }
+    let result = match right {
+        Some(right) => spell(right, longest).ok_or_else(fail)?,
+        None => {
+            let all: Vec<char> = operands.concat();
+            let mut once: Vec<char> = all.clone();
+            once.retain(|c| c.is_ascii_digit() || all.iter().filter(|a| *a == c).count() == 1);
+            // Digits stand for the ellipsis, whose axes go first, the outermost having the
+            // greatest digit.
+            once.sort_by_key(|&c| {
+                (c.is_ascii_alphabetic(), if c.is_ascii_digit() { 255 - c as u8 } else { c as u8 })
+            });
+            once.dedup();
+            once
+        }
+    };
+    Ok(Equation { operands, result })
+}
+
+/// A sum of products over the letters that the result does not have.
+pub(super) fn einsum(call: &mut Call) -> Outputs {
+    let text = call.string_or("equation", "");
+    let mut operands = Vec::new();
+    for i in 0..call.n_inputs() {
+        operands.push(call.input(i)?);
+    }
+    let ranks: Vec<usize> = operands.iter().map(|&x| call.ty(x).rank()).collect();
+    let spelled = equation(&text, &ranks)?;
+    if operands.len() == 1 {
+        let dtype = call.ty(operands[0]).dtype;
+        operands.push(call.number(dtype, 0, 1.0));
+    }
+    let [x, y] = operands[..] else {
+        return Err(not_supported(format!("an equation of {} operands", operands.len())));
+    };
+    let letters_of = |i: usize| spelled.operands.get(i).map_or(&[][..], |l| &l[..]);
+    let terms = [letters_of(0), letters_of(1)];
+    let mut letters = spelled.result.clone();
+    letters.extend(terms.concat());
+    let mut space: Vec<char> = Vec::new();
+    letters.into_iter().for_each(|c| {
+        if !space.contains(&c) {
+            space.push(c)
+        }
+    });
+    let shapes = [call.shape(x), call.shape(y)];
+    let mut extents = Shape::from_elem(1, space.len());
+    let mut maps: [SmallVec<[Affine; 4]>; 2] = Default::default();
+    for (i, term) in terms.iter().enumerate() {
+        for (c, &extent) in term.iter().zip(&shapes[i]) {
+            let axis = space.iter().position(|s| s == c).unwrap_or(0);
+            let known = extents[axis];
+            if known != extent && known != 1 && extent != 1 {
+                return Err(not_supported(format!("{text}: {c} is {known} and {extent}")));
+            }
+            if extent != 1 {
+                extents[axis] = extent;
+            }
+            maps[i].push(if extent == 1 { Affine::constant(0) } else { Affine::axis(axis) });
+        }
+    }
+    let n_out = spelled.result.len();
+    let repeated = (0..n_out).any(|i| spelled.result[..i].contains(&spelled.result[i]));
+    let known = spelled.result.iter().all(|c| terms.iter().any(|t| t.contains(c)));
+    if repeated || !known {
+        return Err(not_supported(format!("the equation {text}")));
+    }
+    let contract = Contract { extents, n_out, maps }.without_unit_axes();
+    one(call.graph.add(Op::Contract(Box::new(contract)), &[x, y], &call.origin)?)
+}
