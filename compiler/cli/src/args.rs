@@ -268,6 +268,10 @@ pub struct VerifyArgs {
     /// Absolute difference that is allowed
     #[arg(long, value_name = "X", default_value_t = 1e-5)]
     pub atol: f64,
+    /// Also compare the result of every kernel: outputs may hide differences, as a softmax does
+    /// whose largest element is 1
+    #[arg(long)]
+    pub kernels: bool,
 }
 
 /// `kiln explain`

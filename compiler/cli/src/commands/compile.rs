@@ -32,6 +32,9 @@ pub fn run(args: &CompileArgs, term: &Term) -> Result<(), Failure> {
         Emit::Plan => text(&stages.plan),
         Emit::Obj => stages.obj,
     };
+    if emit == Emit::Clif && contents.is_empty() {
+        term.note("note: every kernel is wide code here; --no-wide shows Cranelift's form");
+    }
     let Some(path) = &args.output else {
         return files::write(Path::new("-"), |out| out.write_all(&contents));
     };

@@ -2,9 +2,9 @@
 
 use kiln::Compiler;
 use kiln::error::sanitize;
-use kiln::graph::Graph;
 use kiln::graph::eval::{Value as Meaning, eval, eval_nodes};
 use kiln::graph::op::Op;
+use kiln::graph::{Graph, NodeId};
 use kiln::tensor::Tensor;
 use serde_json::{Value, json};
 
@@ -12,7 +12,7 @@ use crate::args::VerifyArgs;
 use crate::commands::{compile, compiler, gather, model_name, open};
 use crate::failure::{Exit, Failure};
 use crate::input::Inputs;
-use crate::stats::{Difference, compare};
+use crate::stats::{Difference, compare, values};
 use crate::term::Term;
 
 /// How far results may be apart.
@@ -30,6 +30,14 @@ impl Tolerance {
         }
         let outside = expected.numel().max(1);
         Difference { max_abs: f64::INFINITY, max_rel: f64::INFINITY, outside, first: None }
+    }
+
+    /// For a value inside the model, whose elements may be sums of much larger ones: the absolute
+    /// tolerance counts in units of the largest element.
+    fn inside(self, expected: &Tensor) -> Tolerance {
+        let finite = values(expected).into_iter().filter(|value| value.is_finite());
+        let largest = finite.fold(0.0f64, |largest, value| largest.max(value.abs()));
+        Tolerance { atol: self.atol * largest.max(1.0), ..self }
     }
 }
 
@@ -55,14 +63,15 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     let values: Vec<Meaning> =
         inputs.tensors.iter().map(|(_, t)| Meaning::from_tensor(t)).collect();
     let expected = term.during("interpret", None, || eval(&graph, &values));
+    let mut kernels = None;
     let mut rows = Vec::new();
     for ((name, found), expected) in found.iter().zip(&expected) {
         rows.push(row(name, "interpreter", found, &expected.to_tensor(), tolerance));
     }
     let wrong_code = rows.iter().any(|row| row.difference.outside > 0);
     rows.extend(stored(&found, &inputs, tolerance));
-    let wrong = rows.iter().any(|row| row.difference.outside > 0);
-    let place = if wrong_code {
+    let mut wrong = rows.iter().any(|row| row.difference.outside > 0);
+    let mut place = if wrong_code {
         term.during("locate", None, || locate(&compiler, &graph, &values, tolerance))?
     } else if wrong {
         // Compiled code and interpreter agree with each other, not with the stored outputs.
@@ -70,7 +79,16 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     } else {
         None
     };
-    report(args, &rows, place.as_ref(), term)?;
+    if args.kernels && !wrong {
+        let fused = compiler.optimise(&graph)?;
+        let probe = term.during("probe", None, || {
+            probe(&compiler, &fused, &eval_nodes(&fused, &values), &values, tolerance)
+        })?;
+        wrong = probe.wrong.is_some();
+        place = probe.wrong.clone().map(|node| ("code".to_string(), Some(node)));
+        kernels = Some(probe);
+    }
+    report(args, &rows, kernels.as_ref(), place.as_ref(), term)?;
     if wrong { Err(Failure::said(Exit::Mismatch)) } else { Ok(()) }
 }
 
@@ -118,30 +136,54 @@ fn locate(
         let node = first_unlike(graph, &reference, &fused, &values, tolerance);
         return Ok(Some(("optimise".into(), node)));
     }
-    // Every kernel's result as an output of its own, so that each can be looked at.
-    let mut probed = fused.clone();
-    let kernels =
-        probed.ids().filter(|id| !matches!(fused.node(*id).op, Op::Input(_) | Op::Const(_)));
-    probed.outputs = kernels.map(|id| (format!("%{}", id.0), id)).collect();
-    let names: Vec<String> = fused.inputs.iter().map(|(name, _)| name.clone()).collect();
-    let tensors: Vec<Tensor> = inputs.iter().map(Meaning::to_tensor).collect();
-    let named: Vec<_> = names.iter().zip(&tensors).map(|(n, t)| (n.as_str(), t.view())).collect();
-    let first_wrong = |compiler: &Compiler| -> Result<Option<String>, Failure> {
-        let executable = compiler.build(&probed)?;
-        let found = executable.run(&named);
-        let found = found.map_err(|error| Failure::usage(error.to_string()))?;
-        let wrong = found.iter().zip(&probed.outputs).find(|((_, found), (_, id))| {
-            tolerance.compare(found, &values[id.index()].to_tensor()).outside > 0
-        });
-        Ok(wrong.map(|(_, (_, id))| sanitize(&fused.node(*id).origin)))
-    };
-    let Some(node) = first_wrong(compiler)? else {
+    let Some(node) = probe(compiler, &fused, &values, inputs, tolerance)?.wrong else {
         // All kernels are right when nothing shares memory.
         return Ok(Some(("plan".into(), None)));
     };
-    let narrow = compiler.clone().wide(false);
-    let stage = if first_wrong(&narrow)?.is_none() { "wide code" } else { "code" };
+    let narrow = probe(&compiler.clone().wide(false), &fused, &values, inputs, tolerance)?;
+    let stage = if narrow.wrong.is_none() { "wide code" } else { "code" };
     Ok(Some((stage.into(), Some(node))))
+}
+
+/// What a look at every kernel says.
+struct Probe {
+    kernels: usize,
+    /// Largest difference, in units of the largest element of the kernel's result.
+    worst: f64,
+    /// The first kernel whose result is wrong.
+    wrong: Option<String>,
+}
+
+/// Compiles kernels so that each result is an output of its own, runs them, and compares with
+/// `values`, those of the interpreter.
+fn probe(
+    compiler: &Compiler,
+    fused: &Graph,
+    values: &[Meaning],
+    inputs: &[Meaning],
+    tolerance: Tolerance,
+) -> Result<Probe, Failure> {
+    let mut probed = fused.clone();
+    let computed = |id: &NodeId| !matches!(fused.node(*id).op, Op::Input(_) | Op::Const(_));
+    let kernels = fused.ids().filter(computed);
+    probed.outputs = kernels.map(|id| (format!("%{}", id.0), id)).collect();
+    let tensors: Vec<Tensor> = inputs.iter().map(Meaning::to_tensor).collect();
+    let names = fused.inputs.iter().map(|(name, _)| name.as_str());
+    let named: Vec<_> = names.zip(&tensors).map(|(name, t)| (name, t.view())).collect();
+    let found = compiler.build(&probed)?.run(&named);
+    let found = found.map_err(|error| Failure::usage(error.to_string()))?;
+    let mut result = Probe { kernels: found.len(), worst: 0.0, wrong: None };
+    for ((_, found), (_, id)) in found.iter().zip(&probed.outputs) {
+        let expected = values[id.index()].to_tensor();
+        let inside = tolerance.inside(&expected);
+        let difference = inside.compare(found, &expected);
+        let scale = inside.atol / tolerance.atol.max(f64::MIN_POSITIVE);
+        result.worst = result.worst.max(difference.max_abs / scale.max(1.0));
+        if difference.outside > 0 && result.wrong.is_none() {
+            result.wrong = Some(sanitize(&fused.node(*id).origin));
+        }
+    }
+    Ok(result)
 }
 
 /// The first node of the optimised graph that has the value of no node of the same origin and
@@ -173,10 +215,11 @@ fn first_unlike(
 fn report(
     args: &VerifyArgs,
     rows: &[Row],
+    kernels: Option<&Probe>,
     place: Option<&(String, Option<String>)>,
     term: &Term,
 ) -> Result<(), Failure> {
-    let wrong = rows.iter().any(|row| row.difference.outside > 0);
+    let wrong = place.is_some() || rows.iter().any(|row| row.difference.outside > 0);
     let mut text = String::new();
     for row in rows {
         let Difference { max_abs, max_rel, outside, first } = &row.difference;
@@ -191,6 +234,11 @@ fn report(
             }
             text.push('\n');
         }
+    }
+    if let Some(Probe { kernels, worst, wrong }) = kernels {
+        let verdict = if wrong.is_none() { "ok" } else { "DIFFERS" };
+        text += &format!("{verdict:<8} {kernels} kernels against interpreter: ");
+        text += &format!("largest difference {worst:.3e} of the largest element\n");
     }
     if let Some((stage, node)) = place {
         let node = node.as_ref().map_or(String::new(), |node| format!(", node `{node}`"));
@@ -208,6 +256,7 @@ fn report(
     let value = json!({
         "ok": !wrong, "model": model_name(&args.model.model),
         "outputs": rows.iter().map(json_row).collect::<Vec<Value>>(),
+        "kernels": kernels.map(|probe| json!({ "count": probe.kernels, "worst": probe.worst })),
         "stage": stage, "node": node,
     });
     term.report(value, &text)
