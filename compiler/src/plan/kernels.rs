@@ -168,7 +168,8 @@ impl Build<'_> {
                     Param::Out | Param::None => out,
                 })
                 .collect();
-            let written = written_slot(&kernel, &slots);
+            // A kernel over nothing writes nothing; it counts as one that writes its result.
+            let written = written_slot(&kernel, &slots).unwrap_or(out);
             let constant = slots.iter().all(|&s| s == written || self.program.slots[s].constant)
                 && (written != out || self.program.slots[out].constant);
             if constant && written != out {
@@ -225,12 +226,12 @@ fn kernel_slots(kernel: &Loops, from: usize, to: usize) -> Vec<usize> {
 }
 
 /// The slot that a kernel writes: of its result, or of its scratch where it only packs.
-fn written_slot(kernel: &Loops, slots: &[usize]) -> usize {
+fn written_slot(kernel: &Loops, slots: &[usize]) -> Option<usize> {
     let global: Vec<Param> =
         kernel.buffers.iter().filter(|b| b.scope == Scope::Global).map(|b| b.param).collect();
     let out = global.iter().position(|p| *p == Param::Out);
     let scratch = || global.iter().position(|p| matches!(p, Param::Scratch(_)));
-    out.or_else(scratch).map_or(usize::MAX, |at| slots[at])
+    out.or_else(scratch).map(|at| slots[at])
 }
 
 fn copy_kernel(ty: &Type, target: Target) -> Result<Loops> {
