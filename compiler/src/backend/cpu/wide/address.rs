@@ -109,6 +109,10 @@ impl Wide {
         if factor == 1 {
             return x;
         }
+        if factor.count_ones() == 1 && factor > 0 {
+            let args = [Arg::Gpr(0), Arg::Imm(OpKind::Immediate8, factor.trailing_zeros().into())];
+            return self.code.change(block, Code::Shl_rm64_imm8, &args, &[x], 1);
+        }
         let kind = OpKind::Immediate32to64;
         let args = [Arg::Gpr(0), Arg::Gpr(1), Arg::Imm(kind, factor)];
         self.code.make(block, RegClass::Int, Code::Imul_r64_rm64_imm32, &args, &[x])
@@ -201,6 +205,9 @@ impl Wide {
         divisor: usize,
         limit: usize,
     ) -> Emitted<VReg> {
+        if let Some(&known) = self.quotients.get(&(block, x, divisor)) {
+            return Ok(known);
+        }
         let shift = match limit.checked_mul(divisor) {
             Some(product) if limit < 1 << 29 => usize::BITS - product.leading_zeros(),
             _ => return Err(Unsupported("a division of large numbers".into())),
@@ -209,9 +216,14 @@ impl Wide {
         // x * d < 2^s; m is at most 2 * limit + 1.
         let factor = (1u128 << shift).div_ceil(divisor as u128);
         let factor = i64::from(small(i64::try_from(factor).unwrap_or(i64::MAX))?);
-        let product = self.times(block, x, factor);
+        let (product, shift) = match divisor.is_power_of_two() {
+            true => (x, divisor.trailing_zeros()),
+            false => (self.times(block, x, factor), shift),
+        };
         let args = [Arg::Gpr(0), Arg::Imm(OpKind::Immediate8, i64::from(shift))];
-        Ok(self.code.change(block, Code::Shr_rm64_imm8, &args, &[product], 1))
+        let quotient = self.code.change(block, Code::Shr_rm64_imm8, &args, &[product], 1);
+        self.quotients.insert((block, x, divisor), quotient);
+        Ok(quotient)
     }
 
     /// x - quotient * divisor

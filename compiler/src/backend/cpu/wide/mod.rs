@@ -75,6 +75,10 @@ struct Wide {
     sums: HashMap<SumKey, VReg>,
     /// Quotients and remainders times numbers.
     products: HashMap<(VReg, i64), VReg>,
+    /// Quotients by block, dividend and divisor.
+    quotients: HashMap<(usize, VReg, usize), VReg>,
+    /// Indices by block, terms and offset.
+    indices: HashMap<(usize, Vec<(Int, i64)>, i64), Val>,
     /// What quotients and remainders are less than.
     limits: HashMap<VReg, i64>,
     /// Turns of the parallel loop.
@@ -106,6 +110,8 @@ impl Wide {
             open: Vec::new(),
             sums: HashMap::new(),
             products: HashMap::new(),
+            quotients: HashMap::new(),
+            indices: HashMap::new(),
             limits: HashMap::new(),
             turns: i64::try_from(loops.parallel_extent()).unwrap_or(i64::MAX),
         }
@@ -299,6 +305,10 @@ impl Machine for Wide {
     }
 
     fn index(&mut self, terms: &[(Int, i64)], offset: i64) -> Emitted<Val> {
+        let key = (self.current, terms.to_vec(), offset);
+        if let Some(&known) = self.indices.get(&key) {
+            return Ok(known);
+        }
         let mut sum = match offset {
             0 => None,
             _ => Some(self.int(self.current, offset)),
@@ -315,7 +325,9 @@ impl Machine for Wide {
             Some(most) if least >= 0 => most.saturating_add(1),
             _ => 0,
         };
-        Ok(sum.map_or(Val::Number(offset), |sum| Val::Int(sum, limit)))
+        let index = sum.map_or(Val::Number(offset), |sum| Val::Int(sum, limit));
+        self.indices.insert(key, index);
+        Ok(index)
     }
 
     fn unary(&mut self, f: UnaryFn, dtype: DType, x: &Val) -> Emitted<Val> {
