@@ -109,6 +109,10 @@ impl Wide {
         if factor == 1 {
             return x;
         }
+        if factor.count_ones() == 1 && factor > 0 {
+            let args = [Arg::Gpr(0), Arg::Imm(OpKind::Immediate8, factor.trailing_zeros().into())];
+            return self.code.change(block, Code::Shl_rm64_imm8, &args, &[x], 1);
+        }
         let kind = OpKind::Immediate32to64;
         let args = [Arg::Gpr(0), Arg::Gpr(1), Arg::Imm(kind, factor)];
         self.code.make(block, RegClass::Int, Code::Imul_r64_rm64_imm32, &args, &[x])
@@ -193,24 +197,70 @@ impl Wide {
         Ok(Address { base, index, displacement })
     }
 
-    /// Quotient and remainder of a parallel variable that is less than `limit`.
-    pub fn divided(&mut self, x: Int, divisor: usize, limit: usize) -> Emitted<(Int, Int)> {
+    /// x / divisor of an x that is at least 0 and less than `limit`.
+    pub fn quotient(
+        &mut self,
+        block: usize,
+        x: VReg,
+        divisor: usize,
+        limit: usize,
+    ) -> Emitted<VReg> {
+        if let Some(&known) = self.quotients.get(&(block, x, divisor)) {
+            return Ok(known);
+        }
         let shift = match limit.checked_mul(divisor) {
             Some(product) if limit < 1 << 29 => usize::BITS - product.leading_zeros(),
-            _ => return Err(Unsupported("a parallel loop of that many turns".into())),
+            _ => return Err(Unsupported("a division of large numbers".into())),
         };
         // With m = ceil(2^s / d), x * m / 2^s exceeds x / d by less than 1 / d while
         // x * d < 2^s; m is at most 2 * limit + 1.
         let factor = (1u128 << shift).div_ceil(divisor as u128);
         let factor = i64::from(small(i64::try_from(factor).unwrap_or(i64::MAX))?);
-        let x = self.scaled(x, 1)?;
-        let block = self.head;
-        let product = self.times(block, x, factor);
+        let (product, shift) = match divisor.is_power_of_two() {
+            true => (x, divisor.trailing_zeros()),
+            false => (self.times(block, x, factor), shift),
+        };
         let args = [Arg::Gpr(0), Arg::Imm(OpKind::Immediate8, i64::from(shift))];
         let quotient = self.code.change(block, Code::Shr_rm64_imm8, &args, &[product], 1);
+        self.quotients.insert((block, x, divisor), quotient);
+        Ok(quotient)
+    }
+
+    /// x - quotient * divisor
+    pub fn rest(&mut self, block: usize, x: VReg, quotient: VReg, divisor: usize) -> Emitted<VReg> {
         let whole = self.times(block, quotient, i64::from(small(divisor as i64)?));
         let args = [Arg::Gpr(0), Arg::Gpr(2)];
-        let rest = self.code.change(block, Code::Sub_r64_rm64, &args, &[x, whole], 1);
+        Ok(self.code.change(block, Code::Sub_r64_rm64, &args, &[x, whole], 1))
+    }
+
+    /// Quotient and remainder of a parallel variable that is less than `limit`.
+    pub fn divided(&mut self, x: Int, divisor: usize, limit: usize) -> Emitted<(Int, Int)> {
+        let x = self.scaled(x, 1)?;
+        let quotient = self.quotient(self.head, x, divisor, limit)?;
+        let rest = self.rest(self.head, x, quotient, divisor)?;
+        self.limits.insert(quotient, limit.div_ceil(divisor) as i64);
+        self.limits.insert(rest, divisor as i64);
         Ok((Int::Value(quotient), Int::Value(rest)))
+    }
+
+    /// A number that the variable is less than, if there is one. None is negative.
+    pub fn limit(&self, int: Int) -> Option<i64> {
+        match int {
+            Int::Loop(id) => match self.loops[id].span {
+                Span::Extent(extent) => i64::try_from(extent).ok(),
+                Span::Range(..) => Some(self.turns),
+            },
+            Int::Value(x) => self.limits.get(&x).copied(),
+        }
+    }
+
+    /// The address moved by a value times a number of bytes.
+    pub fn moved(&mut self, address: Address, value: VReg, bytes: i64) -> Address {
+        let step = self.times(self.current, value, bytes);
+        let base = match address.index {
+            Some(index) => self.sum(self.current, address.base, index),
+            None => address.base,
+        };
+        Address { base, index: Some(step), ..address }
     }
 }

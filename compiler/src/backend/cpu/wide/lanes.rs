@@ -15,8 +15,10 @@ pub enum Val {
     One(VReg),
     /// An f32 in every lane, or masks.
     Lanes(VReg),
-    /// An i64 or, as 1 or 0, a bool.
-    Int(VReg),
+    /// An i64 or, as 1 or 0, a bool. It is at least 0 and less than the limit, if that is not 0.
+    Int(VReg, i64),
+    /// An i64 or a bool that is known.
+    Number(i64),
     /// The bits of an f32 that is known, and whether it is in every lane.
     Literal(u32, bool),
 }
@@ -25,7 +27,7 @@ impl Val {
     /// Whether it is in every lane.
     pub fn is_wide(self) -> bool {
         match self {
-            Val::One(_) | Val::Int(_) => false,
+            Val::One(_) | Val::Int(..) | Val::Number(_) => false,
             Val::Lanes(_) => true,
             Val::Literal(_, wide) => wide,
         }
@@ -34,7 +36,7 @@ impl Val {
     /// A register that holds a value like this one.
     pub fn like(self, register: VReg) -> Val {
         match self {
-            Val::Int(_) => Val::Int(register),
+            Val::Int(..) | Val::Number(_) => Val::Int(register, 0),
             Val::One(_) | Val::Lanes(_) | Val::Literal(..) => wide_or_one(self.is_wide(), register),
         }
     }
@@ -66,7 +68,8 @@ impl Wide {
     /// The register of any value; literals get one here.
     pub fn register(&mut self, x: &Val) -> VReg {
         match *x {
-            Val::One(r) | Val::Lanes(r) | Val::Int(r) => r,
+            Val::One(r) | Val::Lanes(r) | Val::Int(r, _) => r,
+            Val::Number(value) => self.int(self.current, value),
             Val::Literal(0, _) => {
                 let args = [Arg::Xmm(0), Arg::Xmm(0), Arg::Xmm(0)];
                 self.float(Code::VEX_Vxorps_xmm_xmm_xmmm128, &args, &[])
@@ -81,7 +84,7 @@ impl Wide {
     /// The register of a float.
     pub fn vector(&mut self, x: &Val) -> Emitted<VReg> {
         match x {
-            Val::Int(_) => Err(Unsupported("arithmetic on integers".into())),
+            Val::Int(..) | Val::Number(_) => Err(Unsupported("integers as floats".into())),
             Val::One(_) | Val::Lanes(_) | Val::Literal(..) => Ok(self.register(x)),
         }
     }
@@ -94,7 +97,7 @@ impl Wide {
     fn last(&mut self, x: &Val, place: u8, uses: &mut Vec<VReg>) -> Emitted<Arg> {
         match x {
             Val::Literal(bits, _) => Ok(Arg::Pool(*bits)),
-            Val::One(_) | Val::Lanes(_) | Val::Int(_) => {
+            Val::One(_) | Val::Lanes(_) | Val::Int(..) | Val::Number(_) => {
                 uses.push(self.vector(x)?);
                 Ok(Arg::Ymm(place))
             }
@@ -124,7 +127,9 @@ impl Wide {
         let code = Code::VEX_Vcmpps_ymm_ymm_ymmm256_imm8;
         match x {
             Val::Literal(..) => self.two(code, y, x, Some(mirror)),
-            Val::One(_) | Val::Lanes(_) | Val::Int(_) => self.two(code, x, y, Some(order)),
+            Val::One(_) | Val::Lanes(_) | Val::Int(..) | Val::Number(_) => {
+                self.two(code, x, y, Some(order))
+            }
         }
     }
 
@@ -195,24 +200,42 @@ impl Wide {
 
     /// f(x, y) of indices, or of bools.
     pub fn int_binary(&mut self, f: BinaryFn, x: &Val, y: &Val) -> Emitted<Val> {
-        let (&Val::Int(a), &Val::Int(b)) = (x, y) else {
-            return Err(Unsupported("logic on masks".into()));
+        let limit = |v: &Val| match *v {
+            Val::Int(_, limit) => limit,
+            Val::Number(value) if value >= 0 => value.saturating_add(1),
+            Val::Number(_) | Val::One(_) | Val::Lanes(_) | Val::Literal(..) => 0,
         };
+        if [x, y].iter().any(|v| !matches!(v, Val::Int(..) | Val::Number(_))) {
+            return Err(Unsupported("logic on masks".into()));
+        }
+        if let &Val::Number(y) = y
+            && matches!(f, BinaryFn::Mul | BinaryFn::Div | BinaryFn::Rem)
+        {
+            return self.by_constant(f, x, limit(x), y);
+        }
+        let [a, b] = [self.register(x), self.register(y)];
         let block = self.current;
-        Ok(Val::Int(match f {
-            BinaryFn::Lt => self.code.ask(block, Ask::Lt, a, b),
-            BinaryFn::Le => self.code.ask(block, Ask::Le, a, b),
-            BinaryFn::Eq => self.code.ask(block, Ask::Eq, a, b),
-            BinaryFn::Ne => self.code.ask(block, Ask::Ne, a, b),
+        let ask = match f {
+            BinaryFn::Lt => Ask::Lt,
+            BinaryFn::Le => Ask::Le,
+            BinaryFn::Eq => Ask::Eq,
+            BinaryFn::Ne => Ask::Ne,
             BinaryFn::And | BinaryFn::Or => {
                 let code = match f {
                     BinaryFn::And => Code::And_r64_rm64,
                     _ => Code::Or_r64_rm64,
                 };
-                self.code.change(block, code, &[Arg::Gpr(0), Arg::Gpr(2)], &[a, b], 1)
+                let args = [Arg::Gpr(0), Arg::Gpr(2)];
+                return Ok(Val::Int(self.code.change(block, code, &args, &[a, b], 1), 0));
             }
-            BinaryFn::Add
-            | BinaryFn::Sub
+            BinaryFn::Add => {
+                let limit = match (limit(x), limit(y)) {
+                    (0, _) | (_, 0) => 0,
+                    (a, b) => a.saturating_add(b - 1),
+                };
+                return Ok(Val::Int(self.sum(block, a, b), limit));
+            }
+            BinaryFn::Sub
             | BinaryFn::Mul
             | BinaryFn::Div
             | BinaryFn::Rem
@@ -222,7 +245,33 @@ impl Wide {
             | BinaryFn::Xor => {
                 return Err(Unsupported(format!("{} of integers in wide code", f.name())));
             }
-        }))
+        };
+        Ok(Val::Int(self.code.ask(block, ask, a, b), 2))
+    }
+
+    /// A product with a number, or a quotient or remainder where x is known to be small.
+    fn by_constant(&mut self, f: BinaryFn, x: &Val, limit: i64, y: i64) -> Emitted<Val> {
+        if i32::try_from(y).is_err() || y <= 0 {
+            return Err(Unsupported("integer arithmetic with a number that is not small".into()));
+        }
+        let register = self.register(x);
+        let block = self.current;
+        if f == BinaryFn::Mul {
+            let limit =
+                if limit == 0 { 0 } else { (limit - 1).saturating_mul(y).saturating_add(1) };
+            return Ok(Val::Int(self.times(block, register, y), limit));
+        }
+        if limit == 0 {
+            return Err(Unsupported("a division of an integer without a known limit".into()));
+        }
+        let quotient = self.quotient(block, register, y as usize, limit as usize)?;
+        match f {
+            BinaryFn::Div => Ok(Val::Int(quotient, (limit - 1) / y + 1)),
+            _ => {
+                let rest = self.rest(block, register, quotient, y as usize)?;
+                Ok(Val::Int(rest, y.min(limit)))
+            }
+        }
     }
 
     /// f(x) of floats.
@@ -261,12 +310,12 @@ impl Wide {
         // A literal factor goes last as well.
         let (x, y) = match x {
             Val::Literal(..) => (y, x),
-            Val::One(_) | Val::Lanes(_) | Val::Int(_) => (x, y),
+            Val::One(_) | Val::Lanes(_) | Val::Int(..) | Val::Number(_) => (x, y),
         };
         let wide = x.is_wide() || y.is_wide() || z.is_wide();
         let (code, first, second, last) = match z {
             Val::Literal(..) => (Code::VEX_Vfmadd213ps_ymm_ymm_ymmm256, x, y, z),
-            Val::One(_) | Val::Lanes(_) | Val::Int(_) => {
+            Val::One(_) | Val::Lanes(_) | Val::Int(..) | Val::Number(_) => {
                 (Code::VEX_Vfmadd231ps_ymm_ymm_ymmm256, z, x, y)
             }
         };

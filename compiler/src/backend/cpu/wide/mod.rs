@@ -75,6 +75,14 @@ struct Wide {
     sums: HashMap<SumKey, VReg>,
     /// Quotients and remainders times numbers.
     products: HashMap<(VReg, i64), VReg>,
+    /// Quotients by block, dividend and divisor.
+    quotients: HashMap<(usize, VReg, usize), VReg>,
+    /// Indices by block, terms and offset.
+    indices: HashMap<(usize, Vec<(Int, i64)>, i64), Val>,
+    /// What quotients and remainders are less than.
+    limits: HashMap<VReg, i64>,
+    /// Turns of the parallel loop.
+    turns: i64,
 }
 
 impl Wide {
@@ -102,6 +110,10 @@ impl Wide {
             open: Vec::new(),
             sums: HashMap::new(),
             products: HashMap::new(),
+            quotients: HashMap::new(),
+            indices: HashMap::new(),
+            limits: HashMap::new(),
+            turns: i64::try_from(loops.parallel_extent()).unwrap_or(i64::MAX),
         }
     }
 
@@ -206,8 +218,11 @@ impl Machine for Wide {
     }
 
     fn branch_begin(&mut self, condition: &Val) -> Emitted<()> {
-        let &Val::Int(condition) = condition else {
-            return Err(Unsupported("a branch on floats".into()));
+        let condition = match condition {
+            Val::Int(..) | Val::Number(_) => self.register(condition),
+            Val::One(_) | Val::Lanes(_) | Val::Literal(..) => {
+                return Err(Unsupported("a branch on floats".into()));
+            }
         };
         let then = self.code.block();
         self.open.push(Open::Then(self.current, condition, then));
@@ -240,9 +255,14 @@ impl Machine for Wide {
         offset: i64,
         dynamic: Option<(&Val, i64)>,
     ) -> Emitted<Address> {
+        let address = self.place(buffer, terms, offset)?;
         match dynamic {
-            None => self.place(buffer, terms, offset),
-            Some(_) => Err(Unsupported("places from data in wide code".into())),
+            None => Ok(address),
+            Some((value @ (Val::Int(..) | Val::Number(_)), bytes)) => {
+                let register = self.register(value);
+                Ok(self.moved(address, register, bytes))
+            }
+            Some(_) => Err(Unsupported("a place that is a float".into())),
         }
     }
 
@@ -277,19 +297,37 @@ impl Machine for Wide {
         match (dtype, number) {
             (DType::F32, Number::Float(v)) => Ok(Val::Literal((v as f32).to_bits(), wide)),
             (DType::I64 | DType::Bool, Number::Int(v)) if !wide => {
-                Ok(Val::Int(self.int(self.current, v as i64)))
+                let value = i64::try_from(v).map_err(|_| Unsupported(format!("number {v}")))?;
+                Ok(Val::Number(value))
             }
             _ => Err(Unsupported(format!("{dtype} in wide code"))),
         }
     }
 
     fn index(&mut self, terms: &[(Int, i64)], offset: i64) -> Emitted<Val> {
-        let mut sum = self.int(self.current, offset);
+        let key = (self.current, terms.to_vec(), offset);
+        if let Some(&known) = self.indices.get(&key) {
+            return Ok(known);
+        }
+        let mut sum = match offset {
+            0 => None,
+            _ => Some(self.int(self.current, offset)),
+        };
+        let (mut least, mut most) = (offset, Some(offset));
         for &(int, factor) in terms {
             let step = self.scaled(int, factor)?;
-            sum = self.sum(self.current, sum, step);
+            sum = Some(sum.map_or(step, |sum| self.sum(self.current, sum, step)));
+            let reach = self.limit(int).and_then(|limit| factor.checked_mul(limit - 1));
+            least = reach.map_or(i64::MIN, |r| least.saturating_add(r.min(0)));
+            most = most.zip(reach).and_then(|(most, reach)| most.checked_add(reach.max(0)));
         }
-        Ok(Val::Int(sum))
+        let limit = match most {
+            Some(most) if least >= 0 => most.saturating_add(1),
+            _ => 0,
+        };
+        let index = sum.map_or(Val::Number(offset), |sum| Val::Int(sum, limit));
+        self.indices.insert(key, index);
+        Ok(index)
     }
 
     fn unary(&mut self, f: UnaryFn, dtype: DType, x: &Val) -> Emitted<Val> {
@@ -310,7 +348,10 @@ impl Machine for Wide {
     fn select(&mut self, dtype: DType, c: &Val, x: &Val, y: &Val) -> Emitted<Val> {
         f32_only(dtype)?;
         let mask = match *c {
-            Val::Int(bool) => self.mask(bool, x.is_wide() || y.is_wide()),
+            Val::Int(..) | Val::Number(_) => {
+                let bool = self.register(c);
+                self.mask(bool, x.is_wide() || y.is_wide())
+            }
             Val::One(_) | Val::Lanes(_) | Val::Literal(..) => *c,
         };
         self.blend(&mask, x, y)
@@ -355,7 +396,9 @@ impl Machine for Wide {
             Val::One(r) => Ok(self.broadcast(r)),
             Val::Lanes(_) => Ok(*x),
             Val::Literal(bits, _) => Ok(Val::Literal(bits, true)),
-            Val::Int(_) => Err(Unsupported("lanes of another type than f32".into())),
+            Val::Int(..) | Val::Number(_) => {
+                Err(Unsupported("lanes of another type than f32".into()))
+            }
         }
     }
 

@@ -248,3 +248,31 @@ fn values_that_do_not_fit_into_registers() {
         assert!(count.abs_diff(16) < 2 || spills == (count > 16), "{}", compiled.asm);
     }
 }
+
+#[test]
+fn places_from_index_arithmetic() {
+    if skip() {
+        return;
+    }
+    // A transposition by quotients and remainders of the flat index, as views that do not
+    // compose leave it.
+    let [rows, columns] = [13, 35];
+    let number = |n| Expr::Const(DType::I64, Number::Int(n));
+    let flat = || Expr::Index(at(&[(0, 35), (1, 5), (2, 1)], 0).affine);
+    let row = two(BinaryFn::Mul, two(BinaryFn::Rem, flat(), number(rows)), number(columns));
+    let place = two(BinaryFn::Add, row, two(BinaryFn::Div, flat(), number(rows)));
+    let load = Expr::Load(0, Place { dynamic: Some(Arc::new(place)), ..at(&[(3, 1)], 2) });
+    let axes = [
+        (0, rows as usize, Kind::Parallel),
+        (1, 7, Kind::Serial),
+        (2, 5, Kind::Unroll),
+        (3, 8, Kind::Vector),
+    ];
+    let to = at(&[(0, 280), (1, 40), (2, 8), (3, 1)], 0);
+    let body = vec![Stmt::Store { buffer: 1, place: to, value: load }];
+    let x: Vec<f32> = (0..13 * 35 + 10).map(|k| k as f32).collect();
+    let y = agree(&kernel([x.len(), 13 * 35 * 8], nest(&axes, body)), &x);
+    for flat in 0..13 * 35 {
+        assert_eq!(y[8 * flat + 3], x[flat % 13 * 35 + flat / 13 + 5], "element {flat}");
+    }
+}
