@@ -3,8 +3,8 @@
 use iced_x86::{Code, OpKind};
 use regalloc2::{RegClass, VReg};
 
-use super::Wide;
 use super::ssa::Arg;
+use super::{Open, Wide};
 use crate::backend::cpu::emit::{Emitted, Unsupported};
 use crate::loops::ir::BufferId;
 
@@ -252,6 +252,28 @@ impl Wide {
             },
             Int::Value(x) => self.limits.get(&x).copied(),
         }
+    }
+
+    /// The outermost block, still open, in which an index of these terms is known.
+    pub fn home(&self, terms: &[(Int, i64)]) -> usize {
+        let depth = terms.iter().map(|t| t.0.depth()).max().unwrap_or(0);
+        let deeper = self.open_loops().find(|&id| Int::Loop(id).depth() > depth);
+        deeper.map_or(self.current, |id| self.loops[id].before)
+    }
+
+    fn open_loops(&self) -> impl Iterator<Item = usize> + '_ {
+        self.open.iter().filter_map(|open| match open {
+            Open::Loop(id, _) => Some(*id),
+            Open::Then(..) | Open::Else(_) => None,
+        })
+    }
+
+    /// The block to go on with an integer: where it is computed, unless that block has ended.
+    /// Of blocks that are open, later ones know what earlier ones do.
+    pub fn block_of(&self, x: VReg) -> usize {
+        let home = self.homes.get(&x).copied();
+        home.filter(|&home| self.open_loops().any(|id| self.loops[id].before == home))
+            .unwrap_or(self.current)
     }
 
     /// The address moved by a value times a number of bytes.
