@@ -278,7 +278,8 @@ impl Wide {
 
     /// The address moved by a value times a number of bytes.
     pub fn moved(&mut self, address: Address, value: VReg, bytes: i64) -> Address {
-        let step = self.times(self.current, value, bytes);
+        let block = self.block_of(value);
+        let step = self.times(block, value, bytes);
         let base = match address.index {
             Some(index) => self.sum(self.current, address.base, index),
             None => address.base,
