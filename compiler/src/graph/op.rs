@@ -261,7 +261,7 @@ pub enum Op {
     /// out[i.., j.., k..] = x[i.., y[j..], k..] at an axis of x; negative indices count from the
     /// end, others out of range are clamped.
     Gather(u8),
-    /// out = x, then out[y[j], k..] = f(out[y[j], k..], z[j, k..]) for j ascending; `None` replaces.
+    /// out = x, then out[y[j], k..] = f(out[y[j], k..], z[j, k..]), j ascending; `None` replaces.
     /// Negative indices count from the end, others out of range are dropped.
     Scatter(Option<ReduceFn>),
     /// out[i] = f over the given axes of x, which stay with extent 1.
