@@ -557,6 +557,10 @@ fn scale_into_contract(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let mut to = Shape::from_elem(1, weight_shape.len());
     if let Some(&axis) = along.first() {
         let d = contract.maps[weight].iter().position(|a| a.as_axis() == Some(axis))?;
+        // A scale that repeats the result, or that misses weights nobody reads, has no place.
+        if result[axis] != scale_shape[axis] || weight_shape[d] != scale_shape[axis] {
+            return None;
+        }
         to[d] = scale_shape[axis];
     }
     let scale = add(egraph, Op::Reshape(to), &[scale]);
