@@ -10,6 +10,9 @@ use rustc_hash::{FxHashSet, FxHasher};
 use smallvec::SmallVec;
 
 use super::Budget;
+use super::algebra::{
+    add_zero, bounds_meet, constants_meet, neutral_number, scale_past_shift, square,
+};
 use super::lang::{ENode, Egg};
 use crate::graph::op::{Affine, Axes, BinaryFn, Contract, Op, Shape};
 
@@ -76,6 +79,18 @@ pub static RULES: &[Rule] = rules! {
     "contract-channels-last" Exact contract_channels_last;
     // s * contract(x, w) = contract(x, s * w): batch norms and scales go into weights.
     "scale-into-contract" Reassociating scale_into_contract;
+    // x * 1 = x, x / 1 = x, x - 0 = x
+    "neutral-number" Exact neutral_number;
+    // x + 0 = x (the sign of a zero may differ)
+    "add-zero" Reassociating add_zero;
+    // x^2 = x * x
+    "square" Reassociating square;
+    // (x + c) + d = x + (c + d), and products alike
+    "constants-meet" Reassociating constants_meet;
+    // max(max(x, c), d) = max(x, max(c, d)), and minima alike
+    "bounds-meet" Exact bounds_meet;
+    // (contract + c) * s = contract * s + c * s
+    "scale-past-shift" Reassociating scale_past_shift;
 };
 
 /// Applies all rules until nothing new is found or a budget ends; counts the firings.
@@ -136,7 +151,7 @@ fn fingerprint(egraph: &Egg, class: Id, node: &ENode) -> u64 {
 }
 
 /// The operation of a class that `pick` takes, the least where there are several.
-fn find<T>(egraph: &Egg, id: Id, pick: impl Fn(&ENode) -> Option<T>) -> Option<T> {
+pub(super) fn find<T>(egraph: &Egg, id: Id, pick: impl Fn(&ENode) -> Option<T>) -> Option<T> {
     let mut nodes: Vec<&ENode> = egraph[id].nodes.iter().collect();
     nodes.sort_unstable();
     nodes.into_iter().find_map(pick)
@@ -150,7 +165,7 @@ fn permutation(egraph: &Egg, id: Id) -> Option<(Axes, Id)> {
     })
 }
 
-fn shape(egraph: &Egg, id: Id) -> Shape {
+pub(super) fn shape(egraph: &Egg, id: Id) -> Shape {
     egraph[id].data.ty.shape.clone()
 }
 
@@ -164,7 +179,7 @@ fn is_identity(axes: &[u8]) -> bool {
     axes.iter().enumerate().all(|(i, &a)| i == a as usize)
 }
 
-fn add(egraph: &mut Egg, op: Op, args: &[Id]) -> Id {
+pub(super) fn add(egraph: &mut Egg, op: Op, args: &[Id]) -> Id {
     egraph.add(ENode::new(op, args))
 }
 
