@@ -3,8 +3,8 @@
 use iced_x86::{Code, OpKind};
 use regalloc2::{RegClass, VReg};
 
-use super::Wide;
 use super::ssa::Arg;
+use super::{Open, Wide};
 use crate::backend::cpu::emit::{Emitted, Unsupported};
 use crate::loops::ir::BufferId;
 
@@ -254,9 +254,32 @@ impl Wide {
         }
     }
 
+    /// The outermost block, still open, in which an index of these terms is known.
+    pub fn home(&self, terms: &[(Int, i64)]) -> usize {
+        let depth = terms.iter().map(|t| t.0.depth()).max().unwrap_or(0);
+        let deeper = self.open_loops().find(|&id| Int::Loop(id).depth() > depth);
+        deeper.map_or(self.current, |id| self.loops[id].before)
+    }
+
+    fn open_loops(&self) -> impl Iterator<Item = usize> + '_ {
+        self.open.iter().filter_map(|open| match open {
+            Open::Loop(id, _) => Some(*id),
+            Open::Then(..) | Open::Else(_) => None,
+        })
+    }
+
+    /// The block to go on with an integer: where it is computed, unless that block has ended.
+    /// Of blocks that are open, later ones know what earlier ones do.
+    pub fn block_of(&self, x: VReg) -> usize {
+        let home = self.homes.get(&x).copied();
+        home.filter(|&home| self.open_loops().any(|id| self.loops[id].before == home))
+            .unwrap_or(self.current)
+    }
+
     /// The address moved by a value times a number of bytes.
     pub fn moved(&mut self, address: Address, value: VReg, bytes: i64) -> Address {
-        let step = self.times(self.current, value, bytes);
+        let block = self.block_of(value);
+        let step = self.times(block, value, bytes);
         let base = match address.index {
             Some(index) => self.sum(self.current, address.base, index),
             None => address.base,

@@ -213,8 +213,15 @@ impl Wide {
         {
             return self.by_constant(f, x, limit(x), y);
         }
-        let [a, b] = [self.register(x), self.register(y)];
-        let block = self.current;
+        let block = match (*x, *y) {
+            (Val::Int(a, _), Val::Int(b, _)) => self.block_of(a).max(self.block_of(b)),
+            (Val::Int(a, _), _) | (_, Val::Int(a, _)) => self.block_of(a),
+            _ => self.current,
+        };
+        let [a, b] = [x, y].map(|v| match *v {
+            Val::Number(value) => self.int(block, value),
+            _ => self.register(v),
+        });
         let ask = match f {
             BinaryFn::Lt => Ask::Lt,
             BinaryFn::Le => Ask::Le,
@@ -233,7 +240,8 @@ impl Wide {
                     (0, _) | (_, 0) => 0,
                     (a, b) => a.saturating_add(b - 1),
                 };
-                return Ok(Val::Int(self.sum(block, a, b), limit));
+                let sum = self.sum(block, a, b);
+                return Ok(self.homed(block, sum, limit));
             }
             BinaryFn::Sub
             | BinaryFn::Mul
@@ -255,23 +263,30 @@ impl Wide {
             return Err(Unsupported("integer arithmetic with a number that is not small".into()));
         }
         let register = self.register(x);
-        let block = self.current;
+        let block = self.block_of(register);
         if f == BinaryFn::Mul {
             let limit =
                 if limit == 0 { 0 } else { (limit - 1).saturating_mul(y).saturating_add(1) };
-            return Ok(Val::Int(self.times(block, register, y), limit));
+            let product = self.times(block, register, y);
+            return Ok(self.homed(block, product, limit));
         }
         if limit == 0 {
             return Err(Unsupported("a division of an integer without a known limit".into()));
         }
         let quotient = self.quotient(block, register, y as usize, limit as usize)?;
         match f {
-            BinaryFn::Div => Ok(Val::Int(quotient, (limit - 1) / y + 1)),
+            BinaryFn::Div => Ok(self.homed(block, quotient, (limit - 1) / y + 1)),
             _ => {
                 let rest = self.rest(block, register, quotient, y as usize)?;
-                Ok(Val::Int(rest, y.min(limit)))
+                Ok(self.homed(block, rest, y.min(limit)))
             }
         }
+    }
+
+    /// An integer that is computed in a block.
+    fn homed(&mut self, block: usize, register: VReg, limit: i64) -> Val {
+        self.homes.insert(register, block);
+        Val::Int(register, limit)
     }
 
     /// f(x) of floats.

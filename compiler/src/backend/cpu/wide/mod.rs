@@ -79,6 +79,8 @@ struct Wide {
     quotients: HashMap<(usize, VReg, usize), VReg>,
     /// Indices by block, terms and offset.
     indices: HashMap<(usize, Vec<(Int, i64)>, i64), Val>,
+    /// Blocks in which indices are computed.
+    homes: HashMap<VReg, usize>,
     /// What quotients and remainders are less than.
     limits: HashMap<VReg, i64>,
     /// Turns of the parallel loop.
@@ -112,6 +114,7 @@ impl Wide {
             products: HashMap::new(),
             quotients: HashMap::new(),
             indices: HashMap::new(),
+            homes: HashMap::new(),
             limits: HashMap::new(),
             turns: i64::try_from(loops.parallel_extent()).unwrap_or(i64::MAX),
         }
@@ -305,18 +308,19 @@ impl Machine for Wide {
     }
 
     fn index(&mut self, terms: &[(Int, i64)], offset: i64) -> Emitted<Val> {
-        let key = (self.current, terms.to_vec(), offset);
+        let block = self.home(terms);
+        let key = (block, terms.to_vec(), offset);
         if let Some(&known) = self.indices.get(&key) {
             return Ok(known);
         }
         let mut sum = match offset {
             0 => None,
-            _ => Some(self.int(self.current, offset)),
+            _ => Some(self.int(block, offset)),
         };
         let (mut least, mut most) = (offset, Some(offset));
         for &(int, factor) in terms {
             let step = self.scaled(int, factor)?;
-            sum = Some(sum.map_or(step, |sum| self.sum(self.current, sum, step)));
+            sum = Some(sum.map_or(step, |sum| self.sum(block, sum, step)));
             let reach = self.limit(int).and_then(|limit| factor.checked_mul(limit - 1));
             least = reach.map_or(i64::MIN, |r| least.saturating_add(r.min(0)));
             most = most.zip(reach).and_then(|(most, reach)| most.checked_add(reach.max(0)));
@@ -327,6 +331,9 @@ impl Machine for Wide {
         };
         let index = sum.map_or(Val::Number(offset), |sum| Val::Int(sum, limit));
         self.indices.insert(key, index);
+        if let Val::Int(register, _) = index {
+            self.homes.insert(register, block);
+        }
         Ok(index)
     }
 
