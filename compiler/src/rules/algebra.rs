@@ -5,7 +5,7 @@ use egg::Id;
 use super::lang::{ENode, Egg};
 use super::table::{add, find, shape};
 use crate::graph::eval::Value;
-use crate::graph::op::{BinaryFn, Op};
+use crate::graph::op::{BinaryFn, Op, Shape};
 
 /// The number that all elements of a class are, where it is a small constant.
 fn number(egraph: &Egg, id: Id) -> Option<f64> {
@@ -114,4 +114,36 @@ pub(super) fn scale_past_shift(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let scaled = add(egraph, Op::Binary(BinaryFn::Mul), &[x, scale]);
     let shift = add(egraph, Op::Binary(BinaryFn::Mul), &[shift, scale]);
     Some(add(egraph, Op::Binary(BinaryFn::Add), &[scaled, shift]))
+}
+
+pub(super) fn scale_into_contract(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Binary(BinaryFn::Mul) = &node.op else { return None };
+    let at = (0..2).find(|&k| egraph[node.args[k]].data.constant)?;
+    let (scale, other) = (node.args[at], node.args[1 - at]);
+    let result = shape(egraph, other);
+    let scale_shape = shape(egraph, scale);
+    let (contract, args) = find(egraph, other, |n| match &n.op {
+        Op::Contract(c) => Some((c.clone(), n.args.clone())),
+        _ => None,
+    })?;
+    let weight = (0..2).find(|&k| egraph[args[k]].data.constant)?;
+    let along: Vec<usize> = (0..scale_shape.len()).filter(|&d| scale_shape[d] != 1).collect();
+    if result.len() != scale_shape.len() || along.len() > 1 {
+        return None;
+    }
+    let weight_shape = shape(egraph, args[weight]);
+    let mut to = Shape::from_elem(1, weight_shape.len());
+    if let Some(&axis) = along.first() {
+        let d = contract.maps[weight].iter().position(|a| a.as_axis() == Some(axis))?;
+        // A scale that repeats the result, or that misses weights nobody reads, has no place.
+        if result[axis] != scale_shape[axis] || weight_shape[d] != scale_shape[axis] {
+            return None;
+        }
+        to[d] = scale_shape[axis];
+    }
+    let scale = add(egraph, Op::Reshape(to), &[scale]);
+    let scaled = add(egraph, Op::Binary(BinaryFn::Mul), &[args[weight], scale]);
+    let mut args = args;
+    args[weight] = scaled;
+    Some(add(egraph, Op::Contract(contract), &args))
 }

@@ -11,10 +11,11 @@ use smallvec::SmallVec;
 
 use super::Budget;
 use super::algebra::{
-    add_zero, bounds_meet, constants_meet, neutral_number, scale_past_shift, square,
+    add_zero, bounds_meet, constants_meet, neutral_number, scale_into_contract, scale_past_shift,
+    square,
 };
 use super::lang::{ENode, Egg};
-use crate::graph::op::{Affine, Axes, BinaryFn, Contract, Op, Shape};
+use crate::graph::op::{Affine, Axes, Contract, Op, Shape};
 
 /// How a rule treats floating point results.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -263,9 +264,9 @@ fn reshape_split_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     // Split x itself, then put the pieces in order.
     let mut split = Shape::new();
     let mut first_of = vec![0usize; from.len()];
-    for d in 0..from.len() {
+    for (d, first) in first_of.iter_mut().enumerate() {
         let at = axes.iter().position(|&a| a as usize == d)?;
-        first_of[d] = split.len();
+        *first = split.len();
         split.extend_from_slice(&parts[at]);
     }
     let order: Axes = axes
@@ -551,38 +552,6 @@ fn contract_channels_last(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let last = Contract { extents, n_out: n, maps };
     let y = add(egraph, Op::Contract(Box::new(last)), &node.args);
     Some(permuted(egraph, &inverse(&order), y))
-}
-
-fn scale_into_contract(egraph: &mut Egg, node: &ENode) -> Option<Id> {
-    let Op::Binary(BinaryFn::Mul) = &node.op else { return None };
-    let at = (0..2).find(|&k| egraph[node.args[k]].data.constant)?;
-    let (scale, other) = (node.args[at], node.args[1 - at]);
-    let result = shape(egraph, other);
-    let scale_shape = shape(egraph, scale);
-    let (contract, args) = find(egraph, other, |n| match &n.op {
-        Op::Contract(c) => Some((c.clone(), n.args.clone())),
-        _ => None,
-    })?;
-    let weight = (0..2).find(|&k| egraph[args[k]].data.constant)?;
-    let along: Vec<usize> = (0..scale_shape.len()).filter(|&d| scale_shape[d] != 1).collect();
-    if result.len() != scale_shape.len() || along.len() > 1 {
-        return None;
-    }
-    let weight_shape = shape(egraph, args[weight]);
-    let mut to = Shape::from_elem(1, weight_shape.len());
-    if let Some(&axis) = along.first() {
-        let d = contract.maps[weight].iter().position(|a| a.as_axis() == Some(axis))?;
-        // A scale that repeats the result, or that misses weights nobody reads, has no place.
-        if result[axis] != scale_shape[axis] || weight_shape[d] != scale_shape[axis] {
-            return None;
-        }
-        to[d] = scale_shape[axis];
-    }
-    let scale = add(egraph, Op::Reshape(to), &[scale]);
-    let scaled = add(egraph, Op::Binary(BinaryFn::Mul), &[args[weight], scale]);
-    let mut args = args;
-    args[weight] = scaled;
-    Some(add(egraph, Op::Contract(contract), &args))
 }
 
 fn contract_absorbs_join(egraph: &mut Egg, node: &ENode) -> Option<Id> {
