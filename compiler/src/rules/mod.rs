@@ -1,5 +1,8 @@
 //! The optimiser: an e-graph finds equal forms of a graph, the cheapest is taken and fused.
 
+mod algebra;
+#[cfg(test)]
+mod checks;
 pub mod constants;
 pub mod cost;
 pub mod extract;

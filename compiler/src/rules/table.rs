@@ -10,8 +10,12 @@ use rustc_hash::{FxHashSet, FxHasher};
 use smallvec::SmallVec;
 
 use super::Budget;
+use super::algebra::{
+    add_zero, bounds_meet, constants_meet, neutral_number, scale_into_contract, scale_past_shift,
+    square,
+};
 use super::lang::{ENode, Egg};
-use crate::graph::op::{Affine, Axes, BinaryFn, Contract, Op, Shape};
+use crate::graph::op::{Affine, Axes, Contract, Op, Shape};
 
 /// How a rule treats floating point results.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -76,6 +80,18 @@ pub static RULES: &[Rule] = rules! {
     "contract-channels-last" Exact contract_channels_last;
     // s * contract(x, w) = contract(x, s * w): batch norms and scales go into weights.
     "scale-into-contract" Reassociating scale_into_contract;
+    // x * 1 = x, x / 1 = x, x - 0 = x
+    "neutral-number" Exact neutral_number;
+    // x + 0 = x (the sign of a zero may differ)
+    "add-zero" Reassociating add_zero;
+    // x^2 = x * x
+    "square" Reassociating square;
+    // (x + c) + d = x + (c + d), and products alike
+    "constants-meet" Reassociating constants_meet;
+    // max(max(x, c), d) = max(x, max(c, d)), and minima alike
+    "bounds-meet" Exact bounds_meet;
+    // (contract + c) * s = contract * s + c * s
+    "scale-past-shift" Reassociating scale_past_shift;
 };
 
 /// Applies all rules until nothing new is found or a budget ends; counts the firings.
@@ -136,7 +152,7 @@ fn fingerprint(egraph: &Egg, class: Id, node: &ENode) -> u64 {
 }
 
 /// The operation of a class that `pick` takes, the least where there are several.
-fn find<T>(egraph: &Egg, id: Id, pick: impl Fn(&ENode) -> Option<T>) -> Option<T> {
+pub(super) fn find<T>(egraph: &Egg, id: Id, pick: impl Fn(&ENode) -> Option<T>) -> Option<T> {
     let mut nodes: Vec<&ENode> = egraph[id].nodes.iter().collect();
     nodes.sort_unstable();
     nodes.into_iter().find_map(pick)
@@ -150,7 +166,7 @@ fn permutation(egraph: &Egg, id: Id) -> Option<(Axes, Id)> {
     })
 }
 
-fn shape(egraph: &Egg, id: Id) -> Shape {
+pub(super) fn shape(egraph: &Egg, id: Id) -> Shape {
     egraph[id].data.ty.shape.clone()
 }
 
@@ -164,7 +180,7 @@ fn is_identity(axes: &[u8]) -> bool {
     axes.iter().enumerate().all(|(i, &a)| i == a as usize)
 }
 
-fn add(egraph: &mut Egg, op: Op, args: &[Id]) -> Id {
+pub(super) fn add(egraph: &mut Egg, op: Op, args: &[Id]) -> Id {
     egraph.add(ENode::new(op, args))
 }
 
@@ -248,9 +264,9 @@ fn reshape_split_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     // Split x itself, then put the pieces in order.
     let mut split = Shape::new();
     let mut first_of = vec![0usize; from.len()];
-    for d in 0..from.len() {
+    for (d, first) in first_of.iter_mut().enumerate() {
         let at = axes.iter().position(|&a| a as usize == d)?;
-        first_of[d] = split.len();
+        *first = split.len();
         split.extend_from_slice(&parts[at]);
     }
     let order: Axes = axes
@@ -536,34 +552,6 @@ fn contract_channels_last(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let last = Contract { extents, n_out: n, maps };
     let y = add(egraph, Op::Contract(Box::new(last)), &node.args);
     Some(permuted(egraph, &inverse(&order), y))
-}
-
-fn scale_into_contract(egraph: &mut Egg, node: &ENode) -> Option<Id> {
-    let Op::Binary(BinaryFn::Mul) = &node.op else { return None };
-    let at = (0..2).find(|&k| egraph[node.args[k]].data.constant)?;
-    let (scale, other) = (node.args[at], node.args[1 - at]);
-    let result = shape(egraph, other);
-    let scale_shape = shape(egraph, scale);
-    let (contract, args) = find(egraph, other, |n| match &n.op {
-        Op::Contract(c) => Some((c.clone(), n.args.clone())),
-        _ => None,
-    })?;
-    let weight = (0..2).find(|&k| egraph[args[k]].data.constant)?;
-    let along: Vec<usize> = (0..scale_shape.len()).filter(|&d| scale_shape[d] != 1).collect();
-    if result.len() != scale_shape.len() || along.len() > 1 {
-        return None;
-    }
-    let weight_shape = shape(egraph, args[weight]);
-    let mut to = Shape::from_elem(1, weight_shape.len());
-    if let Some(&axis) = along.first() {
-        let d = contract.maps[weight].iter().position(|a| a.as_axis() == Some(axis))?;
-        to[d] = scale_shape[axis];
-    }
-    let scale = add(egraph, Op::Reshape(to), &[scale]);
-    let scaled = add(egraph, Op::Binary(BinaryFn::Mul), &[args[weight], scale]);
-    let mut args = args;
-    args[weight] = scaled;
-    Some(add(egraph, Op::Contract(contract), &args))
 }
 
 fn contract_absorbs_join(egraph: &mut Egg, node: &ENode) -> Option<Id> {
