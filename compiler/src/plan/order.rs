@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::graph::op::Op;
 use crate::graph::verify::{Verified, verify};
-use crate::graph::{Args, Body, Graph, Node, NodeId, composite};
+use crate::graph::{Args, Body, Graph, Node, NodeId};
+use crate::rules::fuse::expand;
 
 /// The graph with every operation in a body of its own.
 pub fn unfused(graph: &Graph) -> Result<Verified<Graph>> {
@@ -34,22 +35,4 @@ pub fn unfused(graph: &Graph) -> Result<Verified<Graph>> {
     let outputs = graph.outputs.iter();
     out.outputs = outputs.map(|(name, id)| (name.clone(), place[id.index()])).collect();
     verify(out)
-}
-
-/// The graph with named functions replaced by their definitions.
-fn expand(graph: &Graph) -> Result<Graph> {
-    let mut out = Graph::empty_like(graph);
-    out.bodies = graph.bodies.clone();
-    let mut place: Vec<NodeId> = Vec::with_capacity(graph.nodes.len());
-    for node in &graph.nodes {
-        let args: Args = node.args.iter().map(|a| place[a.index()]).collect();
-        place.push(match &node.op {
-            Op::Composite(f) => composite::define(&mut out, *f, args[0], &node.origin)
-                .map_err(|d| Error::new(ErrorKind::Model, d))?,
-            op => out.push(op.clone(), args, node.ty.clone(), &node.origin),
-        });
-    }
-    let outputs = graph.outputs.iter();
-    out.outputs = outputs.map(|(name, id)| (name.clone(), place[id.index()])).collect();
-    Ok(out)
 }
