@@ -9,9 +9,13 @@
 
 use std::fmt;
 
-/// One problem in a model, a file or a request.
+/// One problem in a model, a file or a request; its [`Details`] are public through `Deref`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Diagnostic {
+pub struct Diagnostic(Box<Details>);
+
+/// What a [`Diagnostic`] says. Boxed there, so that results on the good path stay small.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Details {
     /// Stable code, such as `K0201`.
     pub code: String,
     /// What is wrong, in one line.
@@ -32,46 +36,58 @@ pub struct Diagnostic {
     pub help: Option<String>,
 }
 
+impl std::ops::Deref for Diagnostic {
+    type Target = Details;
+
+    fn deref(&self) -> &Details {
+        &self.0
+    }
+}
+
 impl Diagnostic {
     /// A diagnostic with a code and a message.
     pub fn new(code: &str, message: impl Into<String>) -> Diagnostic {
-        Diagnostic { code: code.to_string(), message: message.into(), ..Diagnostic::default() }
+        Diagnostic(Box::new(Details {
+            code: code.to_string(),
+            message: message.into(),
+            ..Details::default()
+        }))
     }
 
     /// Names the node.
     pub fn node(mut self, name: impl Into<String>) -> Self {
-        self.node = Some(name.into());
+        self.0.node = Some(name.into());
         self
     }
 
     /// Names the operator and its opset.
     pub fn op(mut self, op: impl Into<String>, opset: i64) -> Self {
-        self.op = Some(op.into());
-        self.opset = Some(opset);
+        self.0.op = Some(op.into());
+        self.0.opset = Some(opset);
         self
     }
 
     /// Names the tensor, file or flag.
     pub fn tensor(mut self, name: impl Into<String>) -> Self {
-        self.tensor = Some(name.into());
+        self.0.tensor = Some(name.into());
         self
     }
 
     /// Says what would have been right.
     pub fn expected(mut self, text: impl Into<String>) -> Self {
-        self.expected = Some(text.into());
+        self.0.expected = Some(text.into());
         self
     }
 
     /// Says what was there.
     pub fn found(mut self, text: impl Into<String>) -> Self {
-        self.found = Some(text.into());
+        self.0.found = Some(text.into());
         self
     }
 
     /// Says what to do about it.
     pub fn help(mut self, text: impl Into<String>) -> Self {
-        self.help = Some(text.into());
+        self.0.help = Some(text.into());
         self
     }
 }

@@ -258,8 +258,8 @@ pub(super) fn conv_transpose(call: &mut Call) -> Outputs {
     }
     let pads = transposed_pads(call, &extents, &strides, &reaches, &more)?;
     let mut y = x;
-    for d in 0..n {
-        y = spread(call, y, 2 + d, strides[d])?;
+    for (d, &stride) in strides.iter().enumerate() {
+        y = spread(call, y, 2 + d, stride)?;
     }
     let zero = call.number(call.ty(x).dtype, 0, 0.0);
     let mut borders = vec![(0, 0); 2];

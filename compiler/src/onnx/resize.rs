@@ -93,11 +93,11 @@ fn weights(settings: &Settings, fraction: f64, scale: f64) -> Result<Vec<f64>, D
     })
 }
 
+/// Neighbours of an element and their weights; `None` outside of the operand.
+type Neighbours = Option<Vec<(i64, f64)>>;
+
 /// Neighbours and their weights, for each element of the result; `None` outside of the operand.
-fn neighbours(
-    settings: &Settings,
-    axis: &Axis,
-) -> Result<Vec<Option<Vec<(i64, f64)>>>, Diagnostic> {
+fn neighbours(settings: &Settings, axis: &Axis) -> Result<Vec<Neighbours>, Diagnostic> {
     let last = axis.from as i64 - 1;
     let row = |i: usize| {
         let x = place(settings, axis, i)?;
@@ -147,9 +147,8 @@ fn resize_axis(call: &mut Call, x: NodeId, d: usize, settings: &Settings, axis: 
     let (g, o) = (&mut *call.graph, &call.origin);
     let mut sum = None;
     for tap in 0..taps {
-        let of = |row: &Option<Vec<(i64, f64)>>| {
-            row.as_ref().and_then(|r| r.get(tap)).copied().unwrap_or((0, 0.0))
-        };
+        let of =
+            |row: &Neighbours| row.as_ref().and_then(|r| r.get(tap)).copied().unwrap_or((0, 0.0));
         let places: Vec<i64> = rows.iter().map(|r| of(r).0).collect();
         let factors: Vec<f32> = rows.iter().map(|r| of(r).1 as f32).collect();
         if factors.iter().all(|&w| w == 0.0) {

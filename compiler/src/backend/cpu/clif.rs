@@ -397,7 +397,7 @@ impl Clif<'_> {
         self.b.ins().bor(value, sign)
     }
 
-    fn to_int(&mut self, dtype: DType, x: Value) -> Value {
+    fn as_int(&mut self, dtype: DType, x: Value) -> Value {
         let ty = scalar_type(dtype);
         if dtype == DType::Bool {
             let from = self.b.func.dfg.value_type(x);
@@ -452,7 +452,7 @@ impl Clif<'_> {
                     _ => value,
                 }
             }
-            (true, false) => self.to_int(to, x),
+            (true, false) => self.as_int(to, x),
             (false, true) => {
                 let value = self.int_to_float(from, to, x);
                 match to {
@@ -803,7 +803,7 @@ impl Machine for Clif<'_> {
         }))
     }
 
-    fn from_int(&mut self, x: &Val) -> Emitted<Val> {
+    fn int_to_float(&mut self, x: &Val) -> Emitted<Val> {
         Ok(self.lift1(x, |this, x| {
             let (float, int) = (this.b.func.dfg.value_type(x), this.int_type(x));
             let x = this.cast_bits(x, int);

@@ -132,7 +132,7 @@ pub trait Machine {
     /// The bits of an f32 shifted left, or right where negative (logically).
     fn shift(&mut self, x: &Self::Value, left: i32) -> Emitted<Self::Value>;
     /// The bits of an f32, an i32, as an f32.
-    fn from_int(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
+    fn int_to_float(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
     /// A scalar in all lanes.
     fn splat(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
     /// All lanes of these values, folded as `Expr::Fold` says, as a scalar.

@@ -137,7 +137,7 @@ fn log<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
     let offset = calc.bits(0x3f80_0000 - 0x3f35_04f3)?;
     let moved = calc.machine.bits(Bits::Add, &y, &offset)?;
     let exponent = calc.machine.shift(&moved, -23)?;
-    let exponent = calc.machine.from_int(&exponent)?;
+    let exponent = calc.machine.int_to_float(&exponent)?;
     let exponent = calc.op(BinaryFn::Add, &exponent, &bias)?;
     let mask = calc.bits(0x007f_ffff)?;
     let mantissa = calc.machine.bits(Bits::And, &moved, &mask)?;
@@ -356,7 +356,7 @@ fn exp64<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
     let x = calc.clamp(x, -745.5, 710.0)?;
     let n = calc.opc(BinaryFn::Mul, &x, std::f64::consts::LOG2_E)?;
     let n = calc.un(UnaryFn::Round, &n)?;
-    let (high, low) = (calc.c(-0.693147180369123816490)?, calc.c(-1.90821492927058770002e-10)?);
+    let (high, low) = (calc.c(-0.693_147_180_369_123_8)?, calc.c(-1.908_214_929_270_587_7e-10)?);
     let r = calc.fma(&n, &high, &x)?;
     let r = calc.fma(&n, &low, &r)?;
     let mut coefficients = vec![1.0f64];

@@ -54,6 +54,8 @@ enum Open {
     Else(usize),
 }
 
+/// An index by block, terms and offset.
+type IndexKey = (usize, Vec<(Int, i64)>, i64);
 /// Base plus terms, and the block that computes the sum.
 type SumKey = (BufferId, Vec<(Int, i64)>, usize);
 
@@ -78,7 +80,7 @@ struct Wide {
     /// Quotients by block, dividend and divisor.
     quotients: HashMap<(usize, VReg, usize), VReg>,
     /// Indices by block, terms and offset.
-    indices: HashMap<(usize, Vec<(Int, i64)>, i64), Val>,
+    indices: HashMap<IndexKey, Val>,
     /// Blocks in which indices are computed.
     homes: HashMap<VReg, usize>,
     /// What quotients and remainders are less than.
@@ -394,7 +396,7 @@ impl Machine for Wide {
         self.one(code, x, Some(left.unsigned_abs() as u8))
     }
 
-    fn from_int(&mut self, x: &Val) -> Emitted<Val> {
+    fn int_to_float(&mut self, x: &Val) -> Emitted<Val> {
         self.one(Code::VEX_Vcvtdq2ps_ymm_ymmm256, x, None)
     }
 
