@@ -1,13 +1,18 @@
 //! The optimiser: an e-graph finds equal forms of a graph, the cheapest is taken and fused.
 
 mod algebra;
+pub mod bodies;
 #[cfg(test)]
 mod checks;
+pub mod choices;
 pub mod constants;
 pub mod cost;
+pub mod cuts;
 pub mod extract;
 pub mod fuse;
+pub mod kind;
 pub mod lang;
+pub mod select;
 pub mod table;
 
 #[cfg(test)]
@@ -16,6 +21,7 @@ mod tests;
 use std::collections::BTreeMap;
 
 use crate::error::Result;
+use choices::{ChoiceGraph, Kernel};
 use crate::graph::Graph;
 use crate::graph::verify::{Verified, verify};
 
@@ -61,19 +67,32 @@ pub struct Optimised {
 /// The graph as kernels. Without the e-graph, the greedy fuser works on the graph as it is.
 pub fn optimise(graph: &Graph, egraph: bool) -> Result<Optimised> {
     let plain = fuse::expand(graph)?;
-    let greedy = fuse::fuse(&plain)?;
+    let greedy = fuse::fuse(&plain);
     let greedy_us = cost::kernels_us(&greedy);
     let mut report = Report { greedy_us, chosen_us: greedy_us, ..Report::default() };
     if !egraph {
         return Ok(Optimised { graph: verify(greedy)?, report });
     }
+    // A: algebra and layout.
     let gathered = constants::gather(&plain);
     let mut saturated = lang::build(&gathered);
     report.fired = table::saturate(&mut saturated.egraph, Budget::default());
     report.nodes = saturated.egraph.total_size();
     report.classes = saturated.egraph.number_of_classes();
-    let extracted = extract::extract(&saturated, &gathered);
-    let fused = fuse::fuse(&extracted)?;
+    let users = extract::users(&saturated, &gathered);
+    let cheapest = extract::cheapest(&saturated, &users);
+    let extracted = extract::extract(&saturated, &cheapest, &gathered);
+    // B: fusion.
+    let mut choices = ChoiceGraph::new(&saturated, &cheapest, &gathered);
+    let mut kernels = cuts::cuts(&mut choices);
+    // C: a choice of kernels; that of the greedy fuser is one to start from.
+    let start = choices.greedy(&saturated, &extracted, &mut kernels);
+    let chosen = select::Problem::new(&mut choices, &kernels).solve(&[start]);
+    let chosen: Vec<(u32, &Kernel)> =
+        chosen.into_iter().map(|(v, k)| (v, &kernels[v as usize][k as usize])).collect();
+    let build = extract::Build::new(&saturated, &cheapest, &gathered);
+    let chosen = choices.graph(&chosen, build, &gathered);
+    let fused = fuse::fuse(&chosen);
     let fused_us = cost::kernels_us(&fused);
     // Never dearer than the greedy fuser on the model as it came.
     let best = if fused_us <= greedy_us { fused } else { greedy };

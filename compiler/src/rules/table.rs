@@ -110,6 +110,7 @@ pub fn saturate(egraph: &mut Egg, budget: Budget) -> BTreeMap<&'static str, usiz
         let mut changed = false;
         for (class, node) in nodes {
             let seen = fingerprint(egraph, class, &node);
+            egraph.analysis.origin = egraph[class].data.origin.clone();
             for (rule, tried) in RULES.iter().zip(&mut tried) {
                 if egraph.total_size() > budget.nodes || !tried.insert(seen) {
                     continue;
@@ -122,6 +123,7 @@ pub fn saturate(egraph: &mut Egg, budget: Budget) -> BTreeMap<&'static str, usiz
                 }
             }
         }
+        egraph.analysis.origin = None;
         egraph.rebuild();
         if !changed || egraph.total_size() > budget.nodes {
             break;
