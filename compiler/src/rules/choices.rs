@@ -181,8 +181,10 @@ impl ChoiceGraph {
             let op = if kernel.alias { root.op.clone() } else { Op::Fused(kernel.body) };
             let mut inside = kernel.inside.clone();
             inside.sort_unstable();
-            let names: Vec<Origin> =
-                inside.iter().filter_map(|&v| build.origin(self.values[v as usize].class)).collect();
+            let names: Vec<Origin> = inside
+                .iter()
+                .filter_map(|&v| build.origin(self.values[v as usize].class))
+                .collect();
             let origin = fuse::joined(names.iter().map(|n| n.as_ref())).into();
             let id = build.graph.push(op, args, root.ty.clone(), &origin);
             build.add(class, id);
@@ -200,8 +202,7 @@ impl ChoiceGraph {
 fn needed(saturated: &Saturated, graph: &Graph) -> HashSet<Id> {
     let egraph = &saturated.egraph;
     let outputs = graph.outputs.iter();
-    let mut open: Vec<Id> =
-        outputs.map(|o| egraph.find(saturated.classes[o.1.index()])).collect();
+    let mut open: Vec<Id> = outputs.map(|o| egraph.find(saturated.classes[o.1.index()])).collect();
     let mut needed = HashSet::new();
     while let Some(id) = open.pop() {
         if !needed.insert(id) || egraph[id].data.constant {

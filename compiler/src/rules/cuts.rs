@@ -6,9 +6,8 @@
 
 use rustc_hash::FxHashSet;
 
+use super::bodies::Places;
 use super::choices::{ChoiceGraph, Kernel};
-use super::lang::{ENode, Saturated};
-use crate::graph::op::Op;
 
 /// Fused kernels kept for a value.
 const KEEP: usize = 4;
@@ -75,7 +74,7 @@ fn visit(
     for kernel in &operations {
         found.push((score(graph, kernel), kernel.clone()));
     }
-    let mut seen: FxHashSet<(u32, super::bodies::Places)> =
+    let mut seen: FxHashSet<(u32, Places)> =
         operations.iter().map(|k| (k.body, k.args.clone())).collect();
     let mut tries = 0;
     let mut next = 0;
@@ -109,7 +108,12 @@ fn visit(
     (best, kept.collect())
 }
 
-fn fused(graph: &mut ChoiceGraph, consumer: &Kernel, at: usize, producer: &Kernel) -> Option<Kernel> {
+fn fused(
+    graph: &mut ChoiceGraph,
+    consumer: &Kernel,
+    at: usize,
+    producer: &Kernel,
+) -> Option<Kernel> {
     let of = (consumer.body, consumer.args.as_slice());
     let (body, args) = graph.bodies.fuse(of, at, (producer.body, &producer.args))?;
     let mut inside = consumer.inside.clone();
@@ -119,19 +123,4 @@ fn fused(graph: &mut ChoiceGraph, consumer: &Kernel, at: usize, producer: &Kerne
         }
     }
     Some(Kernel { body, args, inside, alias: false })
-}
-
-/// Adds the kept fusions to the e-graph, each as a node of its value's class.
-pub fn add(saturated: &mut Saturated, graph: &ChoiceGraph, kept: &[Vec<Kernel>]) {
-    let egraph = &mut saturated.egraph;
-    egraph.analysis.bodies = graph.bodies.list().to_vec();
-    for (value, kernels) in graph.values.iter().zip(kept) {
-        for kernel in kernels.iter().filter(|k| k.inside.len() > 1) {
-            let args: Vec<_> =
-                kernel.args.iter().map(|&a| graph.values[a as usize].class).collect();
-            let id = egraph.add(ENode::new(Op::Fused(kernel.body), &args));
-            egraph.union(value.class, id);
-        }
-    }
-    egraph.rebuild();
 }

@@ -3,9 +3,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use crate::error::{Error, ErrorKind, Result};
 use super::bodies::Bodies;
 use super::kind::{MAX_OPS, classify};
+use crate::error::{Error, ErrorKind, Result};
 use crate::graph::op::Op;
 use crate::graph::{Args, Body, Graph, Node, NodeId, Origin, composite};
 

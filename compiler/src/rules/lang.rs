@@ -117,7 +117,8 @@ pub struct Saturated {
 /// The e-graph of a graph, before any rule.
 pub fn build(graph: &Graph) -> Saturated {
     let inputs = graph.inputs.iter().map(|i| i.1.clone()).collect();
-    let mut egraph = Egg::new(Infer { inputs, constants: graph.constants.clone(), ..Infer::default() });
+    let mut egraph =
+        Egg::new(Infer { inputs, constants: graph.constants.clone(), ..Infer::default() });
     let mut classes: Vec<Id> = Vec::with_capacity(graph.nodes.len());
     for node in &graph.nodes {
         let args: SmallVec<[Id; 4]> = node.args.iter().map(|a| classes[a.index()]).collect();

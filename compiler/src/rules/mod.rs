@@ -21,9 +21,9 @@ mod tests;
 use std::collections::BTreeMap;
 
 use crate::error::Result;
-use choices::{ChoiceGraph, Kernel};
 use crate::graph::Graph;
 use crate::graph::verify::{Verified, verify};
+use choices::{ChoiceGraph, Kernel};
 
 /// Budgets are counts, never time, so that equal input gives equal results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

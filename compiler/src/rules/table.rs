@@ -3,10 +3,9 @@
 //! of the type, and these rules move permutations to where they cost nothing.
 
 use std::collections::BTreeMap;
-use std::hash::{Hash, Hasher};
 
 use egg::Id;
-use rustc_hash::{FxHashSet, FxHasher};
+use rustc_hash::{FxHashMap, FxHashSet};
 use smallvec::SmallVec;
 
 use super::Budget;
@@ -97,60 +96,63 @@ pub static RULES: &[Rule] = rules! {
 /// Applies all rules until nothing new is found or a budget ends; counts the firings.
 pub fn saturate(egraph: &mut Egg, budget: Budget) -> BTreeMap<&'static str, usize> {
     let mut fired: BTreeMap<&'static str, usize> = RULES.iter().map(|r| (r.name, 0)).collect();
-    // A rule looks at a node and its operands' classes; while these stay the same, so does what
-    // it says.
-    let mut tried: Vec<FxHashSet<u64>> = vec![FxHashSet::default(); RULES.len()];
+    let mut sizes: FxHashMap<Id, usize> = FxHashMap::default();
     for _ in 0..budget.rounds {
-        let mut nodes: Vec<(Id, ENode)> = egraph
-            .classes()
-            .filter(|class| !class.data.constant)
-            .flat_map(|class| class.nodes.iter().map(|n| (class.id, n.clone())))
-            .collect();
-        nodes.sort_unstable();
-        let mut changed = false;
+        let nodes = unseen(egraph, &mut sizes);
         for (class, node) in nodes {
-            let seen = fingerprint(egraph, class, &node);
             egraph.analysis.origin = egraph[class].data.origin.clone();
-            for (rule, tried) in RULES.iter().zip(&mut tried) {
-                if egraph.total_size() > budget.nodes || !tried.insert(seen) {
-                    continue;
+            for rule in RULES {
+                if egraph.total_size() > budget.nodes {
+                    break;
                 }
                 if let Some(equal) = (rule.apply)(egraph, &node)
                     && egraph.union(class, equal)
                 {
                     *fired.entry(rule.name).or_insert(0) += 1;
-                    changed = true;
                 }
             }
         }
         egraph.analysis.origin = None;
         egraph.rebuild();
-        if !changed || egraph.total_size() > budget.nodes {
+        let grown = egraph.classes().any(|c| sizes.get(&c.id) != Some(&c.nodes.len()));
+        if !grown || egraph.total_size() > budget.nodes {
             break;
         }
     }
     fired
 }
 
-/// Rules look at most this deep below a node.
+/// Rules look at a node, its class, and at most this deep below the node.
 const DEPTH: usize = 3;
 
-/// A hash of a node and of how much is known of its class and of what is below it.
-fn fingerprint(egraph: &Egg, class: Id, node: &ENode) -> u64 {
-    fn below(egraph: &Egg, id: Id, depth: usize, hasher: &mut FxHasher) {
-        let class = &egraph[id];
-        (class.id, class.nodes.len()).hash(hasher);
-        if depth > 1 {
-            for node in &class.nodes {
-                node.args.iter().for_each(|a| below(egraph, *a, depth - 1, hasher));
-            }
-        }
+/// The nodes that rules may see something new at, in order: their classes, or classes below, have
+/// grown since the sizes were noted.
+fn unseen(egraph: &Egg, sizes: &mut FxHashMap<Id, usize>) -> Vec<(Id, ENode)> {
+    let grown: FxHashSet<Id> = egraph
+        .classes()
+        .filter(|c| sizes.insert(c.id, c.nodes.len()) != Some(c.nodes.len()))
+        .map(|c| c.id)
+        .collect();
+    let mut below = grown.clone();
+    let has =
+        |set: &FxHashSet<Id>, n: &ENode| n.args.iter().any(|a| set.contains(&egraph.find(*a)));
+    for _ in 1..DEPTH {
+        let above: Vec<Id> = egraph
+            .classes()
+            .filter(|c| !below.contains(&c.id) && c.nodes.iter().any(|n| has(&below, n)))
+            .map(|c| c.id)
+            .collect();
+        below.extend(above);
     }
-    let mut hasher = FxHasher::default();
-    node.hash(&mut hasher);
-    below(egraph, class, 1, &mut hasher);
-    node.args.iter().for_each(|a| below(egraph, *a, DEPTH, &mut hasher));
-    hasher.finish()
+    let mut nodes: Vec<(Id, ENode)> = egraph
+        .classes()
+        .filter(|c| !c.data.constant)
+        .flat_map(|c| c.nodes.iter().map(|n| (c.id, n)))
+        .filter(|(id, n)| grown.contains(id) || has(&below, n))
+        .map(|(id, n)| (id, n.clone()))
+        .collect();
+    nodes.sort_unstable();
+    nodes
 }
 
 /// The operation of a class that `pick` takes, the least where there are several.

@@ -6,10 +6,11 @@ use egg::Id;
 use kiln_runtime::tensor::{DType, Tensor};
 use smallvec::SmallVec;
 
-use super::lang::{Egg, build};
+use super::choices::ChoiceGraph;
+use super::lang::{ENode, Egg, Saturated, build};
 use super::table::{RULES, saturate};
-use super::{Budget, optimise};
-use crate::graph::eval::{Value, eval, eval_op};
+use super::{Budget, cuts, extract, optimise};
+use crate::graph::eval::{Value, eval, eval_body, eval_op};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
 use crate::graph::{Graph, NodeId, Origin};
 
@@ -143,6 +144,10 @@ fn check_sound(egraph: &Egg, input: &Value, seed: u64) {
         Some(match op {
             Op::Input(_) => input.clone(),
             Op::Const(i) => Value::from_constant(&egraph.analysis.constants[*i as usize]),
+            Op::Fused(i) => {
+                let body = &egraph.analysis.bodies[*i as usize];
+                eval_body(body, &operands, &egraph.analysis.constants)
+            }
             op => eval_op(op, &operands, &egraph[class].data.ty),
         })
     };
@@ -175,9 +180,31 @@ fn check_sound(egraph: &Egg, input: &Value, seed: u64) {
     }
 }
 
+/// Adds the kernels that fusion keeps, each as a node of its value's class.
+fn add_kernels(saturated: &mut Saturated, graph: &Graph) -> usize {
+    let cheapest = extract::cheapest(saturated, &extract::users(saturated, graph));
+    let mut choices = ChoiceGraph::new(saturated, &cheapest, graph);
+    let kernels = cuts::cuts(&mut choices);
+    let egraph = &mut saturated.egraph;
+    egraph.analysis.bodies = choices.bodies.list().to_vec();
+    let mut count = 0;
+    for (value, kernels) in choices.values.iter().zip(&kernels) {
+        for kernel in kernels.iter().filter(|k| k.inside.len() > 1) {
+            let args: Vec<Id> =
+                kernel.args.iter().map(|&a| choices.values[a as usize].class).collect();
+            let id = egraph.add(ENode::new(Op::Fused(kernel.body), &args));
+            egraph.union(value.class, id);
+            count += 1;
+        }
+    }
+    egraph.rebuild();
+    count
+}
+
 #[test]
 fn every_node_of_every_class_agrees() {
     let mut fired: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut kernels = 0;
     for seed in 0..2000 {
         let (graph, input) = random_graph(seed);
         let mut saturated = build(&graph);
@@ -185,9 +212,11 @@ fn every_node_of_every_class_agrees() {
         for (name, count) in saturate(&mut saturated.egraph, budget) {
             *fired.entry(name).or_insert(0) += count;
         }
+        kernels += add_kernels(&mut saturated, &graph);
         check_sound(&saturated.egraph, &input, seed);
     }
-    println!("{fired:#?}");
+    println!("{fired:#?}, {kernels} kernels");
+    assert!(kernels > 2000);
     for rule in RULES {
         let count = fired[rule.name];
         assert!(count >= 5, "{} ({:?}) fired {count} times", rule.name, rule.rounding);
@@ -215,7 +244,7 @@ fn a_wrong_rule_is_caught() {
     let mut egraph = saturated.egraph;
     // Two values of one type that differ are joined, as a wrong rule would do.
     let root = saturated.classes[graph.outputs[0].1.index()];
-    let wrong = egraph.add(super::lang::ENode::new(Op::Unary(UnaryFn::Neg), &[root]));
+    let wrong = egraph.add(ENode::new(Op::Unary(UnaryFn::Neg), &[root]));
     egraph.union(root, wrong);
     egraph.rebuild();
     let caught = std::panic::catch_unwind(|| check_sound(&egraph, &input, 3));
