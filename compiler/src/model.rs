@@ -9,7 +9,8 @@ use prost::Message;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result, sanitize};
 use crate::graph::Graph;
-use crate::onnx::proto::{DimensionValue, ModelProto, TensorProto, ValueInfoProto};
+use crate::onnx::proto::tensor_shape_proto::dimension::Value as Dim;
+use crate::onnx::proto::{ModelProto, TensorProto, ValueInfoProto};
 use crate::onnx::{self, ImportOptions};
 
 /// Limits on a model, checked before memory is taken.
@@ -191,8 +192,7 @@ impl Model {
 }
 
 fn port(value: &ValueInfoProto) -> ModelPort {
-    let tensor = value.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
-    let ty = tensor.map_or("not a tensor".to_string(), |t| {
+    let ty = onnx::tensor_type(value).map_or("not a tensor".to_string(), |t| {
         let dtype = onnx::tensor::dtype_of(t.elem_type.unwrap_or(0))
             .map_or("unsupported".to_string(), |d| d.to_string());
         let dims: Vec<String> = t
@@ -200,8 +200,8 @@ fn port(value: &ValueInfoProto) -> ModelPort {
             .iter()
             .flat_map(|s| &s.dim)
             .map(|d| match &d.value {
-                Some(DimensionValue::DimValue(n)) => n.to_string(),
-                Some(DimensionValue::DimParam(name)) => sanitize(name),
+                Some(Dim::DimValue(n)) => n.to_string(),
+                Some(Dim::DimParam(name)) => sanitize(name),
                 None => "?".to_string(),
             })
             .collect();

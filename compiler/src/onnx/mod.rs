@@ -7,6 +7,7 @@ pub mod contraction;
 pub mod loss;
 pub mod norm;
 pub mod pointwise;
+#[rustfmt::skip]
 pub mod proto;
 pub mod quant;
 pub mod recurrent;
@@ -28,7 +29,8 @@ use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::op::{Shape, Type};
 use crate::graph::{Graph, NodeId, Origin};
 use call::Call;
-use proto::{DimensionValue, ModelProto, NodeProto, ValueInfoProto};
+use proto::tensor_shape_proto::dimension::Value as Dim;
+use proto::{ModelProto, NodeProto, ValueInfoProto, type_proto};
 use tensor::{Files, dtype_of};
 
 /// Limits that hold before anything is allocated.
@@ -196,8 +198,7 @@ impl Import<'_> {
     }
 
     fn input_type(&self, input: &ValueInfoProto) -> std::result::Result<Type, Diagnostic> {
-        let tensor = input.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
-        let tensor = tensor.ok_or_else(|| {
+        let tensor = tensor_type(input).ok_or_else(|| {
             Diagnostic::new("K0105", "an input that is no tensor")
                 .help("sequences, maps and optionals are not supported")
         })?;
@@ -209,10 +210,10 @@ impl Import<'_> {
         let mut extents = Shape::new();
         for (axis, dim) in shape.dim.iter().enumerate() {
             extents.push(match &dim.value {
-                Some(DimensionValue::DimValue(n)) => usize::try_from(*n).map_err(|_| {
+                Some(Dim::DimValue(n)) => usize::try_from(*n).map_err(|_| {
                     Diagnostic::new("K0105", "a negative extent").found(n.to_string())
                 })?,
-                Some(DimensionValue::DimParam(name)) => self.dim(name, axis)?,
+                Some(Dim::DimParam(name)) => self.dim(name, axis)?,
                 None => self.dim("", axis)?,
             });
         }
@@ -355,4 +356,15 @@ pub struct OpRow {
 pub fn ops() -> Vec<OpRow> {
     let row = |o: &table::Operator| OpRow { name: o.name, since: o.since, until: table::NEWEST };
     table::OPERATORS.iter().map(row).collect()
+}
+
+/// The tensor type of an input or output, where it is one.
+pub fn tensor_type(value: &ValueInfoProto) -> Option<&type_proto::Tensor> {
+    match value.r#type.as_ref()?.value.as_ref()? {
+        type_proto::Value::TensorType(tensor) => Some(tensor),
+        type_proto::Value::SequenceType(_)
+        | type_proto::Value::MapType(_)
+        | type_proto::Value::OptionalType(_)
+        | type_proto::Value::SparseTensorType(_) => None,
+    }
 }
