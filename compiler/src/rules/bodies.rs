@@ -2,14 +2,13 @@
 //! numbered by first use, walking from the result, so that equal bodies are equal however they
 //! came about.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
 use super::cost::body_us;
-use super::kind::{MAX_ARGS, MAX_OPS, classify};
+use super::kind::{Kind, MAX_ARGS, MAX_OPS, classify};
 use crate::graph::op::{Op, Type};
 use crate::graph::{Args, Body, Node, NodeId};
 
@@ -23,7 +22,8 @@ type Tried = (u32, u8, u32, SmallVec<[u8; 12]>);
 #[derive(Default)]
 pub struct Bodies {
     list: Vec<Arc<Body>>,
-    known: HashMap<Vec<(Op, Args, Type)>, u32>,
+    kinds: Vec<Kind>,
+    known: FxHashMap<Vec<(Op, Args, Type)>, u32>,
     costs: FxHashMap<(u32, u32), f64>,
     fused: FxHashMap<Tried, Option<(u32, SmallVec<[u8; 12]>)>>,
 }
@@ -37,6 +37,11 @@ impl Bodies {
     /// The body of that number.
     pub fn get(&self, body: u32) -> &Arc<Body> {
         &self.list[body as usize]
+    }
+
+    /// The kind of a body.
+    pub fn kind(&self, body: u32) -> Kind {
+        self.kinds[body as usize]
     }
 
     /// Number of operations of a body.
@@ -59,6 +64,7 @@ impl Bodies {
         let next = self.list.len() as u32;
         let number = *self.known.entry(key.collect()).or_insert(next);
         if number == next {
+            self.kinds.push(classify(&body.nodes).unwrap_or(Kind::Alone));
             self.list.push(Arc::new(body));
         }
         number
