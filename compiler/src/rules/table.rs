@@ -120,9 +120,11 @@ fn saturate_with(rules: &[Rule], egraph: &mut Egg, budget: Budget, fired: &mut F
                 if egraph.total_size() > budget.nodes {
                     break;
                 }
-                if let Some(equal) = (rule.apply)(egraph, &node)
-                    && egraph.union(class, equal)
-                {
+                let Some(equal) = (rule.apply)(egraph, &node) else { continue };
+                // A rule that changes a type is wrong; better no optimisation than a wrong one.
+                let same = egraph[class].data.ty == egraph[equal].data.ty;
+                debug_assert!(same, "{} changes a type", rule.name);
+                if same && egraph.union(class, equal) {
                     let origin = egraph[class].data.origin.clone().unwrap_or_default();
                     *fired.entry(rule.name).or_default().entry(origin).or_insert(0) += 1;
                 }
@@ -185,6 +187,11 @@ fn permutation(egraph: &Egg, id: Id) -> Option<(Axes, Id)> {
     })
 }
 
+/// What a class is a reshape of.
+fn reshaped(egraph: &Egg, id: Id) -> Option<Id> {
+    find(egraph, id, |n| matches!(n.op, Op::Reshape(_)).then(|| n.args[0]))
+}
+
 pub(super) fn shape(egraph: &Egg, id: Id) -> Shape {
     egraph[id].data.ty.shape.clone()
 }
@@ -220,10 +227,7 @@ fn permute_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
 
 fn reshape_reshape(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let Op::Reshape(to) = &node.op else { return None };
-    let x = find(egraph, node.args[0], |n| match &n.op {
-        Op::Reshape(_) => Some(n.args[0]),
-        _ => None,
-    })?;
+    let x = reshaped(egraph, node.args[0])?;
     Some(match shape(egraph, x) == *to {
         true => x,
         false => add(egraph, Op::Reshape(to.clone()), &[x]),
@@ -465,11 +469,7 @@ fn contract_absorbs_split(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let Op::Contract(contract) = &node.op else { return None };
     for at in 0..2 {
         let to = shape(egraph, node.args[at]);
-        let source = find(egraph, node.args[at], |n| match &n.op {
-            Op::Reshape(_) => Some(n.args[0]),
-            _ => None,
-        });
-        let Some(x) = source else { continue };
+        let Some(x) = reshaped(egraph, node.args[at]) else { continue };
         let from = shape(egraph, x);
         if to.contains(&0) {
             continue;
@@ -577,11 +577,7 @@ fn contract_absorbs_join(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let Op::Contract(contract) = &node.op else { return None };
     for at in 0..2 {
         let to = shape(egraph, node.args[at]);
-        let source = find(egraph, node.args[at], |n| match &n.op {
-            Op::Reshape(_) => Some(n.args[0]),
-            _ => None,
-        });
-        let Some(x) = source else { continue };
+        let Some(x) = reshaped(egraph, node.args[at]) else { continue };
         let from = shape(egraph, x);
         if from.contains(&0) || from.len() <= to.len() {
             continue;
