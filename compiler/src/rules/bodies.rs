@@ -2,30 +2,32 @@
 //! numbered by first use, walking from the result, so that equal bodies are equal however they
 //! came about.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
 use super::cost::body_us;
-use super::kind::{MAX_ARGS, MAX_OPS, classify};
+use super::kind::{Kind, MAX_ARGS, MAX_OPS, classify};
 use crate::graph::op::{Op, Type};
 use crate::graph::{Args, Body, Node, NodeId};
 
 /// Arguments of a kernel: indices of whatever it is about.
 pub type Places = SmallVec<[u32; 6]>;
 
+/// Arguments by their place among those of two bodies.
+type Order = SmallVec<[u8; 12]>;
 /// A fusion that was tried: consumer, argument, producer, and which arguments they share.
-type Tried = (u32, u8, u32, SmallVec<[u8; 12]>);
+type Tried = (u32, u8, u32, Order);
 
 /// All bodies, with what has been found out about them.
 #[derive(Default)]
 pub struct Bodies {
     list: Vec<Arc<Body>>,
-    known: HashMap<Vec<(Op, Args, Type)>, u32>,
+    kinds: Vec<Kind>,
+    known: FxHashMap<Vec<(Op, Args, Type)>, u32>,
     costs: FxHashMap<(u32, u32), f64>,
-    fused: FxHashMap<Tried, Option<(u32, SmallVec<[u8; 12]>)>>,
+    fused: FxHashMap<Tried, Option<(u32, Order)>>,
 }
 
 impl Bodies {
@@ -37,6 +39,11 @@ impl Bodies {
     /// The body of that number.
     pub fn get(&self, body: u32) -> &Arc<Body> {
         &self.list[body as usize]
+    }
+
+    /// The kind of a body.
+    pub fn kind(&self, body: u32) -> Kind {
+        self.kinds[body as usize]
     }
 
     /// Number of operations of a body.
@@ -59,6 +66,7 @@ impl Bodies {
         let next = self.list.len() as u32;
         let number = *self.known.entry(key.collect()).or_insert(next);
         if number == next {
+            self.kinds.push(classify(&body.nodes).unwrap_or(Kind::Alone));
             self.list.push(Arc::new(body));
         }
         number
@@ -85,8 +93,7 @@ impl Bodies {
             let shared = consumer_args.iter().position(|a| a == arg);
             shared.unwrap_or(consumer_args.len() + k) as u8
         };
-        let places: SmallVec<[u8; 12]> =
-            producer_args.iter().enumerate().map(|(k, a)| place(k, a)).collect();
+        let places: Order = producer_args.iter().enumerate().map(|(k, a)| place(k, a)).collect();
         let key = (consumer, at as u8, producer, places);
         if !self.fused.contains_key(&key) {
             let made = self.compose(consumer, at, producer, &key.3);
@@ -107,7 +114,7 @@ impl Bodies {
         at: usize,
         producer: u32,
         places: &[u8],
-    ) -> Option<(u32, SmallVec<[u8; 12]>)> {
+    ) -> Option<(u32, Order)> {
         if self.ops(consumer) + self.ops(producer) > MAX_OPS {
             return None;
         }
@@ -135,7 +142,7 @@ struct Copy<'a, F> {
     common: F,
     done: [Vec<Option<NodeId>>; 2],
     /// Common numbers of arguments, and their nodes, in the order of first use.
-    args: SmallVec<[u8; 12]>,
+    args: Order,
     arg_nodes: Vec<Node>,
     nodes: Vec<Node>,
 }
@@ -187,7 +194,7 @@ impl<'a, F: Fn(usize, u8) -> u8> Copy<'a, F> {
     }
 
     /// The body, and the common numbers of its arguments.
-    fn finish(self) -> (Body, SmallVec<[u8; 12]>) {
+    fn finish(self) -> (Body, Order) {
         let count = self.args.len() as u32;
         let mut nodes = self.arg_nodes;
         nodes.extend(self.nodes.into_iter().map(|mut node| {

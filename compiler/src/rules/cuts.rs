@@ -4,12 +4,16 @@
 //! kernels of their operands inside, and the few cheapest are kept. Pairwise fusion rules in the
 //! e-graph would list all convex cuts of every diamond, which are exponentially many.
 
+use std::collections::HashMap;
+
 use rustc_hash::FxHashSet;
 
 use super::bodies::Places;
 use super::choices::{ChoiceGraph, Kernel};
+use super::kind::Kind;
 
-/// Fused kernels kept for a value.
+/// Fused kernels kept for a value, of each kind: what may have a contraction inside and what may
+/// have a map inside differs, so the cheapest of one kind must not push out the other.
 const KEEP: usize = 4;
 /// Fusions tried for a value in one visit.
 const TRIES: usize = 64;
@@ -103,7 +107,13 @@ fn visit(
     let mut kernels: Vec<(f64, Kernel)> = found.split_off(operations.len());
     kernels.retain(|k| k.0.is_finite());
     kernels.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
-    kernels.truncate(KEEP);
+    let mut room: HashMap<Kind, usize> = HashMap::new();
+    kernels.retain(|k| {
+        let room = room.entry(graph.bodies.kind(k.1.body)).or_insert(KEEP);
+        let fits = *room > 0;
+        *room = room.saturating_sub(1);
+        fits
+    });
     let kept = kernels.into_iter().map(|k| k.1).chain(operations);
     (best, kept.collect())
 }

@@ -44,7 +44,7 @@ fn node_us(saturated: &Saturated, class: Id, node: &ENode) -> f64 {
     0.01 + traffic / BYTES_PER_US + op_us(&node.op, data.ty.numel() as f64, constant)
 }
 
-/// How many operations of the model use each class.
+/// How many operations of the model use each class, or parts of it.
 pub fn users(saturated: &Saturated, original: &Graph) -> HashMap<Id, f64> {
     let egraph = &saturated.egraph;
     let mut users: HashMap<Id, f64> = HashMap::new();
@@ -68,11 +68,24 @@ pub fn extract(saturated: &Saturated, cheapest: &Cheapest, original: &Graph) -> 
     (build.graph, build.classes)
 }
 
-/// The same value in another layout has the users of the value.
+/// The same value in another layout has the users of the value; a value made by merging has its
+/// parts as users.
 fn inherit_users(saturated: &Saturated, users: &mut HashMap<Id, f64>) {
     let egraph = &saturated.egraph;
     let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();
     classes.sort_unstable();
+    let is_slice = |n: &ENode| matches!(n.op, Op::Slice(_));
+    let mut parts: HashMap<Id, f64> = HashMap::new();
+    for class in &classes {
+        let mut whole: Vec<Id> =
+            egraph[*class].nodes.iter().filter(|n| is_slice(n)).map(|n| n.args[0]).collect();
+        whole.sort_unstable();
+        whole.dedup();
+        whole.into_iter().for_each(|x| *parts.entry(egraph.find(x)).or_insert(0.0) += 1.0);
+    }
+    parts.into_iter().for_each(|(class, count)| {
+        users.entry(class).or_insert(count);
+    });
     for _ in 0..2 {
         for class in &classes {
             let Some(count) = users.get(class).copied() else { continue };

@@ -11,7 +11,7 @@ pub const MAX_ARGS: usize = 12;
 const MAX_ROW: usize = 65_536;
 
 /// What a body computes, and so which loops it gets.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Kind {
     /// One operation that stands alone.
     Alone,

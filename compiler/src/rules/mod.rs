@@ -13,6 +13,7 @@ pub mod fuse;
 pub mod kind;
 pub mod lang;
 pub mod select;
+mod siblings;
 pub mod table;
 
 #[cfg(test)]
@@ -21,8 +22,8 @@ mod tests;
 use std::collections::BTreeMap;
 
 use crate::error::Result;
-use crate::graph::Graph;
 use crate::graph::verify::{Verified, verify};
+use crate::graph::{Graph, Origin};
 use choices::{ChoiceGraph, Kernel};
 
 /// Budgets are counts, never time, so that equal input gives equal results.
@@ -40,11 +41,14 @@ impl Default for Budget {
     }
 }
 
+/// For each rule, how often it made two forms equal, by the origin of what it rewrote.
+pub type Fired = BTreeMap<&'static str, BTreeMap<Origin, usize>>;
+
 /// What optimisation did.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// How often each rule made two forms equal.
-    pub fired: BTreeMap<&'static str, usize>,
+    /// How often each rule made two forms equal, by the origin of what it rewrote.
+    pub fired: Fired,
     /// E-nodes after saturation.
     pub nodes: usize,
     /// E-classes after saturation.

@@ -49,11 +49,13 @@ impl Problem {
     /// operands first, with the number of their kernel.
     pub fn solve(&self, starts: &[Selection]) -> Vec<(u32, u32)> {
         let flow = self.settle(&|value| self.users[value], &|_| false);
+        // Between what is used as often as in the model and a tree, in which nothing is shared.
+        let half = self.settle(&|value| self.users[value].sqrt(), &|_| false);
         let tree = self.settle(&|_| 1.0, &|_| false);
         let complete = |start: &Selection| -> Selection {
             start.iter().zip(&flow).map(|(s, f)| s.or(*f)).collect()
         };
-        let starts = starts.iter().map(complete).chain([flow.clone(), tree]);
+        let starts = starts.iter().map(complete).chain([flow.clone(), half, tree]);
         let improved = starts.map(|s| self.improve(s)).map(|s| (self.us(&s), s));
         // The first of equals.
         let best =
