@@ -12,7 +12,7 @@ use kiln_runtime::tensor::DType;
 use super::index::{Index, add, flatten, scale};
 use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
-use super::nest;
+use super::{nest, rewrite};
 use crate::graph::op::{Affine, BinaryFn, Op};
 
 /// A contraction while it is lowered: everything as functions of the loop variables.
@@ -326,7 +326,7 @@ fn tile(
         store(product.cell, origin_place(), Expr::Fma(x, y, cell)),
         store(product.out, product.place.clone(), (*product.result).clone()),
     ];
-    let body = nest::substitute(&body, n, &n_index);
+    let body = rewrite::substitute(&body, n, &n_index);
     let mut vars: Vec<Var> = outer.to_vec();
     let mut sums = summed.to_vec();
     let mut extents = std::mem::take(&mut lower.extents);
@@ -342,7 +342,7 @@ fn tile(
     let (loops, single): (Vec<Var>, Vec<Var>) =
         loops.into_iter().partition(|&v| lower.extents[v as usize] > 1);
     let zero = Affine::constant(0);
-    let inner = single.iter().fold(inner, |body, &v| nest::substitute(&body, v, &zero));
+    let inner = single.iter().fold(inner, |body, &v| rewrite::substitute(&body, v, &zero));
     Ok(finish(lower, loops, inner, product.cell))
 }
 
@@ -395,10 +395,10 @@ fn row_tiles(
             offset: start as i64,
             ..Affine::scaled(turn as usize, height as i64).plus(row as usize, 1)
         };
-        let piece = nest::substitute(&body, rows, &index);
+        let piece = rewrite::substitute(&body, rows, &index);
         let inner = register_tile(lower, cell, (shape, height, Some(row)), strip, sums, &piece)?;
         match turns {
-            1 => out.extend(nest::substitute(&inner, turn, &Affine::constant(0))),
+            1 => out.extend(rewrite::substitute(&inner, turn, &Affine::constant(0))),
             _ => out.push(Stmt::For { var: turn, extent: turns, kind: Kind::Serial, body: inner }),
         }
     }
@@ -427,7 +427,7 @@ fn register_tile(
         at = at.plus(row as usize, (across * lanes) as i64);
     }
     let place = Place::affine(at.clone());
-    let swap = nest::retarget(body, cell, tile, &at);
+    let swap = rewrite::retarget(body, cell, tile, &at);
     let unrolled = |body: Vec<Stmt>| {
         let mut body = body;
         if !shape.scalar {
@@ -445,7 +445,7 @@ fn register_tile(
     out.extend(unrolled(vec![swap[1].clone()]));
     if shape.scalar {
         let extent = lower.extents[shape.vector as usize];
-        out = nest::substitute(&out, shape.lane, &Affine::constant(0));
+        out = rewrite::substitute(&out, shape.lane, &Affine::constant(0));
         out = vec![Stmt::For { var: shape.vector, extent, kind: Kind::Serial, body: out }];
     }
     Ok(out)

@@ -10,6 +10,7 @@ use super::index::{
 };
 use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
 use super::nest;
+use super::rewrite::prune;
 use crate::graph::eval::{Data, Value, reduce_identity};
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, Type};
 use crate::graph::{Body, Constant};
@@ -331,7 +332,8 @@ impl<'a> Lower<'a> {
 
     /// A kernel of the statements so far.
     pub fn finish(self, body: Vec<Stmt>) -> Loops {
-        Loops { name: String::new(), buffers: self.buffers, body }
+        let (buffers, body) = prune(self.buffers, body);
+        Loops { name: String::new(), buffers, body }
     }
 
     /// Rows along the last axis: those in the border are filled, others copied between fills.

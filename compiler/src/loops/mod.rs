@@ -6,5 +6,6 @@ pub mod index;
 pub mod ir;
 pub mod lower;
 pub mod nest;
+pub mod rewrite;
 pub mod text;
 pub mod verify;

@@ -1,7 +1,6 @@
 //! Nests of loops: axes that run through memory together become one, the last axis goes into
 //! vector lanes, the outer ones are shared out to threads.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
@@ -9,6 +8,7 @@ use kiln_runtime::tensor::DType;
 use super::index::{Extents, Index, flatten};
 use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowering, Refused, identity};
+use super::rewrite::{each_affine, rewrite, substitute};
 use crate::graph::Body;
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, UnaryFn};
 
@@ -16,136 +16,6 @@ use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, UnaryFn};
 const PIECES: usize = 64;
 /// Iterations of a single long axis that stay together.
 const BLOCK: usize = 8192;
-
-/// Calls a function with every affine index of statements.
-pub fn each_affine(body: &[Stmt], visit: &mut dyn FnMut(&Affine)) {
-    fn place(p: &Place, visit: &mut dyn FnMut(&Affine)) {
-        visit(&p.affine);
-        if let Some(dynamic) = &p.dynamic {
-            expr(dynamic, visit);
-        }
-    }
-    fn expr(e: &Expr, visit: &mut dyn FnMut(&Affine)) {
-        match e {
-            Expr::Load(_, p) => place(p, visit),
-            Expr::Index(affine) => visit(affine),
-            Expr::Const(..) | Expr::Fold(..) => {}
-            Expr::Unary(_, x) | Expr::Cast(_, x) => expr(x, visit),
-            Expr::Binary(_, x, y) => [x, y].into_iter().for_each(|e| expr(e, visit)),
-            Expr::Select(x, y, z) | Expr::Fma(x, y, z) => {
-                [x, y, z].into_iter().for_each(|e| expr(e, visit))
-            }
-        }
-    }
-    for stmt in body {
-        match stmt {
-            Stmt::For { body, .. } => each_affine(body, visit),
-            Stmt::Store { place: p, value, .. } => {
-                place(p, visit);
-                expr(value, visit);
-            }
-            Stmt::If { condition, then, other } => {
-                expr(condition, visit);
-                each_affine(then, visit);
-                each_affine(other, visit);
-            }
-        }
-    }
-}
-
-/// A change of indices and of register buffers; shared values stay shared.
-struct Rewrite<'a> {
-    index: &'a dyn Fn(&Affine) -> Affine,
-    /// Register buffers that become others, with the place of their one element.
-    registers: &'a [(BufferId, BufferId, Affine)],
-    memo: HashMap<*const Expr, Arc<Expr>>,
-}
-
-impl Rewrite<'_> {
-    fn place(&mut self, buffer: BufferId, p: &Place) -> (BufferId, Place) {
-        match self.registers.iter().find(|r| r.0 == buffer) {
-            Some((_, to, at)) => (*to, Place::affine(at.clone())),
-            None => {
-                let dynamic = p.dynamic.as_ref().map(|d| self.shared(d));
-                (buffer, Place { affine: (self.index)(&p.affine), dynamic })
-            }
-        }
-    }
-
-    fn shared(&mut self, e: &Arc<Expr>) -> Arc<Expr> {
-        if let Some(known) = self.memo.get(&Arc::as_ptr(e)) {
-            return known.clone();
-        }
-        let new = Arc::new(self.expr(e));
-        self.memo.insert(Arc::as_ptr(e), new.clone());
-        new
-    }
-
-    fn expr(&mut self, e: &Expr) -> Expr {
-        match e {
-            Expr::Load(buffer, p) => {
-                let (buffer, place) = self.place(*buffer, p);
-                Expr::Load(buffer, place)
-            }
-            Expr::Index(affine) => Expr::Index((self.index)(affine)),
-            Expr::Const(..) => e.clone(),
-            Expr::Fold(f, buffer) => Expr::Fold(*f, *buffer),
-            Expr::Unary(f, x) => Expr::Unary(*f, self.shared(x)),
-            Expr::Cast(dtype, x) => Expr::Cast(*dtype, self.shared(x)),
-            Expr::Binary(f, x, y) => {
-                let x = self.shared(x);
-                Expr::Binary(*f, x, self.shared(y))
-            }
-            Expr::Select(x, y, z) => {
-                let (x, y) = (self.shared(x), self.shared(y));
-                Expr::Select(x, y, self.shared(z))
-            }
-            Expr::Fma(x, y, z) => {
-                let (x, y) = (self.shared(x), self.shared(y));
-                Expr::Fma(x, y, self.shared(z))
-            }
-        }
-    }
-
-    fn block(&mut self, body: &[Stmt]) -> Vec<Stmt> {
-        body.iter().map(|s| self.stmt(s)).collect()
-    }
-
-    fn stmt(&mut self, stmt: &Stmt) -> Stmt {
-        match stmt {
-            Stmt::For { var, extent, kind, body } => {
-                Stmt::For { var: *var, extent: *extent, kind: *kind, body: self.block(body) }
-            }
-            Stmt::Store { buffer, place, value } => {
-                let (buffer, place) = self.place(*buffer, place);
-                Stmt::Store { buffer, place, value: self.expr(value) }
-            }
-            Stmt::If { condition, then, other } => Stmt::If {
-                condition: self.expr(condition),
-                then: self.block(then),
-                other: self.block(other),
-            },
-        }
-    }
-}
-
-/// Statements with every affine index changed.
-pub fn map_affine(body: &[Stmt], index: &dyn Fn(&Affine) -> Affine) -> Vec<Stmt> {
-    Rewrite { index, registers: &[], memo: HashMap::new() }.block(body)
-}
-
-/// Statements with a one-element register buffer replaced by a place in another.
-pub fn retarget(body: &[Stmt], from: BufferId, to: BufferId, at: &Affine) -> Vec<Stmt> {
-    let registers = [(from, to, at.clone())];
-    Rewrite { index: &Affine::clone, registers: &registers, memo: HashMap::new() }.block(body)
-}
-
-/// Statements with a variable replaced by an index.
-pub fn substitute(body: &[Stmt], var: Var, by: &Affine) -> Vec<Stmt> {
-    map_affine(body, &|a| {
-        a.substitute(&|v| if v == var as usize { by.clone() } else { Affine::axis(v) })
-    })
-}
 
 /// Joins neighbouring loops whose indices always move together: where every index has
 /// `coefficient(outer) == coefficient(inner) * extent(inner)`, one loop does for both.
@@ -285,7 +155,7 @@ fn in_lanes(lower: &mut Lower, body: &[Stmt], var: Var, lane: Var, index: &Affin
     let index = |a: &Affine| {
         a.substitute(&|v| if v == var as usize { index.clone() } else { Affine::axis(v) })
     };
-    let body = Rewrite { index: &index, registers: &wide, memo: HashMap::new() }.block(body);
+    let body = rewrite(body, &index, &wide);
     lanes_inside(body, lane, lanes)
 }
 
@@ -583,19 +453,19 @@ fn reduce_lanes(
     let at = Affine::scaled(copy as usize, lanes as i64).plus(lane as usize, 1);
     let vector = |body| Stmt::For { var: lane, extent: lanes, kind: Kind::Vector, body };
     let each = |body| Stmt::For { var: copy, extent: unroll, kind: Kind::Unroll, body };
-    let rewrite = |index: &Affine, place: &Affine| {
+    let at_place = |index: &Affine, place: &Affine| {
         let index = |a: &Affine| {
             a.substitute(&|v| if v == last as usize { index.clone() } else { Affine::axis(v) })
         };
         let registers = [(cell, wide, place.clone())];
-        Rewrite { index: &index, registers: &registers, memo: HashMap::new() }.block(&step)
+        rewrite(&step, &index, &registers)
     };
     let (main, left) = (steps / unroll, steps % unroll);
     let mut body = Vec::new();
     let turn = lower.var(main)?;
     let stride = (unroll * lanes) as i64;
     let index = at.clone().plus(turn as usize, stride);
-    let inside = vec![each(vec![vector(rewrite(&index, &at))])];
+    let inside = vec![each(vec![vector(at_place(&index, &at))])];
     body.push(Stmt::For { var: turn, extent: main, kind: Kind::Serial, body: inside });
     let lane_index = Affine::axis(lane as usize);
     if left > 0 {
@@ -604,7 +474,7 @@ fn reduce_lanes(
             offset: main as i64 * stride,
             ..lane_index.clone().plus(turn as usize, lanes as i64)
         };
-        let inside = vec![vector(rewrite(&index, &lane_index))];
+        let inside = vec![vector(at_place(&index, &lane_index))];
         body.push(Stmt::For { var: turn, extent: left, kind: Kind::Serial, body: inside });
     }
     let rest = extent % lanes;
