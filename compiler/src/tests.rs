@@ -184,3 +184,32 @@ fn compiled(graph: &Graph, x: &Tensor) -> Tensor {
     let executable = compiler.build(&compiler.optimise(graph).unwrap()).unwrap();
     executable.run(&[("x", x.view())]).unwrap().remove(0).1
 }
+
+#[test]
+fn what_follows_a_product_may_have_no_lanes() {
+    let mut graph = Graph::default();
+    let x = graph.input("x", Type::new(DType::F32, &[1, 24, 16]));
+    let o: crate::graph::Origin = "y".into();
+    let turned = graph.permute(x, &[0, 2, 1], &o).unwrap();
+    let y = graph.matmul(x, turned, &o).unwrap();
+    let zero = graph.scalar(DType::F32, 0, 0.0, &o);
+    let zero = graph.with_rank(zero, 3, &o).unwrap();
+    let row = graph.reduce(ReduceFn::Sum, x, &[2], &o).unwrap();
+    let mask = graph.binary(crate::graph::op::BinaryFn::Lt, zero, row, &o).unwrap();
+    let masked = graph.select(mask, y, zero, &o).unwrap();
+    let short = graph.add(Op::Cast(DType::F16), &[y], &o).unwrap();
+    graph.outputs.push(("masked".into(), masked));
+    graph.outputs.push(("short".into(), short));
+    let values = ramp(&Type::new(DType::F32, &[1, 24, 16]), 5).to_tensor();
+    let want = crate::interpret(&graph, &[values.clone()]);
+    for egraph in [false, true] {
+        let compiler = crate::Compiler::new().egraph(egraph);
+        let executable = compiler.build(&compiler.optimise(&graph).unwrap()).unwrap();
+        let got = executable.run(&[("x", values.view())]).unwrap();
+        for ((_, got), want) in got.iter().zip(&want) {
+            let of = |t: &Tensor| Value::from_tensor(t).as_f64s();
+            let near = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-3;
+            assert!(of(got).iter().zip(&of(want)).all(near));
+        }
+    }
+}
