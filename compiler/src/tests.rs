@@ -7,8 +7,9 @@ use crate::compile::assemble;
 use crate::graph::Graph;
 use crate::graph::eval::{Value, eval};
 use crate::graph::op::{Composite, Op, ReduceFn, Type, UnaryFn};
-use crate::plan::kernels::program;
+use crate::plan::kernels::{Program, program};
 use crate::plan::order::unfused;
+use crate::{loops, plan};
 
 fn ramp(ty: &Type, seed: u64) -> Value {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -29,6 +30,7 @@ fn check(graph: &Graph, tolerance: f64) {
         let cpu = Cpu::host(wide);
         let kernels = unfused(graph).unwrap();
         let program = program(&kernels, cpu.target()).unwrap();
+        check_loops(&kernels, &program, &inputs, (&expected, tolerance));
         let emitted = emit_all(&program.kernels, &cpu, true, false).unwrap();
         let executable = assemble(&kernels, &program, &emitted, 2).unwrap();
         let tensors: Vec<Tensor> = inputs.iter().map(Value::to_tensor).collect();
@@ -43,6 +45,32 @@ fn check(graph: &Graph, tolerance: f64) {
                 let close = (a - b).abs() <= tolerance * (1.0 + b.abs()) || a == b;
                 assert!(close, "{name}[{i}] wide {wide}: {a}, expected {b}");
             }
+        }
+    }
+}
+
+/// The loops of a graph of kernels: their text reads back, and their interpreter gives what the
+/// graph's does.
+pub fn check_loops(
+    kernels: &Graph,
+    program: &Program,
+    inputs: &[Value],
+    (expected, tolerance): (&[Value], f64),
+) {
+    for kernel in &program.kernels {
+        let text = loops::text::print(kernel);
+        let again = loops::text::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+        // As text: a NaN is not equal to itself.
+        assert_eq!(format!("{again:?}"), format!("{:?}", [kernel]), "{text}");
+    }
+    let found = plan::eval::eval(kernels, program, inputs).unwrap_or_else(|e| panic!("{e}"));
+    for (found, expected) in found.iter().zip(expected) {
+        assert_eq!(found.ty, expected.ty);
+        for (i, (a, b)) in found.as_f64s().iter().zip(expected.as_f64s()).enumerate() {
+            let close = (a - b).abs() <= tolerance * (1.0 + b.abs());
+            let same = *a == b || (a.is_nan() && b.is_nan());
+            let text = || program.kernels.iter().map(loops::text::print).collect::<String>();
+            assert!(close || same, "loops: element {i} is {a}, expected {b}\n{}", text());
         }
     }
 }
