@@ -330,8 +330,14 @@ fn pow64<M: Machine>(machine: &mut M, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {
     let magnitude = calc.un(UnaryFn::Abs, x)?;
     let log = log64(&mut calc, &magnitude)?;
     let product = calc.op(BinaryFn::Mul, y, &log)?;
+    // 1 and -1 stay of magnitude 1 under infinite exponents.
+    let zero = calc.c(0.0)?;
+    let one = calc.c(1.0)?;
+    let is_unit = calc.op(BinaryFn::Eq, &magnitude, &one)?;
+    let product = calc.machine.select(DType::F64, &is_unit, &zero, &product)?;
     let power = exp64(&mut calc, &product)?;
-    // A negative base: odd exponents flip the sign, fractions have no value.
+    // A negative base, be it -0: odd exponents flip the sign; fractions have no value but for
+    // -0 and the least infinity.
     let half = calc.opc(BinaryFn::Mul, y, 0.5)?;
     let half_whole = calc.un(UnaryFn::Floor, &half)?;
     let even = calc.op(BinaryFn::Eq, &half, &half_whole)?;
@@ -339,12 +345,16 @@ fn pow64<M: Machine>(machine: &mut M, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {
     let signed = calc.machine.select(DType::F64, &even, &power, &negated)?;
     let whole = calc.un(UnaryFn::Floor, y)?;
     let integral = calc.op(BinaryFn::Eq, y, &whole)?;
-    let nan = calc.c(f64::NAN)?;
-    let signed = calc.machine.select(DType::F64, &integral, &signed, &nan)?;
-    let power = calc.less(x, 0.0, &signed, &power)?;
+    let (nan, infinity) = (calc.c(f64::NAN)?, calc.c(f64::INFINITY)?);
+    let inverse = calc.un(UnaryFn::Recip, x)?;
+    let is_infinite = calc.op(BinaryFn::Eq, &magnitude, &infinity)?;
+    let fraction = calc.machine.select(DType::F64, &is_infinite, &power, &nan)?;
+    let is_zero = calc.op(BinaryFn::Eq, x, &zero)?;
+    let fraction = calc.machine.select(DType::F64, &is_zero, &power, &fraction)?;
+    let signed = calc.machine.select(DType::F64, &integral, &signed, &fraction)?;
+    let positive = calc.less(&inverse, 0.0, &signed, &power)?;
+    let power = calc.less(x, 0.0, &signed, &positive)?;
     // x^0 and 1^y are 1, even for NaN.
-    let one = calc.c(1.0)?;
-    let zero = calc.c(0.0)?;
     let is_zero = calc.op(BinaryFn::Eq, y, &zero)?;
     let power = calc.machine.select(DType::F64, &is_zero, &one, &power)?;
     let is_one = calc.op(BinaryFn::Eq, x, &one)?;
@@ -389,11 +399,14 @@ fn pow2_64<M: Machine>(calc: &mut Calc<M>, n: &V<M>) -> Emitted<V<M>> {
     calc.less(n, 0.0, &inverse, &power)
 }
 
-/// Natural logarithm in f64 of a number that is not negative: scaled into 1..2 by powers of two,
-/// then 2 artanh((m - 1) / (m + 1)).
+/// Natural logarithm in f64 of a number that is not negative: scaled into sqrt(1/2)..sqrt(2) by
+/// powers of two, then 2 artanh((m - 1) / (m + 1)).
 fn log64<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
-    let mut m = x.clone();
-    let mut exponent = calc.c(0.0)?;
+    // Subnormal numbers are scaled into the normal ones.
+    let scaled = calc.opc(BinaryFn::Mul, x, 54f64.exp2())?;
+    let mut m = calc.less(x, f64::MIN_POSITIVE, &scaled, x)?;
+    let (none, less) = (calc.c(0.0)?, calc.c(-54.0)?);
+    let mut exponent = calc.less(x, f64::MIN_POSITIVE, &less, &none)?;
     for k in (0..10).rev() {
         let step = f64::from(1u32 << k);
         let power = step.exp2();
@@ -411,6 +424,12 @@ fn log64<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
         exponent = calc.less(&m, bound, &fewer, &exponent)?;
         m = calc.less(&m, bound, &up, &m)?;
     }
+    // Numbers just below 1 keep the exponent 0: nothing cancels.
+    let root = std::f64::consts::SQRT_2;
+    let halved = calc.opc(BinaryFn::Mul, &m, 0.5)?;
+    let more = calc.opc(BinaryFn::Add, &exponent, 1.0)?;
+    exponent = calc.less(&m, root, &exponent, &more)?;
+    m = calc.less(&m, root, &m, &halved)?;
     let low = calc.opc(BinaryFn::Sub, &m, 1.0)?;
     let high = calc.opc(BinaryFn::Add, &m, 1.0)?;
     let s = calc.op(BinaryFn::Div, &low, &high)?;
