@@ -18,6 +18,7 @@ pub mod error;
 pub mod graph;
 pub mod loops;
 mod model;
+mod on_demand;
 pub mod onnx;
 mod package;
 pub mod plan;
@@ -29,7 +30,8 @@ mod tests;
 pub use half;
 pub use kiln_runtime::session::{Executable, Session};
 pub use kiln_runtime::{code, npz, tensor};
-pub use model::{Limits, Model, ModelNode, ModelPort, read_tensor_pb};
+pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
+pub use on_demand::OnDemand;
 
 use backend::cpu::{Cpu, emit_all};
 use error::Result;
@@ -45,7 +47,8 @@ pub struct Compiler {
     wide: bool,
     verify_code: bool,
     limits: Limits,
-    dims: Vec<(String, usize)>,
+    dims: Vec<(String, DimRange)>,
+    shapes: Vec<(String, Vec<usize>)>,
     values: Vec<(String, tensor::Tensor)>,
 }
 
@@ -65,6 +68,7 @@ impl Compiler {
             verify_code: cfg!(debug_assertions),
             limits: Limits::default(),
             dims: Vec::new(),
+            shapes: Vec::new(),
             values: Vec::new(),
         }
     }
@@ -95,8 +99,19 @@ impl Compiler {
     }
 
     /// The extent of a dim that the model names.
-    pub fn dim(mut self, name: &str, extent: usize) -> Compiler {
-        self.dims.push((name.to_string(), extent));
+    pub fn dim(self, name: &str, extent: usize) -> Compiler {
+        self.dim_range(name, extent..=extent)
+    }
+
+    /// What a dim that the model names may be. Where nothing settles it, it is the most.
+    pub fn dim_range(mut self, name: &str, range: impl Into<DimRange>) -> Compiler {
+        self.dims.push((name.to_string(), range.into()));
+        self
+    }
+
+    /// The shape of an input, which settles the dims that the model names there.
+    pub fn shape(mut self, name: &str, shape: &[usize]) -> Compiler {
+        self.shapes.push((name.to_string(), shape.to_vec()));
         self
     }
 
@@ -113,9 +128,15 @@ impl Compiler {
         self.build(&kernels)
     }
 
+    /// The model, to be compiled for the shapes of the tensors that it is given.
+    pub fn on_demand(&self, model: &Model) -> OnDemand {
+        OnDemand::new(self.clone(), model.clone())
+    }
+
     /// The graph of a model.
     pub fn graph(&self, model: &Model) -> Result<Graph> {
-        model.import(&self.limits, &self.dims, &self.values)
+        let dims = model.settle(&self.shapes, &self.dims)?;
+        model.import(&self.limits, dims, &self.shapes, &self.values)
     }
 
     /// The graph as kernels.

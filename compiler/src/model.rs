@@ -9,7 +9,7 @@ use prost::Message;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result, sanitize};
 use crate::graph::Graph;
-use crate::onnx::proto::{DimensionValue, ModelProto, TensorProto, ValueInfoProto};
+use crate::onnx::proto::{DimensionProto, DimensionValue, ModelProto, TensorProto, ValueInfoProto};
 use crate::onnx::{self, ImportOptions};
 
 /// Limits on a model, checked before memory is taken.
@@ -43,6 +43,36 @@ pub struct ModelPort {
     pub name: String,
     /// dtype and shape as text, such as `f32[batch,3]`.
     pub ty: String,
+    /// Extents, where the rank is known.
+    pub dims: Option<Vec<Dim>>,
+}
+
+/// An extent in the types of a model: a number or a symbol.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Dim {
+    /// A number.
+    Known(usize),
+    /// A name, the same number wherever it stands.
+    Symbol(String),
+    /// Neither.
+    Unknown,
+}
+
+/// What a symbol may stand for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DimRange {
+    /// The least.
+    pub least: usize,
+    /// The most.
+    pub most: usize,
+    /// What to compile for where nothing settles it.
+    pub typical: usize,
+}
+
+impl From<std::ops::RangeInclusive<usize>> for DimRange {
+    fn from(range: std::ops::RangeInclusive<usize>) -> DimRange {
+        DimRange { least: *range.start(), most: *range.end(), typical: *range.end() }
+    }
 }
 
 impl std::fmt::Display for ModelPort {
@@ -172,17 +202,94 @@ impl Model {
         self.weight_bytes
     }
 
+    /// Names of all symbols in the types of inputs, each once.
+    pub fn symbols(&self) -> Vec<&str> {
+        let mut symbols = Vec::new();
+        for dim in self.inputs.iter().flat_map(|p| p.dims.iter().flatten()) {
+            if let Dim::Symbol(name) = dim
+                && !symbols.contains(&name.as_str())
+            {
+                symbols.push(name);
+            }
+        }
+        symbols
+    }
+
+    /// The number of each symbol that shapes or ranges settle. All that does not fit at once.
+    pub(crate) fn settle(
+        &self,
+        shapes: &[(String, Vec<usize>)],
+        ranges: &[(String, DimRange)],
+    ) -> Result<Vec<(String, usize)>> {
+        let mut problems = Vec::new();
+        let symbols = self.symbols();
+        for (name, _) in ranges.iter().filter(|(name, _)| !symbols.contains(&name.as_str())) {
+            let problem = Diagnostic::new("K0109", "the inputs of the model have no such dim");
+            problems.push(problem.tensor(name.clone()).expected(match symbols.is_empty() {
+                true => "no dim has a name".to_string(),
+                false => symbols.join(", "),
+            }));
+        }
+        let mut settled: Vec<(String, usize)> = Vec::new();
+        for (input, shape) in shapes {
+            let Some(port) = self.inputs.iter().find(|p| p.name == *input) else { continue };
+            let Some(dims) = &port.dims else { continue };
+            let misfit = Diagnostic::new("K0109", "a shape that does not fit the input")
+                .tensor(input.clone())
+                .expected(port.ty.clone())
+                .found(format!("{shape:?}"));
+            if dims.len() != shape.len() {
+                problems.push(misfit);
+                continue;
+            }
+            for (dim, &extent) in dims.iter().zip(shape) {
+                let Dim::Symbol(name) = dim else {
+                    if matches!(dim, Dim::Known(n) if *n != extent) {
+                        problems.push(misfit.clone());
+                    }
+                    continue;
+                };
+                match settled.iter().find(|(known, _)| known == name) {
+                    None => settled.push((name.clone(), extent)),
+                    Some((_, other)) if *other == extent => {}
+                    Some((_, other)) => {
+                        let text = format!("{name} is {other} in another input");
+                        problems.push(misfit.clone().help(text));
+                    }
+                }
+            }
+        }
+        for (name, range) in ranges {
+            match settled.iter().find(|(known, _)| known == name) {
+                None => settled.push((name.clone(), range.typical)),
+                Some((_, extent)) if (range.least..=range.most).contains(extent) => {}
+                Some((_, extent)) => problems.push(
+                    Diagnostic::new("K0109", "a dim outside of its range")
+                        .tensor(name.clone())
+                        .expected(format!("{} to {}", range.least, range.most))
+                        .found(extent.to_string()),
+                ),
+            }
+        }
+        match problems.is_empty() {
+            true => Ok(settled),
+            false => Err(Error { kind: ErrorKind::Usage, diagnostics: problems }),
+        }
+    }
+
     /// The graph of the model.
     pub(crate) fn import(
         &self,
         limits: &Limits,
-        dims: &[(String, usize)],
+        dims: Vec<(String, usize)>,
+        shapes: &[(String, Vec<usize>)],
         values: &[(String, Tensor)],
     ) -> Result<Graph> {
         let bytes = usize::try_from(limits.max_bytes).unwrap_or(usize::MAX);
         let options = ImportOptions {
             limits: onnx::Limits { nodes: limits.max_nodes, bytes, ..onnx::Limits::default() },
-            dims: dims.to_vec(),
+            dims,
+            shapes: shapes.to_vec(),
             folder: self.folder.clone(),
             values: values.to_vec(),
         };
@@ -191,23 +298,29 @@ impl Model {
 }
 
 fn port(value: &ValueInfoProto) -> ModelPort {
-    let tensor = value.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
-    let ty = tensor.map_or("not a tensor".to_string(), |t| {
-        let dtype = onnx::tensor::dtype_of(t.elem_type.unwrap_or(0))
-            .map_or("unsupported".to_string(), |d| d.to_string());
-        let dims: Vec<String> = t
-            .shape
-            .iter()
-            .flat_map(|s| &s.dim)
-            .map(|d| match &d.value {
-                Some(DimensionValue::DimValue(n)) => n.to_string(),
-                Some(DimensionValue::DimParam(name)) => sanitize(name),
-                None => "?".to_string(),
-            })
-            .collect();
-        format!("{dtype}[{}]", dims.join(","))
-    });
-    ModelPort { name: value.name.clone().unwrap_or_default(), ty }
+    let name = value.name.clone().unwrap_or_default();
+    let Some(tensor) = value.r#type.as_ref().and_then(|t| t.tensor_type.as_ref()) else {
+        return ModelPort { name, ty: "not a tensor".to_string(), dims: None };
+    };
+    let dtype = onnx::tensor::dtype_of(tensor.elem_type.unwrap_or(0))
+        .map_or("unsupported".to_string(), |d| d.to_string());
+    let dims: Option<Vec<Dim>> = tensor.shape.as_ref().map(|s| s.dim.iter().map(dim).collect());
+    let text = |dim: &Dim| match dim {
+        Dim::Known(n) => n.to_string(),
+        Dim::Symbol(name) => sanitize(name),
+        Dim::Unknown => "?".to_string(),
+    };
+    let list: Vec<String> = dims.iter().flatten().map(text).collect();
+    let list = if dims.is_some() { list.join(",") } else { "...".to_string() };
+    ModelPort { name, ty: format!("{dtype}[{list}]"), dims }
+}
+
+fn dim(dim: &DimensionProto) -> Dim {
+    match &dim.value {
+        Some(DimensionValue::DimValue(n)) => usize::try_from(*n).map_or(Dim::Unknown, Dim::Known),
+        Some(DimensionValue::DimParam(name)) if !name.is_empty() => Dim::Symbol(name.clone()),
+        Some(DimensionValue::DimParam(_)) | None => Dim::Unknown,
+    }
 }
 
 fn weight_size(tensor: &TensorProto) -> u64 {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use kiln::DimRange;
 
 /// Kiln fires a model into machine code.
 #[derive(Parser, Debug)]
@@ -118,9 +119,10 @@ pub enum Command {
 pub struct ModelArgs {
     /// The model, an .onnx file
     pub model: PathBuf,
-    /// Extent of a named dimension of the inputs; may be given several times
+    /// Extent of a named dimension of the inputs, or its range LEAST..MOST and what to compile for
+    /// where no tensor settles it, such as batch=1..8@4; may be given several times
     #[arg(long, value_name = "NAME=N", value_parser = parse_dim, help_heading = "Model")]
-    pub dim: Vec<(String, usize)>,
+    pub dim: Vec<(String, DimRange)>,
     /// Bytes that the tensors of the model may take, such as 512M or 2G
     #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Model")]
     pub max_memory: Option<u64>,
@@ -294,10 +296,25 @@ pub struct OpsArgs {
     pub filter: Option<String>,
 }
 
-fn parse_dim(text: &str) -> Result<(String, usize), String> {
+fn parse_dim(text: &str) -> Result<(String, DimRange), String> {
     let (name, extent) = text.rsplit_once('=').ok_or("expected NAME=N, such as batch=1")?;
-    let extent = extent.parse().map_err(|_| format!("`{extent}` is no extent"))?;
-    if name.is_empty() { Err("the name is empty".into()) } else { Ok((name.into(), extent)) }
+    let number = |text: &str| -> Result<usize, String> {
+        text.parse().map_err(|_| format!("`{text}` is no extent"))
+    };
+    let (range, typical) = match extent.split_once('@') {
+        Some((range, typical)) => (range, Some(number(typical)?)),
+        None => (extent, None),
+    };
+    let (least, most) = range.split_once("..").unwrap_or((range, range));
+    let (least, most) = (number(least)?, number(most)?);
+    let typical = typical.unwrap_or(most);
+    if name.is_empty() {
+        return Err("the name is empty".into());
+    }
+    if !(least..=most).contains(&typical) {
+        return Err(format!("{typical} is not in {least}..{most}"));
+    }
+    Ok((name.into(), DimRange { least, most, typical }))
 }
 
 /// A number of bytes, with a suffix for a power of 1024.
@@ -344,7 +361,13 @@ mod tests {
         assert_eq!(parse_time("2"), Ok(Duration::from_secs(2)));
         assert_eq!(parse_time("1m"), Ok(Duration::from_secs(60)));
         assert!(parse_time("-1s").is_err() && parse_time("fast").is_err());
-        assert_eq!(parse_dim("batch=4"), Ok(("batch".to_string(), 4)));
-        assert!(parse_dim("batch").is_err() && parse_dim("=4").is_err());
+        let range =
+            |least, most, typical| Ok(("batch".to_string(), DimRange { least, most, typical }));
+        assert_eq!(parse_dim("batch=4"), range(4, 4, 4));
+        assert_eq!(parse_dim("batch=1..8"), range(1, 8, 8));
+        assert_eq!(parse_dim("batch=1..8@4"), range(1, 8, 4));
+        for wrong in ["batch", "=4", "batch=8..1", "batch=1..8@9", "batch=1..x"] {
+            assert!(parse_dim(wrong).is_err(), "{wrong}");
+        }
     }
 }

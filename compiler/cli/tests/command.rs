@@ -114,6 +114,9 @@ fn every_command_prints_text_and_json() {
     assert!(out.starts_with("probabilities: f32[1,10]\n"), "{out}");
     let value = json(0, &[&["run", &model, "-i", "random:7"], &one[..]].concat());
     assert_eq!(value["outputs"][0]["shape"], serde_json::json!([1, 10]));
+    let range = ["--dim", "batch=1..8@3"];
+    let value = json(0, &[&["run", &model, "-i", "random:7"], &range[..]].concat());
+    assert_eq!(value["outputs"][0]["shape"], serde_json::json!([3, 10]));
     let (out, _) = expect(0, &[&["verify", &model], &one[..]].concat());
     assert!(out.starts_with("ok       probabilities against interpreter"), "{out}");
     assert_eq!(json(0, &[&["verify", &model], &one[..]].concat())["ok"], true);
@@ -179,7 +182,11 @@ fn wrong_requests_end_with_code_2() {
     write_npy(&mut bytes, Tensor::from_slice(&[2], &[1i64, 2]).view()).expect("memory");
     let wrong = folder.write("wrong.npy", &bytes);
     let (_, err) = expect(2, &["run", &model, "--dim", "batch=1", "-i", &wrong]);
-    assert!(err.contains("does not fit input image: f32[1,1,8,8]; given: i64[2]"), "{err}");
+    assert!(err.contains("expected  f32[batch,1,8,8]\n  found     [2]"), "{err}");
+    let (_, err) = expect(2, &["run", &model, "--dim", "btach=1", "-i", "random"]);
+    assert!(err.contains("btach") && err.contains("expected  batch"), "{err}");
+    let (_, err) = expect(2, &["run", &model, "--dim", "batch=4..1", "-i", "random"]);
+    assert!(err.contains("is not in 4..1"), "{err}");
     let named = format!("picture={wrong}");
     let value = json(2, &["run", &model, "--dim", "batch=1", "-i", &named]);
     assert_eq!(value["error"]["kind"], "usage");

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use kiln::error::ErrorKind;
 use kiln::npz::read_npz;
 use kiln::tensor::{DType, Tensor, TensorView, TensorViewMut};
 use kiln::{Compiler, Executable, Limits, Model};
@@ -37,6 +38,45 @@ fn results_are_equal_bit_for_bit_for_every_number_of_threads() {
     for threads in [2, 3, 8] {
         assert!(run(&executable(threads)) == one, "{threads} threads");
     }
+}
+
+#[test]
+fn a_model_is_compiled_for_the_shapes_it_meets() {
+    let model = Model::open(shipped("digits.onnx"), &Limits::default()).expect("the model");
+    let images = images();
+    let expected = run(&executable(1));
+    let on_demand = Compiler::new().dim_range("batch", 1..=IMAGES).on_demand(&model);
+    let pixels = images.as_slice::<f32>().expect("f32");
+    for batch in [1, 5, IMAGES, 5] {
+        let some = Tensor::from_slice(&[batch, 1, 8, 8], &pixels[..batch * 64]);
+        let outputs = on_demand.run(&[("image", some.view())]).expect("a run");
+        assert_eq!(outputs[0].1.shape(), [batch, 10]);
+        let got = outputs[0].1.as_slice::<f32>().expect("f32");
+        let same = got.iter().zip(expected.as_slice::<f32>().expect("f32"));
+        same.for_each(|(got, want)| assert!((got - want).abs() < 1e-5, "{got} {want}"));
+    }
+    assert_eq!(on_demand.kept(), 3);
+    // No more are kept than there is room for.
+    for batch in 1..=20 {
+        let some = Tensor::zeros(DType::F32, &[batch, 1, 8, 8]);
+        on_demand.run(&[("image", some.view())]).expect("a run");
+    }
+    assert_eq!(on_demand.kept(), 16);
+    let refuse = |inputs: &[(&str, TensorView<'_>)], what: &str| {
+        let error = on_demand.run(inputs).expect_err(what);
+        assert_eq!(error.kind, ErrorKind::Usage);
+        assert!(error.to_string().contains(what), "{error}");
+    };
+    let many = Tensor::zeros(DType::F32, &[IMAGES + 1, 1, 8, 8]);
+    refuse(&[("image", many.view())], "outside of its range");
+    let wide = Tensor::zeros(DType::F32, &[1, 1, 8, 9]);
+    refuse(&[("image", wide.view())], "does not fit the input");
+    let whole = Tensor::zeros(DType::I64, &[1, 1, 8, 8]);
+    refuse(&[("image", whole.view())], "expected");
+    refuse(&[("picture", wide.view())], "no such input");
+    refuse(&[], "no tensor given");
+    let typo = Compiler::new().dim("btach", 1).compile(&model).expect_err("no such dim");
+    assert!(typo.to_string().contains("batch"), "{typo}");
 }
 
 #[test]

@@ -117,4 +117,26 @@ impl Graph {
             _ => None,
         }
     }
+
+    /// The graph without nodes that no output needs; inputs stay.
+    pub fn live(&self) -> Graph {
+        let mut needed: Vec<bool> =
+            self.nodes.iter().map(|n| matches!(n.op, Op::Input(_))).collect();
+        self.outputs.iter().for_each(|o| needed[o.1.index()] = true);
+        for (i, node) in self.nodes.iter().enumerate().rev() {
+            if needed[i] {
+                node.args.iter().for_each(|a| needed[a.index()] = true);
+            }
+        }
+        let mut out = Graph::empty_like(self);
+        out.bodies = self.bodies.clone();
+        let mut place = vec![NodeId(0); self.nodes.len()];
+        for (i, node) in self.nodes.iter().enumerate().filter(|(i, _)| needed[*i]) {
+            let args = node.args.iter().map(|a| place[a.index()]).collect();
+            place[i] = out.push(node.op.clone(), args, node.ty.clone(), &node.origin);
+        }
+        let outputs = self.outputs.iter();
+        out.outputs = outputs.map(|(name, id)| (name.clone(), place[id.index()])).collect();
+        out
+    }
 }

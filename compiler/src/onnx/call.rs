@@ -84,9 +84,12 @@ impl<'a> Call<'a> {
         let Some(id) = self.optional(index) else { return Ok(None) };
         let known = self.graph.value(id).and_then(|v| v.as_i64s());
         known.map(Some).ok_or_else(|| {
-            Diagnostic::new("K0121", format!("operand {index} decides a shape and is not known"))
-                .found(format!("a value that the model computes ({})", self.graph.node(id).origin))
-                .help("shapes must follow from the model's input shapes: export with static shapes")
+            Diagnostic::new(
+                super::NEEDS_VALUE,
+                format!("operand {index} decides a shape and is not known"),
+            )
+            .found(format!("a value that the model computes ({})", self.graph.node(id).origin))
+            .help("shapes must follow from the model's input shapes: export with static shapes")
         })
     }
 

@@ -28,8 +28,13 @@ use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::op::{Shape, Type};
 use crate::graph::{Graph, NodeId, Origin};
 use call::Call;
-use proto::{DimensionValue, ModelProto, NodeProto, ValueInfoProto};
+use proto::{
+    DimensionProto, DimensionValue, ModelProto, NodeProto, TensorTypeProto, ValueInfoProto,
+};
 use tensor::{Files, dtype_of};
+
+/// Code of the diagnostic for an operand whose value decides a shape and is not known.
+pub const NEEDS_VALUE: &str = "K0121";
 
 /// Limits that hold before anything is allocated.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +60,8 @@ pub struct ImportOptions {
     pub limits: Limits,
     /// Extents of named dims.
     pub dims: Vec<(String, usize)>,
+    /// Shapes of inputs, which fit their types.
+    pub shapes: Vec<(String, Vec<usize>)>,
     /// The folder of the model, beneath which external data may lie.
     pub folder: Option<PathBuf>,
     /// Inputs that are constants for this compilation.
@@ -185,7 +192,7 @@ impl Import<'_> {
         if let Some((_, value)) = self.options.values.iter().find(|v| v.0 == name) {
             return Some(self.graph.tensor(value, &Origin::from(name)));
         }
-        match self.input_type(input) {
+        match self.input_type(input, name) {
             Ok(ty) if self.room(&ty) => Some(self.graph.input(name, ty)),
             Ok(_) => None,
             Err(problem) => {
@@ -195,32 +202,40 @@ impl Import<'_> {
         }
     }
 
-    fn input_type(&self, input: &ValueInfoProto) -> std::result::Result<Type, Diagnostic> {
+    fn input_type(
+        &self,
+        input: &ValueInfoProto,
+        name: &str,
+    ) -> std::result::Result<Type, Diagnostic> {
         let tensor = input.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
         let tensor = tensor.ok_or_else(|| {
             Diagnostic::new("K0105", "an input that is no tensor")
                 .help("sequences, maps and optionals are not supported")
         })?;
         let dtype = dtype_of(tensor.elem_type.unwrap_or(0))?;
-        let shape = tensor.shape.as_ref().ok_or_else(|| {
-            Diagnostic::new("K0105", "an input of unknown rank")
-                .help("export the model with the shapes of its inputs")
-        })?;
-        let mut extents = Shape::new();
-        for (axis, dim) in shape.dim.iter().enumerate() {
-            extents.push(match &dim.value {
-                Some(DimensionValue::DimValue(n)) => usize::try_from(*n).map_err(|_| {
-                    Diagnostic::new("K0105", "a negative extent").found(n.to_string())
-                })?,
-                Some(DimensionValue::DimParam(name)) => self.dim(name, axis)?,
-                None => self.dim("", axis)?,
-            });
-        }
+        let extents = match self.options.shapes.iter().find(|s| s.0 == name) {
+            Some((_, shape)) => Shape::from_slice(shape),
+            None => self.extents(tensor)?,
+        };
         match size_bytes(dtype, &extents) {
             Some(_) => Ok(Type { dtype, shape: extents }),
             None => Err(Diagnostic::new("K0105", "an input too large for memory")
                 .found(format!("{extents:?}"))),
         }
+    }
+
+    fn extents(&self, tensor: &TensorTypeProto) -> std::result::Result<Shape, Diagnostic> {
+        let shape = tensor.shape.as_ref().ok_or_else(|| {
+            Diagnostic::new("K0105", "an input of unknown rank")
+                .help("export the model with the shapes of its inputs")
+        })?;
+        let extent = |(axis, dim): (usize, &DimensionProto)| match &dim.value {
+            Some(DimensionValue::DimValue(n)) => usize::try_from(*n)
+                .map_err(|_| Diagnostic::new("K0105", "a negative extent").found(n.to_string())),
+            Some(DimensionValue::DimParam(name)) => self.dim(name, axis),
+            None => self.dim("", axis),
+        };
+        shape.dim.iter().enumerate().map(extent).collect()
     }
 
     fn dim(&self, name: &str, axis: usize) -> std::result::Result<usize, Diagnostic> {

@@ -186,8 +186,11 @@ fn floats(call: &Call, index: usize) -> Result<Option<Vec<f64>>, Diagnostic> {
         return Ok(None);
     }
     let value = call.graph.value(id).ok_or_else(|| {
-        Diagnostic::new("K0121", format!("operand {index} decides a shape and is not known"))
-            .help("shapes must follow from the model's input shapes: export with static shapes")
+        Diagnostic::new(
+            super::NEEDS_VALUE,
+            format!("operand {index} decides a shape and is not known"),
+        )
+        .help("shapes must follow from the model's input shapes: export with static shapes")
     })?;
     Ok(Some(value.as_f64s()))
 }

@@ -22,7 +22,8 @@ pub fn gather(graph: &Graph) -> Graph {
     }
     let outputs = graph.outputs.iter();
     out.graph.outputs = outputs.map(|(name, id)| (name.clone(), place[id.index()])).collect();
-    out.graph
+    // What was regrouped would be looked at by every rule.
+    out.graph.live()
 }
 
 struct Gather {

@@ -33,12 +33,9 @@ pub fn kernels_us(graph: &Graph) -> f64 {
 pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
     let mut bytes = body.root().ty.size_bytes() as f64;
     let mut work_us = 0.0;
-    for node in &body.nodes {
+    for (at, node) in body.nodes.iter().enumerate() {
         match &node.op {
-            Op::Input(i) => {
-                bytes += node.ty.size_bytes() as f64;
-                let _ = i;
-            }
+            Op::Input(_) => bytes += bytes_read(body, at),
             op => {
                 let constant = |k: usize| {
                     node.args.get(k).is_some_and(|a| match body.nodes[a.index()].op {
@@ -54,6 +51,20 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
     let strided = matches!(body.root().op, Op::Permute(_)) && body.nodes.len() == 2;
     let slow = if strided { 4.0 } else { 1.0 };
     LAUNCH_US + (slow * bytes / BYTES_PER_US).max(work_us)
+}
+
+/// Bytes that a body reads of an argument: of one that it only takes parts of, those parts.
+fn bytes_read(body: &Body, argument: usize) -> f64 {
+    let ty = &body.nodes[argument].ty;
+    let users = body.nodes.iter().filter(|n| n.args.iter().any(|a| a.index() == argument));
+    let parts: Option<usize> = users
+        .map(|user| match &user.op {
+            Op::Slice(_) => Some(user.ty.numel()),
+            Op::Gather(_) if user.args[0].index() == argument => Some(user.ty.numel()),
+            _ => None,
+        })
+        .sum();
+    (parts.unwrap_or(usize::MAX).min(ty.numel()) * ty.dtype.bytes()) as f64
 }
 
 /// Modelled time of an operation's arithmetic for so many results.

@@ -44,8 +44,8 @@ fn node_us(saturated: &Saturated, class: Id, node: &ENode) -> f64 {
     0.01 + traffic / BYTES_PER_US + op_us(&node.op, data.ty.numel() as f64, constant)
 }
 
-/// The graph of the cheapest nodes.
-pub fn extract(saturated: &Saturated, original: &Graph) -> Graph {
+/// How many operations of the model use each class, or parts of it.
+pub fn users(saturated: &Saturated, original: &Graph) -> HashMap<Id, f64> {
     let egraph = &saturated.egraph;
     let mut users: HashMap<Id, f64> = HashMap::new();
     for node in &original.nodes {
@@ -54,33 +54,38 @@ pub fn extract(saturated: &Saturated, original: &Graph) -> Graph {
         }
     }
     inherit_users(saturated, &mut users);
-    let best = cheapest(saturated, &users);
-    let mut build = Build {
-        saturated,
-        best: &best,
-        graph: Graph::empty_like(original),
-        done: HashMap::new(),
-        open: Vec::new(),
-    };
-    // All inputs are there, used or not.
-    for (i, node) in original.nodes.iter().enumerate() {
-        if let Op::Input(_) = node.op {
-            build.visit(saturated.classes[i], &node.origin);
-        }
-    }
+    users
+}
+
+/// The graph of the cheapest nodes, with the class of each.
+pub fn extract(saturated: &Saturated, cheapest: &Cheapest, original: &Graph) -> (Graph, Vec<Id>) {
+    let mut build = Build::new(saturated, cheapest, original);
     for (name, id) in &original.outputs {
         let origin = &original.node(*id).origin;
         let out = build.visit(saturated.classes[id.index()], origin);
         build.graph.outputs.push((name.clone(), out));
     }
-    build.graph
+    (build.graph, build.classes)
 }
 
-/// The same value in another layout has the users of the value.
+/// The same value in another layout has the users of the value; a value made by merging has its
+/// parts as users.
 fn inherit_users(saturated: &Saturated, users: &mut HashMap<Id, f64>) {
     let egraph = &saturated.egraph;
     let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();
     classes.sort_unstable();
+    let is_slice = |n: &ENode| matches!(n.op, Op::Slice(_));
+    let mut parts: HashMap<Id, f64> = HashMap::new();
+    for class in &classes {
+        let mut whole: Vec<Id> =
+            egraph[*class].nodes.iter().filter(|n| is_slice(n)).map(|n| n.args[0]).collect();
+        whole.sort_unstable();
+        whole.dedup();
+        whole.into_iter().for_each(|x| *parts.entry(egraph.find(x)).or_insert(0.0) += 1.0);
+    }
+    parts.into_iter().for_each(|(class, count)| {
+        users.entry(class).or_insert(count);
+    });
     for _ in 0..2 {
         for class in &classes {
             let Some(count) = users.get(class).copied() else { continue };
@@ -94,9 +99,17 @@ fn inherit_users(saturated: &Saturated, users: &mut HashMap<Id, f64>) {
     }
 }
 
+/// A node for each class.
+pub struct Cheapest {
+    /// The nodes.
+    pub nodes: HashMap<Id, ENode>,
+    /// The classes, each after the operands of its node.
+    pub order: Vec<Id>,
+}
+
 /// A node for each class, by Knuth's generalisation of Dijkstra's algorithm: a class is settled by
 /// the cheapest node whose operands are settled, so the choice has no cycles.
-fn cheapest(saturated: &Saturated, users: &HashMap<Id, f64>) -> HashMap<Id, ENode> {
+pub fn cheapest(saturated: &Saturated, users: &HashMap<Id, f64>) -> Cheapest {
     let egraph = &saturated.egraph;
     let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();
     classes.sort_unstable();
@@ -124,12 +137,14 @@ fn cheapest(saturated: &Saturated, users: &HashMap<Id, f64>) -> HashMap<Id, ENod
     }
     let mut cost: HashMap<Id, f64> = HashMap::new();
     let mut best: HashMap<Id, ENode> = HashMap::new();
+    let mut order: Vec<Id> = Vec::new();
     while let Some(Reverse((bits, i))) = queue.pop() {
         let (class, node, _) = &nodes[i];
         if best.contains_key(class) {
             continue;
         }
         best.insert(*class, (*node).clone());
+        order.push(*class);
         cost.insert(*class, f64::from_bits(bits));
         for &user in used_by.get(class).map_or(&[][..], Vec::as_slice) {
             waiting[user] -= 1;
@@ -144,20 +159,37 @@ fn cheapest(saturated: &Saturated, users: &HashMap<Id, f64>) -> HashMap<Id, ENod
             }
         }
     }
-    best
+    Cheapest { nodes: best, order }
 }
 
-struct Build<'a> {
+/// A graph that is made of classes.
+pub struct Build<'a> {
     saturated: &'a Saturated,
-    best: &'a HashMap<Id, ENode>,
-    graph: Graph,
+    cheapest: &'a Cheapest,
+    /// The graph so far.
+    pub graph: Graph,
+    /// The class of each node.
+    pub classes: Vec<Id>,
     done: HashMap<Id, NodeId>,
     open: Vec<(Id, Origin)>,
 }
 
-impl Build<'_> {
+impl<'a> Build<'a> {
+    /// A graph with the inputs of the original, used or not.
+    pub fn new(saturated: &'a Saturated, cheapest: &'a Cheapest, original: &Graph) -> Build<'a> {
+        let graph = Graph::empty_like(original);
+        let (classes, done, open) = (Vec::new(), HashMap::new(), Vec::new());
+        let mut build = Build { saturated, cheapest, graph, classes, done, open };
+        for (i, node) in original.nodes.iter().enumerate() {
+            if let Op::Input(_) = node.op {
+                build.visit(saturated.classes[i], &node.origin);
+            }
+        }
+        build
+    }
+
     /// Adds a class after its operands; a loop instead of recursion, since models can be deep.
-    fn visit(&mut self, class: Id, origin: &Origin) -> NodeId {
+    pub fn visit(&mut self, class: Id, origin: &Origin) -> NodeId {
         let root = self.saturated.egraph.find(class);
         self.open.push((root, origin.clone()));
         while let Some((class, user)) = self.open.last().cloned() {
@@ -165,7 +197,7 @@ impl Build<'_> {
                 self.open.pop();
                 continue;
             }
-            let node = &self.best[&class];
+            let node = &self.cheapest.nodes[&class];
             let data = &self.saturated.egraph[class].data;
             let origin = data.origin.clone().unwrap_or(user);
             let args: SmallVec<[Id; 4]> =
@@ -175,12 +207,26 @@ impl Build<'_> {
             if missing.is_empty() {
                 let args: Args = args.iter().map(|a| self.done[a]).collect();
                 let id = self.graph.push(node.op.clone(), args, data.ty.clone(), &origin);
-                self.done.insert(class, id);
+                self.add(class, id);
                 self.open.pop();
             } else {
                 self.open.extend(missing.into_iter().rev().map(|a| (a, origin.clone())));
             }
         }
         self.done[&root]
+    }
+
+    /// Where the value of a class comes from.
+    pub fn origin(&self, class: Id) -> Option<Origin> {
+        self.saturated.egraph[class].data.origin.clone()
+    }
+
+    /// Notes that a node is the value of a class.
+    pub fn add(&mut self, class: Id, id: NodeId) {
+        // Equal nodes of two classes are one node.
+        if id.index() == self.classes.len() {
+            self.classes.push(class);
+        }
+        self.done.insert(class, id);
     }
 }

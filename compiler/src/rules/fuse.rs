@@ -1,50 +1,13 @@
 //! The fuser: kernels grow from their result towards their operands, as long as the body stays of
 //! a kind that has loops and no work is done twice.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
 
+use super::bodies::Bodies;
+use super::kind::{MAX_OPS, classify};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::op::{Op, Type};
-use crate::graph::{Args, Body, Graph, Node, NodeId, composite};
-
-/// Operations of a body at most.
-const MAX_OPS: usize = 48;
-/// Arguments of a body at most.
-const MAX_ARGS: usize = 12;
-/// Elements of a row that is reduced within a kernel at most.
-const MAX_ROW: usize = 65_536;
-
-/// What a body computes, and so which loops it gets.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
-    /// One operation that stands alone.
-    Alone,
-    /// Every element by itself.
-    Map,
-    /// Every element folds its own part of an operand.
-    InlineReduce,
-    /// Rows whose reductions are used again in the row.
-    Row,
-    /// A sum of products with an epilogue.
-    Contract,
-}
-
-fn is_pointwise(op: &Op) -> bool {
-    matches!(op, Op::Unary(_) | Op::Binary(_) | Op::Select | Op::Cast(_))
-}
-
-fn is_view(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::Permute(_)
-            | Op::Reshape(_)
-            | Op::Expand(_)
-            | Op::Slice(_)
-            | Op::Window(_)
-            | Op::Iota(..)
-    )
-}
+use crate::graph::op::Op;
+use crate::graph::{Args, Body, Graph, Node, NodeId, Origin, composite};
 
 /// The graph with named functions replaced by their definitions.
 pub fn expand(graph: &Graph) -> Result<Graph> {
@@ -83,14 +46,6 @@ impl Cluster<'_> {
         Cluster { graph: self.graph, nodes }
     }
 
-    fn op(&self, node: usize) -> &Op {
-        &self.graph.nodes[node].op
-    }
-
-    fn ty(&self, node: usize) -> &Type {
-        &self.graph.nodes[node].ty
-    }
-
     fn args(&self, node: usize) -> impl Iterator<Item = usize> + '_ {
         self.graph.nodes[node].args.iter().map(|a| a.index())
     }
@@ -108,140 +63,15 @@ impl Cluster<'_> {
         arguments
     }
 
-    /// The kind of the body, where it has loops.
-    fn classify(&self) -> Option<Kind> {
-        if self.nodes.len() == 1 {
-            return Some(match self.op(self.nodes[0]) {
-                op if is_pointwise(op) || is_view(op) || matches!(op, Op::Gather(_)) => Kind::Map,
-                Op::Contract(_) => Kind::Contract,
-                _ => Kind::Alone,
-            });
-        }
-        if self.nodes.len() > MAX_OPS || self.arguments().len() > MAX_ARGS {
-            return None;
-        }
-        let mut contracts = Vec::new();
-        let mut reduces = Vec::new();
-        for &n in &self.nodes {
-            match self.op(n) {
-                Op::Contract(_) => contracts.push(n),
-                Op::Reduce(..) => reduces.push(n),
-                op if is_pointwise(op) || is_view(op) || matches!(op, Op::Gather(_)) => {}
-                _ => return None,
-            }
-        }
-        match (contracts.as_slice(), reduces.as_slice()) {
-            ([], []) => self.is_map().then_some(Kind::Map),
-            ([contract], []) => self.is_contract(*contract).then_some(Kind::Contract),
-            ([], [reduce]) if self.is_inline(*reduce) => Some(Kind::InlineReduce),
-            ([], _) => self.is_row(&reduces).then_some(Kind::Row),
-            _ => None,
-        }
+    /// The cluster as a body.
+    fn body(&self) -> Body {
+        body_of(self.graph, &self.nodes, &self.arguments())
     }
 
-    /// No element may be computed again for several results, unless it is only moved.
-    fn is_map(&self) -> bool {
-        let root = self.ty(self.nodes[self.nodes.len() - 1]).numel();
-        self.nodes.iter().all(|&n| !is_pointwise(self.op(n)) || self.ty(n).numel() >= root)
+    /// Whether the body has loops.
+    fn fits(&self) -> bool {
+        self.nodes.len() <= MAX_OPS && classify(&self.body().nodes).is_some()
     }
-
-    /// Members that hang on `node`, itself included.
-    fn above(&self, node: usize) -> Vec<usize> {
-        let mut above = vec![node];
-        for &n in self.nodes.iter().filter(|&&n| n > node) {
-            if self.args(n).any(|a| above.contains(&a)) {
-                above.push(n);
-            }
-        }
-        above
-    }
-
-    /// From `node` to the root, pointwise operations and moves of all elements, used once each.
-    fn is_epilogue(&self, node: usize) -> bool {
-        let above = self.above(node);
-        let root = self.nodes[self.nodes.len() - 1];
-        let size = self.ty(node).numel();
-        let mut moved = false;
-        for &n in above.iter().skip(1) {
-            let fits = match self.op(n) {
-                op if is_pointwise(op) => !moved && self.ty(n).numel() == size,
-                // Values computed after a permutation would have to be read elsewhere; and the
-                // last axis, which runs in lanes, must stay the last one.
-                Op::Permute(axes) => {
-                    moved = true;
-                    axes.last().is_none_or(|&a| a as usize + 1 == axes.len())
-                }
-                Op::Reshape(_) => true,
-                _ => false,
-            };
-            if !fits {
-                return false;
-            }
-        }
-        above.contains(&root)
-    }
-
-    fn is_contract(&self, contract: usize) -> bool {
-        let above = self.above(contract);
-        // Everything else only moves elements, into the contraction or beside it.
-        let beside = self.nodes.iter().filter(|n| !above.contains(n));
-        let views = beside.clone().all(|&n| match self.op(n) {
-            Op::Permute(_) | Op::Expand(_) | Op::Slice(_) => true,
-            // Only a reshape that splits axes leaves their indices affine.
-            Op::Reshape(to) => self.args(n).all(|a| only_splits(&self.ty(a).shape, to)),
-            _ => false,
-        });
-        views && self.is_epilogue(contract)
-    }
-
-    fn is_inline(&self, reduce: usize) -> bool {
-        let Op::Reduce(_, axes) = self.op(reduce) else { return false };
-        let x = self.args(reduce).next().map(|a| self.ty(a));
-        let Some(x) = x else { return false };
-        // Long rows go across lanes, in a row kernel.
-        let long =
-            axes.last().is_some_and(|&a| a as usize + 1 == x.rank() && x.shape[a as usize] >= 16);
-        !long && self.is_epilogue(reduce)
-    }
-
-    fn is_row(&self, reduces: &[usize]) -> bool {
-        let first = reduces[0];
-        let Op::Reduce(_, axes) = self.op(first) else { return false };
-        let Some(full) = self.args(first).next().map(|a| self.ty(a).shape.clone()) else {
-            return false;
-        };
-        let rank = full.len();
-        let start = rank - axes.len();
-        let trailing = axes.iter().enumerate().all(|(i, &a)| a as usize == start + i);
-        let row: usize = full[start..].iter().product();
-        if !trailing || row == 0 || row > MAX_ROW {
-            return false;
-        }
-        let mut reduced = full.clone();
-        reduced[start..].fill(1);
-        let same = reduces.iter().all(|&r| {
-            matches!(self.op(r), Op::Reduce(_, a) if a == axes)
-                && self.args(r).all(|a| self.ty(a).shape == full)
-        });
-        let above = self.above(first);
-        let fits = self.nodes.iter().all(|&n| {
-            let shape = &self.ty(n).shape;
-            let op = self.op(n);
-            if is_view(op) || matches!(op, Op::Gather(_)) {
-                // Views below the reductions only; a row is not moved once it is being folded.
-                return !above.contains(&n);
-            }
-            *shape == full || *shape == reduced
-        });
-        same && fits
-    }
-}
-
-/// Whether a reshape splits axes, and joins none but those of extent 1.
-fn only_splits(from: &[usize], to: &[usize]) -> bool {
-    let long =
-        |shape: &[usize]| -> Vec<usize> { shape.iter().copied().filter(|&e| e != 1).collect() };
-    super::table::split_of(&long(from), &long(to)).is_some()
 }
 
 /// Whether a value that several kernels want may be computed in each of them.
@@ -249,8 +79,16 @@ fn is_free(graph: &Graph, node: usize) -> bool {
     matches!(graph.nodes[node].op, Op::Permute(_) | Op::Reshape(_) | Op::Expand(_) | Op::Iota(..))
 }
 
-/// The graph with operations gathered into kernels.
-pub fn fuse(graph: &Graph) -> Result<Graph> {
+/// The graph with operations gathered into kernels; kernels that are there stay as they are.
+pub fn fuse(graph: &Graph) -> Graph {
+    rebuild(graph, &clusters(graph))
+}
+
+/// The operations of each kernel by its last one, ascending.
+pub type Clusters = BTreeMap<usize, Vec<usize>>;
+
+/// Which operations become one kernel.
+pub fn clusters(graph: &Graph) -> Clusters {
     let count = graph.nodes.len();
     let mut users: Vec<Vec<usize>> = vec![Vec::new(); count];
     let mut constant = vec![false; count];
@@ -262,26 +100,32 @@ pub fn fuse(graph: &Graph) -> Result<Graph> {
     let outputs: Vec<usize> = graph.outputs.iter().map(|o| o.1.index()).collect();
     let mut wanted = vec![false; count];
     outputs.iter().for_each(|&o| wanted[o] = true);
-    let mut clusters: HashMap<usize, Vec<usize>> = HashMap::new();
+    let mut clusters = Clusters::new();
     for root in (0..count).rev() {
         if !wanted[root] {
             continue;
         }
-        match graph.nodes[root].op {
+        let arguments = match graph.nodes[root].op {
             Op::Input(_) | Op::Const(_) => continue,
-            Op::Reshape(_) => {
-                wanted[graph.nodes[root].args[0].index()] = true;
-                continue;
+            Op::Reshape(_) | Op::Fused(_) => {
+                graph.nodes[root].args.iter().map(|a| a.index()).collect()
             }
-            _ => {}
-        }
-        let cluster = grow(graph, root, &users, &outputs, &constant);
-        for argument in cluster.arguments() {
-            wanted[argument] = true;
-        }
-        clusters.insert(root, cluster.nodes);
+            _ => {
+                let cluster = grow(graph, root, &users, &outputs, &constant);
+                let arguments = cluster.arguments();
+                clusters.insert(root, cluster.nodes);
+                arguments
+            }
+        };
+        arguments.into_iter().for_each(|a| wanted[a] = true);
     }
-    Ok(rebuild(graph, &wanted, &clusters))
+    clusters
+}
+
+/// The body of a cluster and its arguments.
+pub fn body(graph: &Graph, nodes: &[usize]) -> (Body, Vec<usize>) {
+    let cluster = Cluster { graph, nodes: nodes.to_vec() };
+    (cluster.body(), cluster.arguments())
 }
 
 fn grow<'a>(
@@ -309,7 +153,7 @@ fn grow<'a>(
         let step = candidates.iter().find_map(|&a| {
             let with = cluster.with(a).nodes;
             let with = Cluster { graph, nodes: with };
-            with.classify().map(|_| with)
+            with.fits().then_some(with)
         });
         let next = step.or_else(|| candidates.iter().find_map(|&a| reach(&cluster, a, &inside)));
         match next {
@@ -334,46 +178,74 @@ fn reach<'a>(
         let below = graph.nodes[newest].args.iter().map(|a| a.index());
         newest = below.filter(|&a| !trial.has(a) && inside(&trial, a)).max()?;
         trial = Cluster { graph, nodes: trial.with(newest).nodes };
-        if trial.classify().is_some() {
+        if trial.fits() {
             return Some(trial);
         }
     }
     None
 }
 
-/// A graph with one node for each cluster.
-fn rebuild(graph: &Graph, wanted: &[bool], clusters: &HashMap<usize, Vec<usize>>) -> Graph {
+/// A graph with one node for each cluster, and those that some cluster needs.
+fn rebuild(graph: &Graph, clusters: &Clusters) -> Graph {
     let mut out = Graph::empty_like(graph);
+    let mut bodies = Bodies::default();
     let mut place: Vec<Option<NodeId>> = vec![None; graph.nodes.len()];
-    let mut known: HashMap<String, u32> = HashMap::new();
+    let wanted = wanted(graph, clusters);
     for (i, node) in graph.nodes.iter().enumerate() {
         let input = matches!(node.op, Op::Input(_));
         if !wanted[i] && !input {
             continue;
         }
-        let Some(nodes) = clusters.get(&i) else {
-            let args: Args = node.args.iter().filter_map(|a| place[a.index()]).collect();
-            place[i] = Some(out.push(node.op.clone(), args, node.ty.clone(), &node.origin));
-            continue;
+        let made = match (clusters.get(&i), &node.op) {
+            (Some(nodes), _) => {
+                let (body, arguments) = body(graph, nodes);
+                Some((body, arguments, Origin::from(name_of(graph, nodes))))
+            }
+            (None, Op::Fused(body)) => {
+                let arguments = node.args.iter().map(|a| a.index()).collect();
+                let body = graph.bodies[*body as usize].as_ref().clone();
+                Some((body, arguments, node.origin.clone()))
+            }
+            (None, _) => None,
         };
-        let cluster = Cluster { graph, nodes: nodes.clone() };
-        let arguments = cluster.arguments();
-        let body = body_of(graph, nodes, &arguments);
-        let key =
-            format!("{:?}", body.nodes.iter().map(|n| (&n.op, &n.args, &n.ty)).collect::<Vec<_>>());
-        let next = out.bodies.len() as u32;
-        let number = *known.entry(key).or_insert(next);
-        if number == next {
-            out.bodies.push(Arc::new(body));
-        }
-        let args: Args = arguments.iter().filter_map(|&a| place[a]).collect();
-        let origin = name_of(graph, nodes);
-        place[i] = Some(out.push(Op::Fused(number), args, node.ty.clone(), &origin.into()));
+        place[i] = Some(match made {
+            Some((body, arguments, origin)) => {
+                let arguments: Vec<u32> =
+                    arguments.iter().filter_map(|&a| Some(place[a]?.0)).collect();
+                let (number, args) = bodies.intern(&body, &arguments);
+                let args = args.into_iter().map(NodeId).collect();
+                out.push(Op::Fused(number), args, node.ty.clone(), &origin)
+            }
+            None => {
+                let args: Args = node.args.iter().filter_map(|a| place[a.index()]).collect();
+                out.push(node.op.clone(), args, node.ty.clone(), &node.origin)
+            }
+        });
     }
+    out.bodies = bodies.list().to_vec();
     let outputs = graph.outputs.iter();
     out.outputs =
         outputs.filter_map(|(name, id)| Some((name.clone(), place[id.index()]?))).collect();
     out
+}
+
+/// Which nodes are outputs or arguments of what is wanted.
+fn wanted(graph: &Graph, clusters: &Clusters) -> Vec<bool> {
+    let mut wanted = vec![false; graph.nodes.len()];
+    graph.outputs.iter().for_each(|o| wanted[o.1.index()] = true);
+    for i in (0..graph.nodes.len()).rev() {
+        if !wanted[i] {
+            continue;
+        }
+        match clusters.get(&i) {
+            Some(nodes) => {
+                let cluster = Cluster { graph, nodes: nodes.clone() };
+                cluster.arguments().into_iter().for_each(|a| wanted[a] = true);
+            }
+            None => graph.nodes[i].args.iter().for_each(|a| wanted[a.index()] = true),
+        }
+    }
+    wanted
 }
 
 fn body_of(graph: &Graph, nodes: &[usize], arguments: &[usize]) -> Body {
@@ -393,12 +265,15 @@ fn body_of(graph: &Graph, nodes: &[usize], arguments: &[usize]) -> Body {
     Body { nodes: body }
 }
 
-/// The names of a kernel's nodes, each once, the first few.
 fn name_of(graph: &Graph, nodes: &[usize]) -> String {
+    joined(nodes.iter().map(|&n| graph.nodes[n].origin.as_ref()))
+}
+
+/// The names of a kernel's nodes, each once, the first few.
+pub fn joined<'a>(origins: impl Iterator<Item = &'a str>) -> String {
     let mut names: Vec<&str> = Vec::new();
-    for &n in nodes {
-        let origin: &str = &graph.nodes[n].origin;
-        if !names.contains(&origin) {
+    for origin in origins {
+        if !names.contains(&origin) && !origin.is_empty() {
             names.push(origin);
         }
     }

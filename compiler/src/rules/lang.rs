@@ -8,7 +8,7 @@ use smallvec::SmallVec;
 
 use crate::graph::infer::infer;
 use crate::graph::op::{Op, Type};
-use crate::graph::{Constant, Graph, Origin};
+use crate::graph::{Body, Constant, Graph, Origin};
 
 /// An operation over e-classes.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -64,6 +64,10 @@ pub struct Infer {
     pub inputs: Vec<Type>,
     /// Constants.
     pub constants: Arc<Vec<Constant>>,
+    /// Bodies of kernels, once there are any.
+    pub bodies: Vec<Arc<Body>>,
+    /// Origin of the node that a rule looks at, and so of what the rule makes.
+    pub origin: Option<Origin>,
 }
 
 impl egg::Analysis<ENode> for Infer {
@@ -74,12 +78,16 @@ impl egg::Analysis<ENode> for Infer {
         let (ty, constant) = match &node.op {
             Op::Input(i) => (egraph.analysis.inputs[*i as usize].clone(), false),
             Op::Const(i) => (egraph.analysis.constants[*i as usize].ty.clone(), true),
+            Op::Fused(body) => {
+                let ty = egraph.analysis.bodies[*body as usize].root().ty.clone();
+                (ty, node.args.iter().all(|a| egraph[*a].data.constant))
+            }
             op => {
                 let ty = infer(op, &types).expect("rules and graphs make typed nodes only");
                 (ty, node.args.iter().all(|a| egraph[*a].data.constant))
             }
         };
-        Known { ty, constant, origin: None }
+        Known { ty, constant, origin: egraph.analysis.origin.clone() }
     }
 
     fn merge(&mut self, a: &mut Known, b: Known) -> DidMerge {
@@ -109,7 +117,8 @@ pub struct Saturated {
 /// The e-graph of a graph, before any rule.
 pub fn build(graph: &Graph) -> Saturated {
     let inputs = graph.inputs.iter().map(|i| i.1.clone()).collect();
-    let mut egraph = Egg::new(Infer { inputs, constants: graph.constants.clone() });
+    let mut egraph =
+        Egg::new(Infer { inputs, constants: graph.constants.clone(), ..Infer::default() });
     let mut classes: Vec<Id> = Vec::with_capacity(graph.nodes.len());
     for node in &graph.nodes {
         let args: SmallVec<[Id; 4]> = node.args.iter().map(|a| classes[a.index()]).collect();

@@ -1,13 +1,19 @@
 //! The optimiser: an e-graph finds equal forms of a graph, the cheapest is taken and fused.
 
 mod algebra;
+pub mod bodies;
 #[cfg(test)]
 mod checks;
+pub mod choices;
 pub mod constants;
 pub mod cost;
+pub mod cuts;
 pub mod extract;
 pub mod fuse;
+pub mod kind;
 pub mod lang;
+pub mod select;
+mod siblings;
 pub mod table;
 
 #[cfg(test)]
@@ -16,8 +22,9 @@ mod tests;
 use std::collections::BTreeMap;
 
 use crate::error::Result;
-use crate::graph::Graph;
 use crate::graph::verify::{Verified, verify};
+use crate::graph::{Graph, Origin};
+use choices::{ChoiceGraph, Kernel};
 
 /// Budgets are counts, never time, so that equal input gives equal results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,11 +41,14 @@ impl Default for Budget {
     }
 }
 
+/// For each rule, how often it made two forms equal, by the origin of what it rewrote.
+pub type Fired = BTreeMap<&'static str, BTreeMap<Origin, usize>>;
+
 /// What optimisation did.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// How often each rule made two forms equal.
-    pub fired: BTreeMap<&'static str, usize>,
+    /// How often each rule made two forms equal, by the origin of what it rewrote.
+    pub fired: Fired,
     /// E-nodes after saturation.
     pub nodes: usize,
     /// E-classes after saturation.
@@ -61,19 +71,32 @@ pub struct Optimised {
 /// The graph as kernels. Without the e-graph, the greedy fuser works on the graph as it is.
 pub fn optimise(graph: &Graph, egraph: bool) -> Result<Optimised> {
     let plain = fuse::expand(graph)?;
-    let greedy = fuse::fuse(&plain)?;
+    let greedy = fuse::fuse(&plain);
     let greedy_us = cost::kernels_us(&greedy);
     let mut report = Report { greedy_us, chosen_us: greedy_us, ..Report::default() };
     if !egraph {
         return Ok(Optimised { graph: verify(greedy)?, report });
     }
+    // A: algebra and layout.
     let gathered = constants::gather(&plain);
     let mut saturated = lang::build(&gathered);
     report.fired = table::saturate(&mut saturated.egraph, Budget::default());
     report.nodes = saturated.egraph.total_size();
     report.classes = saturated.egraph.number_of_classes();
-    let extracted = extract::extract(&saturated, &gathered);
-    let fused = fuse::fuse(&extracted)?;
+    let users = extract::users(&saturated, &gathered);
+    let cheapest = extract::cheapest(&saturated, &users);
+    let extracted = extract::extract(&saturated, &cheapest, &gathered);
+    // B: fusion.
+    let mut choices = ChoiceGraph::new(&saturated, &cheapest, &gathered);
+    let mut kernels = cuts::cuts(&mut choices);
+    // C: a choice of kernels; that of the greedy fuser is one to start from.
+    let start = choices.greedy(&saturated, &extracted, &mut kernels);
+    let chosen = select::Problem::new(&mut choices, &kernels).solve(&[start]);
+    let chosen: Vec<(u32, &Kernel)> =
+        chosen.into_iter().map(|(v, k)| (v, &kernels[v as usize][k as usize])).collect();
+    let build = extract::Build::new(&saturated, &cheapest, &gathered);
+    let chosen = choices.graph(&chosen, build, &gathered);
+    let fused = fuse::fuse(&chosen);
     let fused_us = cost::kernels_us(&fused);
     // Never dearer than the greedy fuser on the model as it came.
     let best = if fused_us <= greedy_us { fused } else { greedy };

@@ -139,8 +139,9 @@ fn a_residual_block() {
     let graph = net.finish(y);
     check_compiled(&graph, 1e-3, "residual block");
     let graph = check_optimised(&graph, 1e-4, "residual block");
-    // Seven convolutions with all that follows them, two borders, and the layout at both ends.
-    assert!(kernels(&graph) <= 11, "{} kernels\n{}", kernels(&graph), text::print(&graph));
+    // Seven convolutions with all that follows them, less one pair over the same value, two borders,
+    // and the layout at one end.
+    assert!(kernels(&graph) <= 9, "{} kernels\n{}", kernels(&graph), text::print(&graph));
 }
 
 #[test]
@@ -155,7 +156,7 @@ fn a_depthwise_block() {
     let graph = net.finish(y);
     check_compiled(&graph, 1e-3, "depthwise block");
     let graph = check_optimised(&graph, 1e-4, "depthwise block");
-    assert!(kernels(&graph) <= 6, "{} kernels\n{}", kernels(&graph), text::print(&graph));
+    assert!(kernels(&graph) <= 5, "{} kernels\n{}", kernels(&graph), text::print(&graph));
 }
 
 #[test]
@@ -165,7 +166,7 @@ fn an_encoder_layer() {
     let graph = net.finish(y);
     check_compiled(&graph, 1e-3, "encoder layer");
     let graph = check_optimised(&graph, 1e-3, "encoder layer");
-    assert!(kernels(&graph) <= 12, "{} kernels\n{}", kernels(&graph), text::print(&graph));
+    assert!(kernels(&graph) <= 9, "{} kernels\n{}", kernels(&graph), text::print(&graph));
 }
 
 fn resnet50() -> Graph {
@@ -200,11 +201,10 @@ fn whole_models_take_little_time_and_give_equal_text() {
         let start = std::time::Instant::now();
         let first = optimise(&graph, true).expect("optimises");
         println!(
-            "{name}: {:?}, {} nodes, {} kernels, {:?}",
+            "{name}: {:?}, {} nodes, {} kernels",
             start.elapsed(),
             graph.nodes.len(),
-            kernels(&first.graph),
-            first.report
+            kernels(&first.graph)
         );
         let second = optimise(&graph, true).expect("optimises");
         assert_eq!(text::print(&first.graph), text::print(&second.graph), "{name}");

@@ -3,18 +3,18 @@
 //! of the type, and these rules move permutations to where they cost nothing.
 
 use std::collections::BTreeMap;
-use std::hash::{Hash, Hasher};
 
 use egg::Id;
-use rustc_hash::{FxHashSet, FxHasher};
+use rustc_hash::{FxHashMap, FxHashSet};
 use smallvec::SmallVec;
 
-use super::Budget;
 use super::algebra::{
     add_zero, bounds_meet, constants_meet, neutral_number, scale_into_contract, scale_past_shift,
     square,
 };
 use super::lang::{ENode, Egg};
+use super::siblings::{merge_siblings, pointwise_past_split};
+use super::{Budget, Fired};
 use crate::graph::op::{Affine, Axes, Contract, Op, Shape};
 
 /// How a rule treats floating point results.
@@ -42,7 +42,8 @@ macro_rules! rules {
     };
 }
 
-/// All rules.
+/// All rules; the last [`GROUPS`] ones look at several nodes at once and so start when the others
+/// have found everything.
 pub static RULES: &[Rule] = rules! {
     // p(q(x)) = (p then q)(x)
     "permute-permute" Exact permute_permute;
@@ -92,70 +93,90 @@ pub static RULES: &[Rule] = rules! {
     "bounds-meet" Exact bounds_meet;
     // (contract + c) * s = contract * s + c * s
     "scale-past-shift" Reassociating scale_past_shift;
+    // contract(x, a) and contract(x, b) are parts of contract(x, a ++ b)
+    "merge-siblings" Exact merge_siblings;
+    // f(part of x) for all parts are parts of f(x)
+    "pointwise-past-split" Exact pointwise_past_split;
 };
 
+/// Rules of groups.
+const GROUPS: usize = 2;
+
 /// Applies all rules until nothing new is found or a budget ends; counts the firings.
-pub fn saturate(egraph: &mut Egg, budget: Budget) -> BTreeMap<&'static str, usize> {
-    let mut fired: BTreeMap<&'static str, usize> = RULES.iter().map(|r| (r.name, 0)).collect();
-    // A rule looks at a node and its operands' classes; while these stay the same, so does what
-    // it says.
-    let mut tried: Vec<FxHashSet<u64>> = vec![FxHashSet::default(); RULES.len()];
-    for _ in 0..budget.rounds {
-        let mut nodes: Vec<(Id, ENode)> = egraph
-            .classes()
-            .filter(|class| !class.data.constant)
-            .flat_map(|class| class.nodes.iter().map(|n| (class.id, n.clone())))
-            .collect();
-        nodes.sort_unstable();
-        let mut changed = false;
-        for (class, node) in nodes {
-            let seen = fingerprint(egraph, class, &node);
-            for (rule, tried) in RULES.iter().zip(&mut tried) {
-                if egraph.total_size() > budget.nodes || !tried.insert(seen) {
-                    continue;
-                }
-                if let Some(equal) = (rule.apply)(egraph, &node)
-                    && egraph.union(class, equal)
-                {
-                    *fired.entry(rule.name).or_insert(0) += 1;
-                    changed = true;
-                }
-            }
-        }
-        egraph.rebuild();
-        if !changed || egraph.total_size() > budget.nodes {
-            break;
-        }
-    }
+pub fn saturate(egraph: &mut Egg, budget: Budget) -> Fired {
+    let mut fired: Fired = RULES.iter().map(|r| (r.name, BTreeMap::new())).collect();
+    saturate_with(&RULES[..RULES.len() - GROUPS], egraph, budget, &mut fired);
+    saturate_with(RULES, egraph, budget, &mut fired);
     fired
 }
 
-/// Rules look at most this deep below a node.
-const DEPTH: usize = 3;
-
-/// A hash of a node and of how much is known of its class and of what is below it.
-fn fingerprint(egraph: &Egg, class: Id, node: &ENode) -> u64 {
-    fn below(egraph: &Egg, id: Id, depth: usize, hasher: &mut FxHasher) {
-        let class = &egraph[id];
-        (class.id, class.nodes.len()).hash(hasher);
-        if depth > 1 {
-            for node in &class.nodes {
-                node.args.iter().for_each(|a| below(egraph, *a, depth - 1, hasher));
+fn saturate_with(rules: &[Rule], egraph: &mut Egg, budget: Budget, fired: &mut Fired) {
+    let mut sizes: FxHashMap<Id, usize> = FxHashMap::default();
+    for _ in 0..budget.rounds {
+        let nodes = unseen(egraph, &mut sizes);
+        for (class, node) in nodes {
+            egraph.analysis.origin = egraph[class].data.origin.clone();
+            for rule in rules {
+                if egraph.total_size() > budget.nodes {
+                    break;
+                }
+                let Some(equal) = (rule.apply)(egraph, &node) else { continue };
+                // A rule that changes a type is wrong; better no optimisation than a wrong one.
+                let same = egraph[class].data.ty == egraph[equal].data.ty;
+                assert!(same || !cfg!(test), "{} changes a type", rule.name);
+                if same && egraph.union(class, equal) {
+                    let origin = egraph[class].data.origin.clone().unwrap_or_default();
+                    *fired.entry(rule.name).or_default().entry(origin).or_insert(0) += 1;
+                }
             }
         }
+        egraph.analysis.origin = None;
+        egraph.rebuild();
+        let grown = egraph.classes().any(|c| sizes.get(&c.id) != Some(&c.nodes.len()));
+        if !grown || egraph.total_size() > budget.nodes {
+            break;
+        }
     }
-    let mut hasher = FxHasher::default();
-    node.hash(&mut hasher);
-    below(egraph, class, 1, &mut hasher);
-    node.args.iter().for_each(|a| below(egraph, *a, DEPTH, &mut hasher));
-    hasher.finish()
 }
 
-/// The operation of a class that `pick` takes, the least where there are several.
+/// Rules look at a node, its class, and at most this deep below the node.
+const DEPTH: usize = 3;
+
+/// The nodes that rules may see something new at, in order: their classes, or classes below, have
+/// grown since the sizes were noted.
+fn unseen(egraph: &Egg, sizes: &mut FxHashMap<Id, usize>) -> Vec<(Id, ENode)> {
+    let grown: FxHashSet<Id> = egraph
+        .classes()
+        .filter(|c| sizes.insert(c.id, c.nodes.len()) != Some(c.nodes.len()))
+        .map(|c| c.id)
+        .collect();
+    let mut below = grown.clone();
+    let has =
+        |set: &FxHashSet<Id>, n: &ENode| n.args.iter().any(|a| set.contains(&egraph.find(*a)));
+    for _ in 1..DEPTH {
+        let above: Vec<Id> = egraph
+            .classes()
+            .filter(|c| !below.contains(&c.id) && c.nodes.iter().any(|n| has(&below, n)))
+            .map(|c| c.id)
+            .collect();
+        below.extend(above);
+    }
+    let mut nodes: Vec<(Id, ENode)> = egraph
+        .classes()
+        .filter(|c| !c.data.constant)
+        .flat_map(|c| c.nodes.iter().map(|n| (c.id, n)))
+        .filter(|(id, n)| grown.contains(id) || has(&below, n))
+        .map(|(id, n)| (id, n.clone()))
+        .collect();
+    // Within a class the nodes are in order.
+    nodes.sort_by_key(|n| n.0);
+    nodes
+}
+
+/// The operation of a class that `pick` takes, the first where there are several: a class lists
+/// its nodes in an order that depends on the graph alone.
 pub(super) fn find<T>(egraph: &Egg, id: Id, pick: impl Fn(&ENode) -> Option<T>) -> Option<T> {
-    let mut nodes: Vec<&ENode> = egraph[id].nodes.iter().collect();
-    nodes.sort_unstable();
-    nodes.into_iter().find_map(pick)
+    egraph[id].nodes.iter().find_map(pick)
 }
 
 /// The permutation of a class, and what it permutes.
@@ -164,6 +185,11 @@ fn permutation(egraph: &Egg, id: Id) -> Option<(Axes, Id)> {
         Op::Permute(axes) => Some((axes.clone(), n.args[0])),
         _ => None,
     })
+}
+
+/// What a class is a reshape of.
+fn reshaped(egraph: &Egg, id: Id) -> Option<Id> {
+    find(egraph, id, |n| matches!(n.op, Op::Reshape(_)).then(|| n.args[0]))
 }
 
 pub(super) fn shape(egraph: &Egg, id: Id) -> Shape {
@@ -201,10 +227,7 @@ fn permute_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
 
 fn reshape_reshape(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let Op::Reshape(to) = &node.op else { return None };
-    let x = find(egraph, node.args[0], |n| match &n.op {
-        Op::Reshape(_) => Some(n.args[0]),
-        _ => None,
-    })?;
+    let x = reshaped(egraph, node.args[0])?;
     Some(match shape(egraph, x) == *to {
         true => x,
         false => add(egraph, Op::Reshape(to.clone()), &[x]),
@@ -446,11 +469,7 @@ fn contract_absorbs_split(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let Op::Contract(contract) = &node.op else { return None };
     for at in 0..2 {
         let to = shape(egraph, node.args[at]);
-        let source = find(egraph, node.args[at], |n| match &n.op {
-            Op::Reshape(_) => Some(n.args[0]),
-            _ => None,
-        });
-        let Some(x) = source else { continue };
+        let Some(x) = reshaped(egraph, node.args[at]) else { continue };
         let from = shape(egraph, x);
         if to.contains(&0) {
             continue;
@@ -558,11 +577,7 @@ fn contract_absorbs_join(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let Op::Contract(contract) = &node.op else { return None };
     for at in 0..2 {
         let to = shape(egraph, node.args[at]);
-        let source = find(egraph, node.args[at], |n| match &n.op {
-            Op::Reshape(_) => Some(n.args[0]),
-            _ => None,
-        });
-        let Some(x) = source else { continue };
+        let Some(x) = reshaped(egraph, node.args[at]) else { continue };
         let from = shape(egraph, x);
         if from.contains(&0) || from.len() <= to.len() {
             continue;

@@ -6,10 +6,11 @@ use egg::Id;
 use kiln_runtime::tensor::{DType, Tensor};
 use smallvec::SmallVec;
 
-use super::lang::{Egg, build};
+use super::choices::ChoiceGraph;
+use super::lang::{ENode, Egg, Saturated, build};
 use super::table::{RULES, saturate};
-use super::{Budget, optimise};
-use crate::graph::eval::{Value, eval, eval_op};
+use super::{Budget, cuts, extract, optimise};
+use crate::graph::eval::{Value, eval, eval_body, eval_op};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
 use crate::graph::{Graph, NodeId, Origin};
 
@@ -40,7 +41,7 @@ fn grow(graph: &mut Graph, random: &mut Random, values: &[NodeId]) -> Option<Nod
     let x = values[random.below(values.len())];
     let shape = graph.ty(x).shape.to_vec();
     let rank = shape.len();
-    match random.below(14) {
+    match random.below(15) {
         0 if random.below(3) == 0 => graph.binary_number(BinaryFn::Pow, x, 2.0, &o).ok(),
         0 => graph.unary(UnaryFn::Neg, x, &o).ok(),
         1 => graph.binary_number(BinaryFn::Max, x, 0.0, &o).ok(),
@@ -100,11 +101,34 @@ fn grow(graph: &mut Graph, random: &mut Random, values: &[NodeId]) -> Option<Nod
             let w = graph.with_rank(w, rank, &o).ok()?;
             graph.matmul(x, w, &o).ok()
         }
+        14 => siblings(graph, random, x),
         _ => {
             let y = values[random.below(values.len())];
             graph.binary(BinaryFn::Add, x, y, &o).ok()
         }
     }
+}
+
+/// Products of one value with several weights, each shifted and bounded, side by side.
+fn siblings(graph: &mut Graph, random: &mut Random, x: NodeId) -> Option<NodeId> {
+    let o: Origin = "n".into();
+    let shape = graph.ty(x).shape.to_vec();
+    let rank = shape.len();
+    let mut parts = Vec::new();
+    let shifted = random.below(4) > 0;
+    for extent in [2, 3] {
+        let w = constant(graph, random, &[shape[rank - 1], extent]);
+        let w = graph.with_rank(w, rank, &o).ok()?;
+        let mut y = graph.matmul(x, w, &o).ok()?;
+        if shifted {
+            let mut to = vec![1; rank];
+            to[rank - 1] = extent;
+            let c = constant(graph, random, &to);
+            y = graph.binary(BinaryFn::Add, y, c, &o).ok()?;
+        }
+        parts.push(graph.binary_number(BinaryFn::Max, y, 0.0, &o).ok()?);
+    }
+    graph.add(Op::Concat(rank as u8 - 1), &parts, &o).ok()
 }
 
 fn random_graph(seed: u64) -> (Graph, Value) {
@@ -143,6 +167,10 @@ fn check_sound(egraph: &Egg, input: &Value, seed: u64) {
         Some(match op {
             Op::Input(_) => input.clone(),
             Op::Const(i) => Value::from_constant(&egraph.analysis.constants[*i as usize]),
+            Op::Fused(i) => {
+                let body = &egraph.analysis.bodies[*i as usize];
+                eval_body(body, &operands, &egraph.analysis.constants)
+            }
             op => eval_op(op, &operands, &egraph[class].data.ty),
         })
     };
@@ -175,19 +203,43 @@ fn check_sound(egraph: &Egg, input: &Value, seed: u64) {
     }
 }
 
+/// Adds the kernels that fusion keeps, each as a node of its value's class.
+fn add_kernels(saturated: &mut Saturated, graph: &Graph) -> usize {
+    let cheapest = extract::cheapest(saturated, &extract::users(saturated, graph));
+    let mut choices = ChoiceGraph::new(saturated, &cheapest, graph);
+    let kernels = cuts::cuts(&mut choices);
+    let egraph = &mut saturated.egraph;
+    egraph.analysis.bodies = choices.bodies.list().to_vec();
+    let mut count = 0;
+    for (value, kernels) in choices.values.iter().zip(&kernels) {
+        for kernel in kernels.iter().filter(|k| k.inside.len() > 1) {
+            let args: Vec<Id> =
+                kernel.args.iter().map(|&a| choices.values[a as usize].class).collect();
+            let id = egraph.add(ENode::new(Op::Fused(kernel.body), &args));
+            egraph.union(value.class, id);
+            count += 1;
+        }
+    }
+    egraph.rebuild();
+    count
+}
+
 #[test]
 fn every_node_of_every_class_agrees() {
     let mut fired: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut kernels = 0;
     for seed in 0..2000 {
         let (graph, input) = random_graph(seed);
         let mut saturated = build(&graph);
         let budget = Budget { rounds: 8, nodes: 2_000 };
         for (name, count) in saturate(&mut saturated.egraph, budget) {
-            *fired.entry(name).or_insert(0) += count;
+            *fired.entry(name).or_insert(0) += count.values().sum::<usize>();
         }
+        kernels += add_kernels(&mut saturated, &graph);
         check_sound(&saturated.egraph, &input, seed);
     }
-    println!("{fired:#?}");
+    println!("{fired:#?}, {kernels} kernels");
+    assert!(kernels > 2000);
     for rule in RULES {
         let count = fired[rule.name];
         assert!(count >= 5, "{} ({:?}) fired {count} times", rule.name, rule.rounding);
@@ -215,7 +267,7 @@ fn a_wrong_rule_is_caught() {
     let mut egraph = saturated.egraph;
     // Two values of one type that differ are joined, as a wrong rule would do.
     let root = saturated.classes[graph.outputs[0].1.index()];
-    let wrong = egraph.add(super::lang::ENode::new(Op::Unary(UnaryFn::Neg), &[root]));
+    let wrong = egraph.add(ENode::new(Op::Unary(UnaryFn::Neg), &[root]));
     egraph.union(root, wrong);
     egraph.rebuild();
     let caught = std::panic::catch_unwind(|| check_sound(&egraph, &input, 3));

@@ -9,27 +9,8 @@ use kiln_tests::compilers;
 use crate::dtypes;
 use crate::trial::{Added, origin};
 
-const NO_F64: &str = "polynomials of f32 only; models of f64 are rare";
-const NO_INTEGERS: &str = "integer powers are emitted for small constant exponents only";
-
 /// Operations and dtypes as they stand in messages, with the reason.
-const REFUSED: &[(&str, &str)] = &[
-    ("exp of f64", NO_F64),
-    ("log of f64", NO_F64),
-    ("sin of f64", NO_F64),
-    ("cos of f64", NO_F64),
-    ("tanh of f64", NO_F64),
-    ("erf of f64", NO_F64),
-    ("sigmoid of f64", NO_F64),
-    ("silu of f64", NO_F64),
-    ("gelu of f64", NO_F64),
-    ("softmax of f64", NO_F64),
-    ("pow of i64", NO_INTEGERS),
-    ("pow of i32", NO_INTEGERS),
-    ("pow of i16", NO_INTEGERS),
-    ("pow of i8", NO_INTEGERS),
-    ("pow of u8", NO_INTEGERS),
-];
+const REFUSED: &[(&str, &str)] = &[];
 
 /// Whether an operation is in the table.
 pub fn refused(name: &str) -> bool {

@@ -20,7 +20,7 @@ const MAX_RUNS: usize = 1 << 22;
 pub fn run(args: &BenchArgs, term: &Term) -> Result<(), Failure> {
     let (model, load) = open(&args.model, term)?;
     let compiler = compiler(&args.model, &args.build);
-    let (given, compiler) = gather(&model, &args.model.dim, &args.inputs, true, compiler)?;
+    let (given, compiler) = gather(&model, &args.inputs, true, &compiler)?;
     let (executable, compiled) = compile(&model, &compiler, term)?;
     let inputs = given.complete(executable.inputs())?;
     let mut outputs = zeros(&executable);

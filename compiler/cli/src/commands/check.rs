@@ -4,7 +4,7 @@ use kiln::Compiler;
 use serde_json::json;
 
 use crate::args::CheckArgs;
-use crate::commands::{dim_names, limits, model_name, open};
+use crate::commands::{limits, model_name, open};
 use crate::failure::Failure;
 use crate::term::Term;
 
@@ -13,11 +13,10 @@ pub fn run(args: &CheckArgs, term: &Term) -> Result<(), Failure> {
     let (model, _) = open(&args.model, term)?;
     let compiler = Compiler::new().limits(limits(&args.model));
     let dims = args.model.dim.iter();
-    let mut compiler = dims.fold(compiler, |compiler, (name, extent)| compiler.dim(name, *extent));
-    let mut known: Vec<&str> = args.model.dim.iter().map(|(name, _)| name.as_str()).collect();
-    for dim in model.inputs().iter().flat_map(dim_names).flatten() {
-        if !known.contains(&dim) {
-            known.push(dim);
+    let mut compiler =
+        dims.fold(compiler, |compiler, (name, range)| compiler.dim_range(name, *range));
+    for dim in model.symbols() {
+        if !args.model.dim.iter().any(|(name, _)| name == dim) {
             compiler = compiler.dim(dim, 1);
             term.note(format_args!("note: dim {dim} is taken as 1; --dim {dim}=N checks another"));
         }

@@ -36,9 +36,13 @@ pub fn run(args: &ExplainArgs, term: &Term) -> Result<(), Failure> {
         text += "  nothing of its own: folded into constants, views or other nodes\n";
     }
     let Report { fired, greedy_us, chosen_us, .. } = optimised.report;
-    let fired: BTreeMap<&str, usize> = fired.into_iter().filter(|(_, count)| *count > 0).collect();
+    let by_rule = fired.into_iter().map(|(rule, origins)| {
+        let here = origins.iter().filter(|(origin, _)| origin.contains(&args.node));
+        (rule, here.map(|(_, count)| count).sum::<usize>())
+    });
+    let fired: BTreeMap<&str, usize> = by_rule.filter(|(_, count)| *count > 0).collect();
     if !fired.is_empty() {
-        text += "rules that made two forms of something in the whole model equal\n";
+        text += "rules that found other forms of it\n";
         fired.iter().for_each(|(rule, count)| text += &format!("  {count:>6} {rule}\n"));
     }
     text += &format!("modelled cost of the model {chosen_us:.1} us");

@@ -15,7 +15,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kiln::error::sanitize;
-use kiln::{Compiler, Executable, Limits, Model, ModelPort};
+use kiln::tensor::TensorView;
+use kiln::{Compiler, Executable, Limits, Model};
 
 use crate::args::{BuildArgs, InputArgs, ModelArgs};
 use crate::failure::Failure;
@@ -51,37 +52,26 @@ fn compiler(model: &ModelArgs, build: &BuildArgs) -> Compiler {
         .egraph(!build.no_egraph)
         .wide(!build.no_wide)
         .limits(limits(model));
-    model.dim.iter().fold(compiler, |compiler, (name, extent)| compiler.dim(name, *extent))
+    model.dim.iter().fold(compiler, |compiler, (name, extent)| compiler.dim_range(name, *extent))
 }
 
-/// Reads the tensors that the flags give, and tells the compiler the dims that they settle.
+/// Reads the tensors that the flags give, and tells the compiler the shapes that they settle.
 fn gather(
     model: &Model,
-    dims: &[(String, usize)],
     args: &InputArgs,
     fallback: bool,
-    mut compiler: Compiler,
+    compiler: &Compiler,
 ) -> Result<(Given, Compiler), Failure> {
     let names = model.inputs().iter().map(|port| port.name.clone()).collect();
     let given = input::gather(names, args, fallback)?;
-    let mut known: Vec<&str> = dims.iter().map(|(name, _)| name.as_str()).collect();
-    for port in model.inputs() {
-        let Some(tensor) = given.tensor(&port.name) else { continue };
-        for (dim, extent) in dim_names(port).into_iter().zip(tensor.shape()) {
-            if let Some(dim) = dim.filter(|dim| !known.contains(dim)) {
-                known.push(dim);
-                compiler = compiler.dim(dim, *extent);
-            }
-        }
-    }
+    let tensors: Vec<(&str, TensorView<'_>)> = model
+        .inputs()
+        .iter()
+        .filter_map(|port| Some((port.name.as_str(), given.tensor(&port.name)?.view())))
+        .collect();
+    let compiler = compiler.for_inputs(model, &tensors)?;
+    drop(tensors);
     Ok((given, compiler))
-}
-
-/// The names of an input's dims; those that are numbers, or unknown, have none.
-fn dim_names(port: &ModelPort) -> Vec<Option<&str>> {
-    let dims = port.ty.split_once('[').map_or("", |(_, dims)| dims.trim_end_matches(']'));
-    let name = |dim: &'_ str| dim != "?" && !dim.is_empty() && dim.parse::<u64>().is_err();
-    dims.split(',').map(|dim| Some(dim).filter(|dim| name(dim))).collect()
 }
 
 /// Compiles a model, and says how long that took.

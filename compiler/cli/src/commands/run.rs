@@ -19,7 +19,7 @@ use crate::term::{Term, milliseconds};
 pub fn run(args: &RunArgs, term: &Term) -> Result<(), Failure> {
     let (model, _) = open(&args.model, term)?;
     let compiler = compiler(&args.model, &args.build);
-    let (given, compiler) = gather(&model, &args.model.dim, &args.inputs, false, compiler)?;
+    let (given, compiler) = gather(&model, &args.inputs, false, &compiler)?;
     let (executable, _) = compile(&model, &compiler, term)?;
     let inputs = given.complete(executable.inputs())?;
     let begin = Instant::now();

@@ -54,7 +54,7 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     let tolerance = Tolerance { rtol: args.rtol, atol: args.atol };
     let (model, _) = open(&args.model, term)?;
     let compiler = compiler(&args.model, &args.build);
-    let (given, compiler) = gather(&model, &args.model.dim, &args.inputs, true, compiler)?;
+    let (given, compiler) = gather(&model, &args.inputs, true, &compiler)?;
     let (executable, _) = compile(&model, &compiler, term)?;
     let inputs = given.complete(executable.inputs())?;
     let found = executable.run(&inputs.named());

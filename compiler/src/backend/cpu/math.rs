@@ -4,20 +4,21 @@
 use kiln_runtime::tensor::DType;
 
 use super::emit::{Bits, Emitted, Machine, Unsupported};
+use super::math64::{self, exp64, log64};
 use crate::graph::op::{BinaryFn, UnaryFn};
 use crate::loops::ir::Number;
 
 /// Arithmetic on values of one dtype and width.
-struct Calc<'a, M: Machine> {
-    machine: &'a mut M,
-    dtype: DType,
-    wide: bool,
+pub(super) struct Calc<'a, M: Machine> {
+    pub machine: &'a mut M,
+    pub dtype: DType,
+    pub wide: bool,
 }
 
-type V<M> = <M as Machine>::Value;
+pub(super) type V<M> = <M as Machine>::Value;
 
 impl<M: Machine> Calc<'_, M> {
-    fn c(&mut self, value: f64) -> Emitted<V<M>> {
+    pub fn c(&mut self, value: f64) -> Emitted<V<M>> {
         self.machine.number(self.dtype, Number::Float(value), self.wide)
     }
 
@@ -25,31 +26,31 @@ impl<M: Machine> Calc<'_, M> {
         self.c(f32::from_bits(bits) as f64)
     }
 
-    fn op(&mut self, f: BinaryFn, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {
+    pub fn op(&mut self, f: BinaryFn, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {
         self.machine.binary(f, self.dtype, x, y)
     }
 
-    fn opc(&mut self, f: BinaryFn, x: &V<M>, y: f64) -> Emitted<V<M>> {
+    pub fn opc(&mut self, f: BinaryFn, x: &V<M>, y: f64) -> Emitted<V<M>> {
         let y = self.c(y)?;
         self.op(f, x, &y)
     }
 
-    fn fma(&mut self, x: &V<M>, y: &V<M>, z: &V<M>) -> Emitted<V<M>> {
+    pub fn fma(&mut self, x: &V<M>, y: &V<M>, z: &V<M>) -> Emitted<V<M>> {
         self.machine.fma(self.dtype, x, y, z)
     }
 
-    fn un(&mut self, f: UnaryFn, x: &V<M>) -> Emitted<V<M>> {
+    pub fn un(&mut self, f: UnaryFn, x: &V<M>) -> Emitted<V<M>> {
         self.machine.unary(f, self.dtype, x)
     }
 
     /// x < y ? a : b
-    fn less(&mut self, x: &V<M>, y: f64, a: &V<M>, b: &V<M>) -> Emitted<V<M>> {
+    pub fn less(&mut self, x: &V<M>, y: f64, a: &V<M>, b: &V<M>) -> Emitted<V<M>> {
         let c = self.opc(BinaryFn::Lt, x, y)?;
         self.machine.select(self.dtype, &c, a, b)
     }
 
     /// Horner's scheme, highest coefficient first.
-    fn poly(&mut self, x: &V<M>, coefficients: &[f64]) -> Emitted<V<M>> {
+    pub fn poly(&mut self, x: &V<M>, coefficients: &[f64]) -> Emitted<V<M>> {
         let mut sum = self.c(coefficients[0])?;
         for &c in &coefficients[1..] {
             let c = self.c(c)?;
@@ -59,7 +60,7 @@ impl<M: Machine> Calc<'_, M> {
     }
 
     /// x kept within bounds; NaN stays.
-    fn clamp(&mut self, x: &V<M>, low: f64, high: f64) -> Emitted<V<M>> {
+    pub fn clamp(&mut self, x: &V<M>, low: f64, high: f64) -> Emitted<V<M>> {
         let bound = self.c(low)?;
         let x = self.less(x, low, &bound, x)?;
         let bound = self.c(high)?;
@@ -95,6 +96,12 @@ pub fn unary<M: Machine>(
         (UnaryFn::Erf, DType::F32) => erf(&mut calc, x),
         (UnaryFn::Sin, DType::F32) => sin(&mut calc, x, 0.0),
         (UnaryFn::Cos, DType::F32) => sin(&mut calc, x, 1.0),
+        (UnaryFn::Exp, DType::F64) => exp64(&mut calc, x),
+        (UnaryFn::Log, DType::F64) => math64::log(&mut calc, x),
+        (UnaryFn::Tanh, DType::F64) => math64::tanh(&mut calc, x),
+        (UnaryFn::Erf, DType::F64) => math64::erf(&mut calc, x),
+        (UnaryFn::Sin, DType::F64) => math64::sin(&mut calc, x, 0.0),
+        (UnaryFn::Cos, DType::F64) => math64::sin(&mut calc, x, 1.0),
         _ if known => Err(Unsupported(format!("{} of {dtype}", f.name()))),
         _ => calc.un(f, x),
     }
@@ -319,10 +326,43 @@ pub fn pow<M: Machine>(
             let power = pow64(machine, &x, &y)?;
             machine.cast(DType::F64, DType::F32, &power)
         }
-        _ => Err(Unsupported(format!(
-            "pow of {dtype} with an exponent that is not a small constant"
-        ))),
+        DType::F16 | DType::BF16 | DType::Bool => Err(Unsupported(format!("pow of {dtype}"))),
+        _ => int_pow(machine, dtype, x, y),
     }
+}
+
+/// x^y of integers, which wraps: squares of x, one for each bit of y. A negative power is 0, but
+/// for those of 1 and -1.
+fn int_pow<M: Machine>(machine: &mut M, dtype: DType, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {
+    let number = |machine: &mut M, n: i128| machine.number(dtype, Number::Int(n), false);
+    let zero = number(machine, 0)?;
+    let one = number(machine, 1)?;
+    let bits = dtype.bytes() * 8 - usize::from(dtype.is_signed());
+    let mut power = one.clone();
+    let mut square = x.clone();
+    for k in 0..bits {
+        let bit = number(machine, 1 << k)?;
+        let bit = machine.binary(BinaryFn::And, dtype, y, &bit)?;
+        let unset = machine.binary(BinaryFn::Eq, dtype, &bit, &zero)?;
+        let more = machine.binary(BinaryFn::Mul, dtype, &power, &square)?;
+        power = machine.select(dtype, &unset, &power, &more)?;
+        square = machine.binary(BinaryFn::Mul, dtype, &square, &square)?;
+    }
+    if !dtype.is_signed() {
+        return Ok(power);
+    }
+    // Of -1 a negative power is that of the magnitude, whose parity is the same. Products tell
+    // nothing: other numbers have a square that wraps to 1.
+    let minus = number(machine, -1)?;
+    let is_one = machine.binary(BinaryFn::Eq, dtype, x, &one)?;
+    let is_minus = machine.binary(BinaryFn::Eq, dtype, x, &minus)?;
+    let lowest = machine.binary(BinaryFn::And, dtype, y, &one)?;
+    let even = machine.binary(BinaryFn::Eq, dtype, &lowest, &zero)?;
+    let of_minus = machine.select(dtype, &even, &one, x)?;
+    let negative = machine.select(dtype, &is_minus, &of_minus, &zero)?;
+    let negative = machine.select(dtype, &is_one, &one, &negative)?;
+    let below = machine.binary(BinaryFn::Lt, dtype, y, &zero)?;
+    machine.select(dtype, &below, &negative, &power)
 }
 
 fn pow64<M: Machine>(machine: &mut M, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {
@@ -359,91 +399,4 @@ fn pow64<M: Machine>(machine: &mut M, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {
     let power = calc.machine.select(DType::F64, &is_zero, &one, &power)?;
     let is_one = calc.op(BinaryFn::Eq, x, &one)?;
     calc.machine.select(DType::F64, &is_one, &one, &power)
-}
-
-/// e^x in f64: 2^n times the Taylor series on |r| <= ln 2 / 2.
-fn exp64<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
-    let x = calc.clamp(x, -745.5, 710.0)?;
-    let n = calc.opc(BinaryFn::Mul, &x, std::f64::consts::LOG2_E)?;
-    let n = calc.un(UnaryFn::Round, &n)?;
-    let (high, low) = (calc.c(-0.693_147_180_369_123_8)?, calc.c(-1.908_214_929_270_587_7e-10)?);
-    let r = calc.fma(&n, &high, &x)?;
-    let r = calc.fma(&n, &low, &r)?;
-    let mut coefficients = vec![1.0f64];
-    for k in 1..=13 {
-        coefficients.push(coefficients[k - 1] / k as f64);
-    }
-    coefficients.reverse();
-    let p = calc.poly(&r, &coefficients)?;
-    let half = calc.opc(BinaryFn::Mul, &n, 0.5)?;
-    let half = calc.un(UnaryFn::Floor, &half)?;
-    let rest = calc.op(BinaryFn::Sub, &n, &half)?;
-    let (a, b) = (pow2_64(calc, &half)?, pow2_64(calc, &rest)?);
-    let p = calc.op(BinaryFn::Mul, &p, &a)?;
-    calc.op(BinaryFn::Mul, &p, &b)
-}
-
-/// 2^n in f64 by repeated squaring: exact, and needs no integer bits of f64.
-fn pow2_64<M: Machine>(calc: &mut Calc<M>, n: &V<M>) -> Emitted<V<M>> {
-    let magnitude = calc.un(UnaryFn::Abs, n)?;
-    let mut rest = magnitude;
-    let mut power = calc.c(1.0)?;
-    for k in (0..10).rev() {
-        let step = f64::from(1u32 << k);
-        let smaller = calc.opc(BinaryFn::Sub, &rest, step)?;
-        let larger = calc.opc(BinaryFn::Mul, &power, step.exp2())?;
-        power = calc.less(&rest, step, &power, &larger)?;
-        rest = calc.less(&rest, step, &rest, &smaller)?;
-    }
-    let inverse = calc.un(UnaryFn::Recip, &power)?;
-    calc.less(n, 0.0, &inverse, &power)
-}
-
-/// Natural logarithm in f64 of a number that is not negative: scaled into sqrt(1/2)..sqrt(2) by
-/// powers of two, then 2 artanh((m - 1) / (m + 1)).
-fn log64<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
-    // Subnormal numbers are scaled into the normal ones.
-    let scaled = calc.opc(BinaryFn::Mul, x, 54f64.exp2())?;
-    let mut m = calc.less(x, f64::MIN_POSITIVE, &scaled, x)?;
-    let (none, less) = (calc.c(0.0)?, calc.c(-54.0)?);
-    let mut exponent = calc.less(x, f64::MIN_POSITIVE, &less, &none)?;
-    for k in (0..10).rev() {
-        let step = f64::from(1u32 << k);
-        let power = step.exp2();
-        let down = calc.opc(BinaryFn::Mul, &m, 1.0 / power)?;
-        let more = calc.opc(BinaryFn::Add, &exponent, step)?;
-        exponent = calc.less(&m, power, &exponent, &more)?;
-        m = calc.less(&m, power, &m, &down)?;
-    }
-    for k in (0..10).rev() {
-        let step = f64::from(1u32 << k);
-        let power = (-step).exp2();
-        let bound = 2.0 * power;
-        let up = calc.opc(BinaryFn::Mul, &m, 1.0 / power)?;
-        let fewer = calc.opc(BinaryFn::Sub, &exponent, step)?;
-        exponent = calc.less(&m, bound, &fewer, &exponent)?;
-        m = calc.less(&m, bound, &up, &m)?;
-    }
-    // Numbers just below 1 keep the exponent 0: nothing cancels.
-    let root = std::f64::consts::SQRT_2;
-    let halved = calc.opc(BinaryFn::Mul, &m, 0.5)?;
-    let more = calc.opc(BinaryFn::Add, &exponent, 1.0)?;
-    exponent = calc.less(&m, root, &exponent, &more)?;
-    m = calc.less(&m, root, &m, &halved)?;
-    let low = calc.opc(BinaryFn::Sub, &m, 1.0)?;
-    let high = calc.opc(BinaryFn::Add, &m, 1.0)?;
-    let s = calc.op(BinaryFn::Div, &low, &high)?;
-    let square = calc.op(BinaryFn::Mul, &s, &s)?;
-    let coefficients: Vec<f64> = (0..20).rev().map(|k| 2.0 / f64::from(2 * k + 1)).collect();
-    let p = calc.poly(&square, &coefficients)?;
-    let p = calc.op(BinaryFn::Mul, &p, &s)?;
-    let ln2 = calc.c(std::f64::consts::LN_2)?;
-    let p = calc.fma(&exponent, &ln2, &p)?;
-    let infinity = calc.c(f64::INFINITY)?;
-    let finite = calc.op(BinaryFn::Lt, x, &infinity)?;
-    let p = calc.machine.select(DType::F64, &finite, &p, x)?;
-    let zero = calc.c(0.0)?;
-    let is_zero = calc.op(BinaryFn::Eq, x, &zero)?;
-    let lowest = calc.c(f64::NEG_INFINITY)?;
-    calc.machine.select(DType::F64, &is_zero, &lowest, &p)
 }

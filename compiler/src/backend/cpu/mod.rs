@@ -4,6 +4,7 @@
 pub mod clif;
 pub mod emit;
 pub mod math;
+mod math64;
 pub mod wide;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result};

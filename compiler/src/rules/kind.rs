@@ -1,0 +1,203 @@
+//! What a body computes, and so which loops it gets: the legality of fusion, in one place.
+
+use crate::graph::Node;
+use crate::graph::op::{Op, Type};
+
+/// Operations of a body at most.
+pub const MAX_OPS: usize = 48;
+/// Arguments of a body at most.
+pub const MAX_ARGS: usize = 12;
+/// Elements of a row that is reduced within a kernel at most.
+const MAX_ROW: usize = 65_536;
+
+/// What a body computes, and so which loops it gets.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Kind {
+    /// One operation that stands alone.
+    Alone,
+    /// Every element by itself.
+    Map,
+    /// Every element folds its own part of an operand.
+    InlineReduce,
+    /// Rows whose reductions are used again in the row.
+    Row,
+    /// A sum of products with an epilogue.
+    Contract,
+}
+
+fn is_pointwise(op: &Op) -> bool {
+    matches!(op, Op::Unary(_) | Op::Binary(_) | Op::Select | Op::Cast(_))
+}
+
+fn is_view(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Permute(_)
+            | Op::Reshape(_)
+            | Op::Expand(_)
+            | Op::Slice(_)
+            | Op::Window(_)
+            | Op::Iota(..)
+    )
+}
+
+/// The kind of a body, where it has loops. Its nodes are arguments (`Op::Input`) and operations,
+/// operands before users, the last one the result.
+pub fn classify(nodes: &[Node]) -> Option<Kind> {
+    let body = Body { nodes };
+    let members: Vec<usize> = body.members().collect();
+    let (&root, arguments) = (members.last()?, nodes.len() - members.len());
+    if members.len() == 1 {
+        return Some(match &nodes[root].op {
+            op if is_pointwise(op) || is_view(op) || matches!(op, Op::Gather(_)) => Kind::Map,
+            Op::Contract(_) => Kind::Contract,
+            _ => Kind::Alone,
+        });
+    }
+    if members.len() > MAX_OPS || arguments > MAX_ARGS {
+        return None;
+    }
+    let mut contracts = Vec::new();
+    let mut reduces = Vec::new();
+    for &n in &members {
+        match &nodes[n].op {
+            Op::Contract(_) => contracts.push(n),
+            Op::Reduce(..) => reduces.push(n),
+            op if is_pointwise(op) || is_view(op) || matches!(op, Op::Gather(_)) => {}
+            _ => return None,
+        }
+    }
+    match (contracts.as_slice(), reduces.as_slice()) {
+        ([], []) => body.is_map().then_some(Kind::Map),
+        ([contract], []) => body.is_contract(*contract).then_some(Kind::Contract),
+        ([], [reduce]) if body.is_inline(*reduce) => Some(Kind::InlineReduce),
+        ([], _) => body.is_row(&reduces).then_some(Kind::Row),
+        _ => None,
+    }
+}
+
+struct Body<'a> {
+    nodes: &'a [Node],
+}
+
+impl Body<'_> {
+    fn op(&self, node: usize) -> &Op {
+        &self.nodes[node].op
+    }
+
+    fn ty(&self, node: usize) -> &Type {
+        &self.nodes[node].ty
+    }
+
+    fn args(&self, node: usize) -> impl Iterator<Item = usize> + '_ {
+        self.nodes[node].args.iter().map(|a| a.index())
+    }
+
+    fn members(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.nodes.len()).filter(|&n| !matches!(self.nodes[n].op, Op::Input(_)))
+    }
+
+    /// No element may be computed again for several results, unless it is only moved.
+    fn is_map(&self) -> bool {
+        let root = self.ty(self.nodes.len() - 1).numel();
+        self.members().all(|n| !is_pointwise(self.op(n)) || self.ty(n).numel() >= root)
+    }
+
+    /// Members that hang on `node`, itself included.
+    fn above(&self, node: usize) -> Vec<usize> {
+        let mut above = vec![node];
+        for n in node + 1..self.nodes.len() {
+            if self.args(n).any(|a| above.contains(&a)) {
+                above.push(n);
+            }
+        }
+        above
+    }
+
+    /// From `node` to the root, pointwise operations and moves of all elements, used once each.
+    fn is_epilogue(&self, node: usize) -> bool {
+        let above = self.above(node);
+        let root = self.nodes.len() - 1;
+        let size = self.ty(node).numel();
+        let mut moved = false;
+        for &n in above.iter().skip(1) {
+            let fits = match self.op(n) {
+                op if is_pointwise(op) => !moved && self.ty(n).numel() == size,
+                // Values computed after a permutation would have to be read elsewhere; and the
+                // last axis, which runs in lanes, must stay the last one.
+                Op::Permute(axes) => {
+                    moved = true;
+                    axes.last().is_none_or(|&a| a as usize + 1 == axes.len())
+                }
+                Op::Reshape(_) => true,
+                _ => false,
+            };
+            if !fits {
+                return false;
+            }
+        }
+        above.contains(&root)
+    }
+
+    fn is_contract(&self, contract: usize) -> bool {
+        let above = self.above(contract);
+        // Everything else only moves elements, into the contraction or beside it.
+        let mut beside = self.members().filter(|n| !above.contains(n));
+        let views = beside.all(|n| match self.op(n) {
+            Op::Permute(_) | Op::Expand(_) | Op::Slice(_) => true,
+            // Only a reshape that splits axes leaves their indices affine.
+            Op::Reshape(to) => self.args(n).all(|a| only_splits(&self.ty(a).shape, to)),
+            _ => false,
+        });
+        views && self.is_epilogue(contract)
+    }
+
+    fn is_inline(&self, reduce: usize) -> bool {
+        let Op::Reduce(_, axes) = self.op(reduce) else { return false };
+        let x = self.args(reduce).next().map(|a| self.ty(a));
+        let Some(x) = x else { return false };
+        // Long rows go across lanes, in a row kernel.
+        let long =
+            axes.last().is_some_and(|&a| a as usize + 1 == x.rank() && x.shape[a as usize] >= 16);
+        !long && self.is_epilogue(reduce)
+    }
+
+    fn is_row(&self, reduces: &[usize]) -> bool {
+        let first = reduces[0];
+        let Op::Reduce(_, axes) = self.op(first) else { return false };
+        let Some(full) = self.args(first).next().map(|a| self.ty(a).shape.clone()) else {
+            return false;
+        };
+        let rank = full.len();
+        let start = rank - axes.len();
+        let trailing = axes.iter().enumerate().all(|(i, &a)| a as usize == start + i);
+        let row: usize = full[start..].iter().product();
+        if !trailing || row == 0 || row > MAX_ROW {
+            return false;
+        }
+        let mut reduced = full.clone();
+        reduced[start..].fill(1);
+        let same = reduces.iter().all(|&r| {
+            matches!(self.op(r), Op::Reduce(_, a) if a == axes)
+                && self.args(r).all(|a| self.ty(a).shape == full)
+        });
+        let above = self.above(first);
+        let fits = self.members().all(|n| {
+            let shape = &self.ty(n).shape;
+            let op = self.op(n);
+            if is_view(op) || matches!(op, Op::Gather(_)) {
+                // Views below the reductions only; a row is not moved once it is being folded.
+                return !above.contains(&n);
+            }
+            *shape == full || *shape == reduced
+        });
+        same && fits
+    }
+}
+
+/// Whether a reshape splits axes, and joins none but those of extent 1.
+fn only_splits(from: &[usize], to: &[usize]) -> bool {
+    let long =
+        |shape: &[usize]| -> Vec<usize> { shape.iter().copied().filter(|&e| e != 1).collect() };
+    super::table::split_of(&long(from), &long(to)).is_some()
+}
