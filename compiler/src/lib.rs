@@ -163,14 +163,18 @@ impl Compiler {
 
     /// Every stage as text, and an object file of the kernels.
     pub fn stages(&self, model: &Model) -> Result<Stages> {
-        let graph = self.graph(model)?;
-        let kernels = self.optimise(&graph)?;
+        self.stages_of(&self.graph(model)?)
+    }
+
+    /// The same from a graph on.
+    pub fn stages_of(&self, graph: &Graph) -> Result<Stages> {
+        let kernels = self.optimise(graph)?;
         let cpu = Cpu::host(self.wide);
         let program = self.lower(&kernels)?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, true)?;
         let executable = compile::assemble(&kernels, &program, &emitted, self.threads)?;
         Ok(Stages {
-            graph: graph::text::print(&graph),
+            graph: graph::text::print(graph),
             fused: graph::text::print(&kernels),
             loops: program.kernels.iter().map(loops::text::print).collect(),
             plan: executable.plan().to_string(),

@@ -5,8 +5,9 @@ use kiln_runtime::tensor::{DType, Tensor, TensorView};
 use crate::backend::cpu::{Cpu, emit_all};
 use crate::compile::assemble;
 use crate::graph::Graph;
-use crate::graph::eval::{Value, eval};
-use crate::graph::op::{Composite, Op, ReduceFn, Type, UnaryFn};
+use crate::graph::eval::{Data, Value, eval};
+use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
+use crate::graph::scalar::round_float;
 use crate::plan::kernels::{Program, program};
 use crate::plan::order::unfused;
 use crate::{loops, plan};
@@ -173,6 +174,108 @@ fn rows_windows_and_moves() {
     }
 }
 
+/// A function of pairs of numbers, compiled in every width, and what it should give.
+fn check_pairs(f: BinaryFn, dtype: DType, pairs: &[(f64, f64, f64)]) {
+    let column = |pick: fn(&(f64, f64, f64)) -> f64| {
+        let data = Data::Float(pairs.iter().map(pick).collect());
+        Value { ty: Type::new(dtype, &[pairs.len()]), data }.to_tensor()
+    };
+    let (x, y, want) = (column(|p| p.0), column(|p| p.1), column(|p| p.2));
+    let mut graph = Graph::default();
+    let args = ["x", "y"].map(|name| graph.input(name, Type::new(dtype, &[pairs.len()])));
+    let z = graph.binary(f, args[0], args[1], &"z".into()).unwrap();
+    graph.outputs.push(("z".into(), z));
+    let mut results = vec![crate::interpret(&graph, &[x.clone(), y.clone()]).remove(0)];
+    for wide in [false, true] {
+        let compiler = crate::Compiler::new().wide(wide);
+        let executable = compiler.build(&compiler.optimise(&graph).unwrap()).unwrap();
+        results.push(executable.run(&[("x", x.view()), ("y", y.view())]).unwrap().remove(0).1);
+    }
+    for got in results.iter().map(|r| Value::from_tensor(r).as_f64s()) {
+        for ((got, want), pair) in got.iter().zip(Value::from_tensor(&want).as_f64s()).zip(pairs) {
+            let close = *got == want || (got.is_nan() && want.is_nan());
+            let near = (got - want).abs() <= 1e-14 * want.abs();
+            assert!(close || near, "{} of {dtype} {pair:?}: {got}", f.name());
+        }
+    }
+}
+
+#[test]
+fn remainders() {
+    let (inf, nan) = (f64::INFINITY, f64::NAN);
+    // The quotient of the first pair rounds up to 3.
+    let y = f64::from(0.7f32);
+    let near = f64::from(f32::from_bits(((3.0 * y) as f32).to_bits() - 1));
+    for dtype in [DType::F32, DType::F64] {
+        check_pairs(
+            BinaryFn::Rem,
+            dtype,
+            &[
+                (near, y, near % y),
+                (-near, y, -near % y),
+                (5.0, -3.0, 2.0),
+                (-5.0, 3.0, -2.0),
+                (2.0, inf, 2.0),
+                (-inf, inf, nan),
+                (inf, 2.0, nan),
+                (1.0, 0.0, nan),
+            ],
+        );
+    }
+}
+
+#[test]
+fn powers_of_extreme_numbers() {
+    let (inf, nan) = (f64::INFINITY, f64::NAN);
+    let pairs = [
+        (-inf, -1.5, 0.0),
+        (-inf, 1.5, inf),
+        (-inf, 3.0, -inf),
+        (-0.0, -3.0, -inf),
+        (-0.0, -0.5, inf),
+        (-1.0, inf, 1.0),
+        (-1.0, nan, nan),
+        (nan, 0.0, 1.0),
+        (-2.0, 0.5, nan),
+        (0.5, inf, 0.0),
+        (-8.0, 3.0, -512.0),
+    ];
+    for dtype in [DType::F32, DType::F64] {
+        check_pairs(BinaryFn::Pow, dtype, &pairs);
+    }
+    // Just below 1, and subnormal.
+    let x = 1.0f64 - 1e-6;
+    let pairs = [(x, 100.0, x.powf(100.0)), (1e-310, 0.5, 1e-310f64.sqrt())];
+    check_pairs(BinaryFn::Pow, DType::F64, &pairs);
+}
+
+#[test]
+fn sums_of_nothing() {
+    let graph = graph_of(&[&[0, 8]], |g, x| {
+        g.reduce(ReduceFn::Sum, x[0], &[0, 1], &"y".into()).unwrap();
+    });
+    check(&graph, 0.0);
+    let graph = graph_of(&[&[0, 8], &[5, 8]], |g, x| {
+        let sum = g.reduce(ReduceFn::Prod, x[0], &[0], &"y".into()).unwrap();
+        g.binary(BinaryFn::Add, sum, x[1], &"y".into()).unwrap();
+    });
+    let compiler = crate::Compiler::new();
+    compiler.build(&compiler.optimise(&graph).unwrap()).unwrap();
+}
+
+/// The number lies above a tie by less than the low half of an f64 holds.
+#[test]
+fn short_floats_are_rounded_once() {
+    for (dtype, tie, next) in
+        [(DType::BF16, 5.015625, 5.03125), (DType::F16, 1.00048828125, 1.0009765625)]
+    {
+        assert_eq!(round_float(dtype, tie + 1e-12), next);
+        assert!(round_float(dtype, tie) < next);
+        assert_eq!(round_float(dtype, -tie - 1e-12), -next);
+        assert!(round_float(dtype, tie - 1e-12) < tie);
+    }
+}
+
 #[test]
 fn functions_of_f64_and_powers_of_integers() {
     let values: Vec<f64> = (-400..400).map(|i| f64::from(i) * 0.0317).collect();
@@ -201,7 +304,8 @@ fn functions_of_f64_and_powers_of_integers() {
     });
     let y = graph.binary(crate::graph::op::BinaryFn::Pow, a, b, &"y".into()).unwrap();
     graph.outputs.push(("y".into(), y));
-    let pairs = [3, 4, -2, 31, 0, 0, 7, -1, -1, -3, 1, -9, -1, -2, 46341, 2, 2, 40, i32::MIN, 1];
+    let pairs =
+        [3, 4, -2, 31, 0, 0, 7, -1, -1, -3, 1, -9, -1, -2, i32::MAX, -3, 2, 40, i32::MIN, 1];
     let x = Tensor::from_slice(&[10, 2], &pairs);
     let want = crate::interpret(&graph, &[x.clone()]);
     assert_eq!(compiled(&graph, &x).as_slice::<i32>(), want[0].as_slice::<i32>());
@@ -211,4 +315,33 @@ fn compiled(graph: &Graph, x: &Tensor) -> Tensor {
     let compiler = crate::Compiler::new();
     let executable = compiler.build(&compiler.optimise(graph).unwrap()).unwrap();
     executable.run(&[("x", x.view())]).unwrap().remove(0).1
+}
+
+#[test]
+fn what_follows_a_product_may_have_no_lanes() {
+    let mut graph = Graph::default();
+    let x = graph.input("x", Type::new(DType::F32, &[1, 24, 16]));
+    let o: crate::graph::Origin = "y".into();
+    let turned = graph.permute(x, &[0, 2, 1], &o).unwrap();
+    let y = graph.matmul(x, turned, &o).unwrap();
+    let zero = graph.scalar(DType::F32, 0, 0.0, &o);
+    let zero = graph.with_rank(zero, 3, &o).unwrap();
+    let row = graph.reduce(ReduceFn::Sum, x, &[2], &o).unwrap();
+    let mask = graph.binary(crate::graph::op::BinaryFn::Lt, zero, row, &o).unwrap();
+    let masked = graph.select(mask, y, zero, &o).unwrap();
+    let short = graph.add(Op::Cast(DType::F16), &[y], &o).unwrap();
+    graph.outputs.push(("masked".into(), masked));
+    graph.outputs.push(("short".into(), short));
+    let values = ramp(&Type::new(DType::F32, &[1, 24, 16]), 5).to_tensor();
+    let want = crate::interpret(&graph, &[values.clone()]);
+    for egraph in [false, true] {
+        let compiler = crate::Compiler::new().egraph(egraph);
+        let executable = compiler.build(&compiler.optimise(&graph).unwrap()).unwrap();
+        let got = executable.run(&[("x", values.view())]).unwrap();
+        for ((_, got), want) in got.iter().zip(&want) {
+            let of = |t: &Tensor| Value::from_tensor(t).as_f64s();
+            let near = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-3;
+            assert!(of(got).iter().zip(&of(want)).all(near));
+        }
+    }
 }

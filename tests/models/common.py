@@ -62,6 +62,15 @@ class Builder:
         save(self.name, self.model(output, *shape), self.feed)
 
 
+def run(model, names, feed):
+    """What onnxruntime says of a model, given as a path or as bytes."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
+    return session.run(names, feed)
+
+
 def save(name, model, feed, outputs=None):
     """Writes models/<name>/{model.onnx, input_K.pb, output_K.pb}; outputs are by onnxruntime."""
     folder = os.path.join(MODELS, name)
@@ -69,15 +78,11 @@ def save(name, model, feed, outputs=None):
     onnx.save(model, os.path.join(folder, "model.onnx"))
     names = [v.name for v in model.graph.output]
     if outputs is None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        path = os.path.join(folder, "model.onnx")
-        session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-        outputs = session.run(names, feed)
+        outputs = run(os.path.join(folder, "model.onnx"), names, feed)
     for kind, arrays in (("input", feed.items()), ("output", zip(names, outputs))):
         for k, (tensor, array) in enumerate(arrays):
             proto = numpy_helper.from_array(np.asarray(array), tensor)
             with open(os.path.join(folder, f"{kind}_{k}.pb"), "wb") as file:
                 file.write(proto.SerializeToString())
     print(f"  {name}: {len(model.graph.node)} nodes", flush=True)
+    return outputs

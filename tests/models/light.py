@@ -1,16 +1,20 @@
 """The nine light CNNs of the ONNX suite, as they are and with random weights.
 
 In the suite every weight is one repeated number, which hides errors of indexing: the twins
-`<name>_random` have seeded random weights of a sane scale, and outputs by onnxruntime.
+`<name>_random` have seeded random weights of a sane scale, and outputs by onnxruntime. Their last
+layer is scaled so that no class takes all: a softmax of one 1 and many 0 would check little.
 """
 import glob
 import os
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from common import DATA, save
+from common import DATA, run, save
+
+# The standard deviation of what goes into the last softmax.
+SPREAD = 1.5
 
 
 def ramp_inputs(model):
@@ -66,6 +70,35 @@ def with_random_weights(model):
     return model
 
 
+def calibrate(model, feed):
+    """Scales the last layer that has weights: its results spread as those of a trained model."""
+    last = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")][-1]
+    end = model.graph.node[-1]
+    name = end.input[0] if end.op_type == "Softmax" else end.output[0]
+    probe = onnx.ModelProto.FromString(model.SerializeToString())
+    del probe.graph.output[:]
+    probe.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    (scores,) = run(probe.SerializeToString(), [name], feed)
+    assert np.isfinite(scores).all() and 1e-4 < scores.std() < 1e4, scores.std()
+    weights = set(last.input[1:])
+    weights |= {n.input[0] for n in model.graph.node if n.output[0] in weights}  # by a Reshape
+    for weight in model.graph.initializer:
+        if weight.name in weights:
+            array = numpy_helper.to_array(weight) * np.float32(SPREAD / scores.std())
+            weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+
+
+def check_spread(model, output):
+    """Many classes have a share of the result."""
+    scores = output.ravel().astype(np.float64)
+    if model.graph.node[-1].op_type != "Softmax":
+        scores = np.exp(scores - scores.max())
+    shares = scores / scores.sum()
+    entropy = -(shares * np.log(np.maximum(shares, 1e-300))).sum()
+    assert np.isfinite(output).all() and shares.max() < 0.5 and entropy > 2, (shares.max(), entropy)
+    print(f"    largest share {shares.max():.3f}, entropy {entropy:.2f} nats", flush=True)
+
+
 for path in sorted(glob.glob(os.path.join(DATA, "light", "*.onnx"))):
     name = os.path.basename(path)[: -len(".onnx")]
     model = onnx.load(path)
@@ -76,4 +109,5 @@ for path in sorted(glob.glob(os.path.join(DATA, "light", "*.onnx"))):
     model = with_random_weights(model)
     random = np.random.default_rng(2)
     feed = {k: random.standard_normal(a.shape, dtype=np.float32) for k, a in feed.items()}
-    save(name + "_random", model, feed)
+    calibrate(model, feed)
+    check_spread(model, save(name + "_random", model, feed)[0])

@@ -6,7 +6,7 @@
 use kiln_runtime::tensor::{DType, Tensor};
 
 use super::op::{Affine, BinaryFn, Contract, Op, ReduceFn, Shape, Type, UnaryFn};
-use super::scalar::{self, Number, bf16, cast_to_int, float_binary, int_binary, wrap};
+use super::scalar::{self, Number, bf16, cast_to_int, f16, float_binary, int_binary, wrap};
 use super::{Body, Constant, Graph, Node, composite};
 
 pub use super::scalar::{int_range, reduce_identity, round_float};
@@ -148,7 +148,7 @@ impl Value {
             match &self.data {
                 Data::Float(v) => match self.ty.dtype {
                     DType::F64 => out.copy_from_slice(&v[i].to_ne_bytes()),
-                    DType::F16 => out.copy_from_slice(&half::f16::from_f64(v[i]).to_ne_bytes()),
+                    DType::F16 => out.copy_from_slice(&f16(v[i]).to_ne_bytes()),
                     DType::BF16 => out.copy_from_slice(&bf16(v[i]).to_ne_bytes()),
                     _ => out.copy_from_slice(&(v[i] as f32).to_ne_bytes()),
                 },

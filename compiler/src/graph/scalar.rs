@@ -76,16 +76,35 @@ fn sum_to_odd(x: f64, y: f64) -> f64 {
     f64::from_bits(sum.to_bits().wrapping_add_signed(step))
 }
 
+/// The number as f32, or where there is none the neighbour with an odd mantissa: rounding that
+/// once more gives what rounding the number would. (`half` drops the low half of an f64.)
+fn sticky(v: f64) -> f32 {
+    let near = v as f32;
+    let exact = near as f64 == v || v.is_nan() || near.is_infinite();
+    match near.to_bits() & 1 {
+        0 if !exact => f32::from_bits(match (near as f64).abs() < v.abs() {
+            true => near.to_bits() + 1,
+            false => near.to_bits() - 1,
+        }),
+        _ => near,
+    }
+}
+
 /// The nearest bf16.
 pub fn bf16(v: f64) -> half::bf16 {
-    half::bf16::from_f64(v)
+    half::bf16::from_f32(sticky(v))
+}
+
+/// The nearest f16.
+pub fn f16(v: f64) -> half::f16 {
+    half::f16::from_f32(sticky(v))
 }
 
 /// The nearest number of a floating point dtype.
 pub fn round_float(dtype: DType, v: f64) -> f64 {
     match dtype {
         DType::F64 => v,
-        DType::F16 => half::f16::from_f64(v).to_f64(),
+        DType::F16 => f16(v).to_f64(),
         DType::BF16 => bf16(v).to_f64(),
         _ => v as f32 as f64,
     }

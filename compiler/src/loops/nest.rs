@@ -62,7 +62,7 @@ pub fn wrap(extents: &Extents, vars: &[Var], body: Vec<Stmt>, parallel: usize) -
 }
 
 /// Whether statements can run with a variable in vector lanes: f32 only, unit steps or none.
-fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
+pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
     let var = var as usize;
     fn depends(e: &Expr, var: usize) -> bool {
         let store =
@@ -242,13 +242,15 @@ pub fn is_inline(body: &Body, root: usize, reduce: usize) -> bool {
     body.nodes[root].ty.numel() == body.nodes[reduce].ty.numel() && {
         let Op::Reduce(_, axes) = &body.nodes[reduce].op else { return false };
         let x = &body.nodes[body.nodes[reduce].args[0].index()].ty;
+        // A row has at least one element.
+        let empty = axes.iter().any(|&a| x.shape[a as usize] == 0);
         // A reduction along the innermost axis goes faster across lanes.
         let innermost = axes.last().is_some_and(|&a| a as usize + 1 == x.rank());
         let long = axes.last().is_some_and(|&a| x.shape[a as usize] >= 8);
         let window = matches!(body.nodes[body.nodes[reduce].args[0].index()].op, Op::Window(_));
         let first = x.rank() - axes.len();
         let trailing = axes.iter().enumerate().all(|(i, &a)| a as usize == first + i);
-        !(innermost && long) || window || !trailing
+        empty || !(innermost && long) || window || !trailing
     }
 }
 

@@ -234,17 +234,36 @@ impl Clif<'_> {
                 let whole = self.b.ins().trunc(quotient);
                 let negative = self.b.ins().fneg(whole);
                 let rest = self.b.ins().fma(negative, y, x);
+                let rest = self.other_side(rest, x, y);
                 let ty = self.b.func.dfg.value_type(x);
                 let infinite = self.float_const(ty, f64::INFINITY);
                 let magnitude = self.b.ins().fabs(y);
                 let c = self.b.ins().fcmp(FloatCC::Equal, magnitude, infinite);
-                let rest = self.choose(c, x, rest);
+                // x itself, NaN where that is infinite as well.
+                let nothing = self.b.ins().fsub(x, x);
+                let whole = self.b.ins().fadd(x, nothing);
+                let rest = self.choose(c, whole, rest);
                 self.b.ins().fcopysign(rest, x)
             }
             BinaryFn::Pow | BinaryFn::And | BinaryFn::Or | BinaryFn::Xor => {
                 return Err(Unsupported(format!("{} of floats", f.name())));
             }
         })
+    }
+
+    /// A rest whose sign is not that of x, because the quotient was rounded up to a whole number:
+    /// it is one divisor further.
+    fn other_side(&mut self, rest: Value, x: Value, y: Value) -> Value {
+        let ty = self.b.func.dfg.value_type(x);
+        let zero = self.float_const(ty, 0.0);
+        let one = self.float_const(ty, 1.0);
+        let side = self.b.ins().fcopysign(one, x);
+        let along = self.b.ins().fmul(rest, side);
+        let wrong = self.b.ins().fcmp(FloatCC::LessThan, along, zero);
+        let step = self.b.ins().fabs(y);
+        let step = self.b.ins().fmul(step, side);
+        let moved = self.b.ins().fadd(rest, step);
+        self.choose(wrong, moved, rest)
     }
 
     fn float_const(&mut self, ty: Type, v: f64) -> Value {

@@ -351,13 +351,16 @@ fn int_pow<M: Machine>(machine: &mut M, dtype: DType, x: &V<M>, y: &V<M>) -> Emi
     if !dtype.is_signed() {
         return Ok(power);
     }
-    // Of 1 and -1 a negative power is that of the magnitude, whose parity is the same.
-    let squared = machine.binary(BinaryFn::Mul, dtype, x, x)?;
-    let unit = machine.binary(BinaryFn::Eq, dtype, &squared, &one)?;
+    // Of -1 a negative power is that of the magnitude, whose parity is the same. Products tell
+    // nothing: other numbers have a square that wraps to 1.
+    let minus = number(machine, -1)?;
+    let is_one = machine.binary(BinaryFn::Eq, dtype, x, &one)?;
+    let is_minus = machine.binary(BinaryFn::Eq, dtype, x, &minus)?;
     let lowest = machine.binary(BinaryFn::And, dtype, y, &one)?;
     let even = machine.binary(BinaryFn::Eq, dtype, &lowest, &zero)?;
-    let of_unit = machine.select(dtype, &even, &one, x)?;
-    let negative = machine.select(dtype, &unit, &of_unit, &zero)?;
+    let of_minus = machine.select(dtype, &even, &one, x)?;
+    let negative = machine.select(dtype, &is_minus, &of_minus, &zero)?;
+    let negative = machine.select(dtype, &is_one, &one, &negative)?;
     let below = machine.binary(BinaryFn::Lt, dtype, y, &zero)?;
     machine.select(dtype, &below, &negative, &power)
 }
@@ -367,8 +370,14 @@ fn pow64<M: Machine>(machine: &mut M, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {
     let magnitude = calc.un(UnaryFn::Abs, x)?;
     let log = log64(&mut calc, &magnitude)?;
     let product = calc.op(BinaryFn::Mul, y, &log)?;
+    // 1 and -1 stay of magnitude 1 under infinite exponents.
+    let zero = calc.c(0.0)?;
+    let one = calc.c(1.0)?;
+    let is_unit = calc.op(BinaryFn::Eq, &magnitude, &one)?;
+    let product = calc.machine.select(DType::F64, &is_unit, &zero, &product)?;
     let power = exp64(&mut calc, &product)?;
-    // A negative base: odd exponents flip the sign, fractions have no value.
+    // A negative base, be it -0: odd exponents flip the sign; fractions have no value but for
+    // -0 and the least infinity.
     let half = calc.opc(BinaryFn::Mul, y, 0.5)?;
     let half_whole = calc.un(UnaryFn::Floor, &half)?;
     let even = calc.op(BinaryFn::Eq, &half, &half_whole)?;
@@ -376,12 +385,16 @@ fn pow64<M: Machine>(machine: &mut M, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {
     let signed = calc.machine.select(DType::F64, &even, &power, &negated)?;
     let whole = calc.un(UnaryFn::Floor, y)?;
     let integral = calc.op(BinaryFn::Eq, y, &whole)?;
-    let nan = calc.c(f64::NAN)?;
-    let signed = calc.machine.select(DType::F64, &integral, &signed, &nan)?;
-    let power = calc.less(x, 0.0, &signed, &power)?;
+    let (nan, infinity) = (calc.c(f64::NAN)?, calc.c(f64::INFINITY)?);
+    let inverse = calc.un(UnaryFn::Recip, x)?;
+    let is_infinite = calc.op(BinaryFn::Eq, &magnitude, &infinity)?;
+    let fraction = calc.machine.select(DType::F64, &is_infinite, &power, &nan)?;
+    let is_zero = calc.op(BinaryFn::Eq, x, &zero)?;
+    let fraction = calc.machine.select(DType::F64, &is_zero, &power, &fraction)?;
+    let signed = calc.machine.select(DType::F64, &integral, &signed, &fraction)?;
+    let positive = calc.less(&inverse, 0.0, &signed, &power)?;
+    let power = calc.less(x, 0.0, &signed, &positive)?;
     // x^0 and 1^y are 1, even for NaN.
-    let one = calc.c(1.0)?;
-    let zero = calc.c(0.0)?;
     let is_zero = calc.op(BinaryFn::Eq, y, &zero)?;
     let power = calc.machine.select(DType::F64, &is_zero, &one, &power)?;
     let is_one = calc.op(BinaryFn::Eq, x, &one)?;

@@ -48,8 +48,11 @@ fn pow2_64<M: Machine>(calc: &mut Calc<M>, n: &V<M>) -> Emitted<V<M>> {
 /// Natural logarithm in f64 of a number that is not negative: scaled into 1..2 by powers of two,
 /// then 2 artanh((m - 1) / (m + 1)).
 pub fn log64<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
-    let mut m = x.clone();
-    let mut exponent = calc.c(0.0)?;
+    // Subnormal numbers are scaled into the normal ones.
+    let scaled = calc.opc(BinaryFn::Mul, x, 54f64.exp2())?;
+    let mut m = calc.less(x, f64::MIN_POSITIVE, &scaled, x)?;
+    let (none, less) = (calc.c(0.0)?, calc.c(-54.0)?);
+    let mut exponent = calc.less(x, f64::MIN_POSITIVE, &less, &none)?;
     for k in (0..10).rev() {
         let step = f64::from(1u32 << k);
         let power = step.exp2();
@@ -67,6 +70,12 @@ pub fn log64<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
         exponent = calc.less(&m, bound, &fewer, &exponent)?;
         m = calc.less(&m, bound, &up, &m)?;
     }
+    // Numbers just below 1 keep the exponent 0: nothing cancels.
+    let root = std::f64::consts::SQRT_2;
+    let halved = calc.opc(BinaryFn::Mul, &m, 0.5)?;
+    let more = calc.opc(BinaryFn::Add, &exponent, 1.0)?;
+    exponent = calc.less(&m, root, &exponent, &more)?;
+    m = calc.less(&m, root, &m, &halved)?;
     let low = calc.opc(BinaryFn::Sub, &m, 1.0)?;
     let high = calc.opc(BinaryFn::Add, &m, 1.0)?;
     let s = calc.op(BinaryFn::Div, &low, &high)?;
