@@ -12,13 +12,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use kiln::Compiler;
 use kiln::error::Error;
 use kiln::graph::Graph;
+use kiln::graph::eval::Value;
 use kiln::onnx::proto::tensor_shape_proto::dimension::Value as Dim;
 use kiln::onnx::proto::{GraphProto, ModelProto, ValueInfoProto};
 use kiln::onnx::tensor_type;
 use kiln::onnx::{ImportOptions, import};
-use kiln::tensor::Tensor;
+use kiln::tensor::{DType, Tensor};
 use kiln_tests::cases::{Case, folders, name_of, read, read_case};
-use kiln_tests::{ONNX, difference, interpret, oracle, run_compiled};
+use kiln_tests::{ONNX, Tolerance, difference, interpret, oracle, run_compiled};
 use prost::Message;
 
 const KINDS: [&str; 4] = ["node", "pytorch-converted", "pytorch-operator", "simple"];
@@ -109,9 +110,36 @@ fn outcome(folder: &Path) -> Result<String, String> {
     };
     let compiled = run_compiled(&graph, &inputs, &Compiler::new()).map_err(|e| reason(&e));
     match compiled.and_then(|got| compare(&got, &case.outputs)) {
-        Ok(()) => Ok(format!("pass{note}")),
+        Ok(()) => {
+            check_loops(&graph, &inputs, &case.outputs).map_err(|e| format!("loops: {e}"))?;
+            Ok(format!("pass{note}"))
+        }
         Err(why) => Ok(format!("interpreted{note}; compiled: {why}")),
     }
+}
+
+/// The loops of what compiles: their text reads back, and their interpreter gives the outputs.
+fn check_loops(graph: &Graph, inputs: &[Tensor], outputs: &[Tensor]) -> Result<(), String> {
+    let compiler = Compiler::new();
+    let kernels = compiler.optimise(graph).map_err(|e| reason(&e))?;
+    let program = compiler.lower(&kernels).map_err(|e| reason(&e))?;
+    for kernel in &program.kernels {
+        let text = kiln::loops::text::print(kernel);
+        let again = kiln::loops::text::parse(&text).map_err(|e| e.to_string())?;
+        // As text: a NaN is not equal to itself.
+        if format!("{again:?}") != format!("{:?}", [kernel]) {
+            return Err(format!("the text reads back as another kernel: {text}"));
+        }
+    }
+    let inputs: Vec<Value> = inputs.iter().map(Value::from_tensor).collect();
+    let found = kiln::plan::eval::eval(&kernels, &program, &inputs).map_err(|e| e.to_string())?;
+    let different = found.iter().zip(outputs).find_map(|(found, want)| {
+        // Each operation of loops is rounded to its dtype; code may keep more between two.
+        let half = Tolerance { rtol: 2f64.powi(-9), ..ONNX };
+        let tolerance = if want.dtype() == DType::F16 { half } else { ONNX };
+        difference(&found.to_tensor(), want, tolerance)
+    });
+    different.map_or(Ok(()), Err)
 }
 
 /// Runs all cases on all cores; results in the order of the cases.
