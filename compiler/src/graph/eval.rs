@@ -454,7 +454,7 @@ fn eval_scatter(f: Option<ReduceFn>, args: &[&Value]) -> Data {
         for k in 0..row {
             let (to, from) = (index as usize * row + k, j * row + k);
             let (old, new) = (out.get(to), z.data.get(from));
-            out.set(to, f.map_or(new, |f| scalar::binary(f.binary(), dtype, old, new)));
+            out.set(to, f.map_or(new, |f| scalar::binary(f.binary(dtype), dtype, old, new)));
         }
     }
     out
@@ -472,7 +472,7 @@ fn eval_reduce(f: ReduceFn, x: &Value, axes: &[u8], ty: &Type) -> Data {
             let mut out = vec![float_start; ty.numel()];
             for (n, i) in indices(&x.ty.shape).enumerate() {
                 let to = target(i);
-                out[to] = float_binary(f.binary(), out[to], v[n]);
+                out[to] = float_binary(f.binary(ty.dtype), out[to], v[n]);
             }
             Data::Float(out.into_iter().map(|v| round_float(ty.dtype, v)).collect())
         }
@@ -480,7 +480,7 @@ fn eval_reduce(f: ReduceFn, x: &Value, axes: &[u8], ty: &Type) -> Data {
             let mut out = vec![int_start; ty.numel()];
             for (n, i) in indices(&x.ty.shape).enumerate() {
                 let to = target(i);
-                out[to] = wrap(ty.dtype, int_binary(f.binary(), out[to], v[n]));
+                out[to] = wrap(ty.dtype, int_binary(f.binary(ty.dtype), out[to], v[n]));
             }
             Data::Int(out)
         }
@@ -494,7 +494,7 @@ fn eval_scan(f: ReduceFn, x: &Value, axis: usize) -> Data {
         if i[axis] == 0 {
             continue;
         }
-        let next = scalar::binary(f.binary(), x.ty.dtype, out.get(n - step), out.get(n));
+        let next = scalar::binary(f.binary(x.ty.dtype), x.ty.dtype, out.get(n - step), out.get(n));
         out.set(n, next);
     }
     out

@@ -347,13 +347,16 @@ impl ReduceFn {
         Self::ALL.iter().find(|e| e.0 == self).expect("every function is in the table").1
     }
 
-    /// The function of two numbers that it folds with.
-    pub fn binary(self) -> BinaryFn {
-        match self {
-            ReduceFn::Sum => BinaryFn::Add,
-            ReduceFn::Prod => BinaryFn::Mul,
-            ReduceFn::Max => BinaryFn::Max,
-            ReduceFn::Min => BinaryFn::Min,
+    /// The function of two numbers of a dtype that it folds with; of bools it is a logical
+    /// one.
+    pub fn binary(self, dtype: DType) -> BinaryFn {
+        match (self, dtype) {
+            (ReduceFn::Sum | ReduceFn::Max, DType::Bool) => BinaryFn::Or,
+            (ReduceFn::Prod | ReduceFn::Min, DType::Bool) => BinaryFn::And,
+            (ReduceFn::Sum, _) => BinaryFn::Add,
+            (ReduceFn::Prod, _) => BinaryFn::Mul,
+            (ReduceFn::Max, _) => BinaryFn::Max,
+            (ReduceFn::Min, _) => BinaryFn::Min,
         }
     }
 }

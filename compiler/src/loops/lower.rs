@@ -421,7 +421,7 @@ impl<'a> Lower<'a> {
             let before = Expr::Load(out, flatten(&index, &ty.shape));
             index[axis] = Place::affine(Affine { offset: 1, ..Affine::axis(var as usize) });
             let next = self.value(x, &index)?;
-            let value = Expr::Binary(f.binary(), Arc::new(before), next);
+            let value = Expr::Binary(f.binary(ty.dtype), Arc::new(before), next);
             let place = flatten(&index, &ty.shape);
             let store = Stmt::Store { buffer: out, place, value };
             let extent = self.extents[var as usize];
@@ -457,7 +457,7 @@ impl<'a> Lower<'a> {
         let new = self.value(z, &index)?;
         let value = match f {
             None => (*new).clone(),
-            Some(f) => Expr::Binary(f.binary(), Arc::new(Expr::Load(out, place.clone())), new),
+            Some(f) => Expr::Binary(f.binary(ty.dtype), Arc::new(Expr::Load(out, place.clone())), new),
         };
         let store = Stmt::Store { buffer: out, place, value };
         let guard =

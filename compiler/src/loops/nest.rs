@@ -282,7 +282,7 @@ pub fn inline_reduce(mut lower: Lower, root: usize, reduce: usize) -> Lowering<L
         return Ok(lower.finish(nested));
     }
     let next = lower.value(operand, &from)?;
-    let update = Expr::Binary(f.binary(), cell_value(cell), next);
+    let update = Expr::Binary(f.binary(lower.buffers[cell].dtype), cell_value(cell), next);
     Ok(accumulate(
         lower,
         vars,
@@ -413,7 +413,7 @@ fn reduce_pass(
     let cell = lower.register(ty.dtype, 1);
     let zero = Place::affine(Affine::default());
     let start = identity(f, ty.dtype);
-    let update = Expr::Binary(f.binary(), cell_value(cell), value.clone());
+    let update = Expr::Binary(f.binary(ty.dtype), cell_value(cell), value.clone());
     let mut step = Vec::new();
     if let Some((_, buffer)) = keep {
         let place = flatten(&index, &ty.shape);
@@ -489,7 +489,7 @@ fn reduce_lanes(
     let first = Stmt::Store { buffer: wide, place: Place::affine(at.clone()), value: start };
     let mut out = vec![each(vec![vector(vec![first])])];
     out.extend(wrap(&lower.extents, outer, body, 0));
-    let folded = Expr::Binary(f.binary(), cell_value(cell), Arc::new(Expr::Fold(f, wide)));
+    let folded = Expr::Binary(f.binary(DType::F32), cell_value(cell), Arc::new(Expr::Fold(f, wide)));
     let zero = Place::affine(Affine::default());
     out.push(Stmt::Store { buffer: cell, place: zero, value: folded });
     Ok(out)

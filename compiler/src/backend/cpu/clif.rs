@@ -846,13 +846,13 @@ impl Machine for Clif<'_> {
         while values.len() > 1 {
             let half = values.len() / 2;
             values = (0..half)
-                .map(|i| self.float_binary(f.binary(), values[i], values[i + half]))
+                .map(|i| self.float_binary(f.binary(DType::F32), values[i], values[i + half]))
                 .collect::<Emitted<_>>()?;
         }
         let mut value = values.pop().ok_or_else(|| Unsupported("an empty fold".into()))?;
         for order in [[2, 3, 0, 1], [1, 0, 3, 2]] {
             let other = self.shuffle(value, order);
-            value = self.float_binary(f.binary(), value, other)?;
+            value = self.float_binary(f.binary(DType::F32), value, other)?;
         }
         Ok(Val::One(self.b.ins().extractlane(value, 0)))
     }

@@ -412,6 +412,6 @@ impl Machine for Wide {
     }
 
     fn fold(&mut self, f: ReduceFn, x: &[Val]) -> Emitted<Val> {
-        self.folded(f.binary(), x)
+        self.folded(f.binary(DType::F32), x)
     }
 }
