@@ -1,5 +1,5 @@
-//! Functions of f64 that no instruction computes. Nothing here is fast: networks compute in f32, and
-//! f64 is for the few that ask for it.
+//! Functions of f64 that no instruction computes. Nothing here is fast: networks compute in f32,
+//! and f64 is for the few that ask for it.
 
 use kiln_runtime::tensor::DType;
 
