@@ -7,7 +7,7 @@ use kiln_runtime::code::Code;
 use kiln_runtime::plan::{Place, Plan, Port, Step};
 use kiln_runtime::pool::Pool;
 use kiln_runtime::session::Executable;
-use kiln_runtime::tensor::{DType, TensorViewMut};
+use kiln_runtime::tensor::{DType, TensorView, TensorViewMut};
 
 use crate::backend::cpu::Emitted;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
@@ -82,91 +82,79 @@ struct Folded {
     places: Vec<Option<Place>>,
 }
 
-fn fold(graph: &Graph, program: &Program, emitted: &Emitted) -> Result<Folded> {
-    let constant: Vec<&Launch> = program.launches.iter().filter(|l| l.constant).collect();
-    let wanted = |slot: usize| {
-        program.slots[slot].constant
-            && program.launches.iter().any(|l| !l.constant && l.slots.contains(&slot))
+/// Runs what hangs on constants only. Raw constants are read where they are, in the model's file,
+/// and results are written where runs will read them.
+fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> Result<Folded> {
+    let launches: Vec<&Launch> = program.launches.iter().filter(|l| l.constant).collect();
+    let raw = |slot: usize| match program.slots[slot].source {
+        Source::Const(constant) => Some(&graph.constants[constant].bytes),
+        Source::Input(_) | Source::Made => None,
     };
-    let mut used: Vec<usize> = (0..program.slots.len()).filter(|&s| wanted(s)).collect();
-    used.dedup();
-    // First the raw constants that the constant launches read.
-    let mut raw_places: Vec<Option<Place>> = vec![None; program.slots.len()];
-    let raw = |slot: &usize| matches!(program.slots[*slot].source, Source::Const(_));
-    let mut read: Vec<usize> =
-        constant.iter().flat_map(|l| l.slots.iter().copied()).filter(|s| raw(s)).collect();
-    read.sort_unstable();
-    read.dedup();
-    let raw_bytes = copy_constants(graph, program, &read, &mut raw_places);
-    // Results that a run wants are outputs of the folding plan.
-    let made: Vec<usize> = used.iter().copied().filter(|s| !raw(s)).collect();
-    let mut layout = Layout { places: raw_places, arena_bytes: 0 };
-    let mut outputs = Vec::new();
-    for &slot in &made {
-        layout.places[slot] = Some(Place::Output(outputs.len()));
-        let shape = vec![program.slots[slot].bytes];
-        outputs.push(Port { name: format!("constant {slot}"), dtype: DType::U8, shape });
+    let mut wanted = vec![false; program.slots.len()];
+    for launch in program.launches.iter().filter(|l| !l.constant) {
+        launch.slots.iter().for_each(|&s| wanted[s] = program.slots[s].constant);
     }
-    place_in_arena(program, &constant, &mut layout);
-    let steps = steps(program, |l| l.constant, &layout);
-    let plan = Plan { inputs: Vec::new(), outputs, steps, arena_bytes: layout.arena_bytes };
-    // The final constants: raw ones first, then the folded ones in place.
-    let kept: Vec<usize> = used.iter().copied().filter(|s| raw(s)).collect();
+    // The constants of a run: raw ones first, then the folded ones.
+    let slots =
+        |is_raw: bool| (0..program.slots.len()).filter(move |&s| raw(s).is_some() == is_raw);
+    let kept: Vec<usize> = slots(true).filter(|&s| wanted[s]).collect();
+    let made: Vec<usize> = slots(false).filter(|&s| wanted[s]).collect();
     let mut places: Vec<Option<Place>> = vec![None; program.slots.len()];
-    let mut offset = 0usize;
+    let mut len = 0;
     for &slot in kept.iter().chain(&made) {
-        places[slot] = Some(Place::Const(offset));
-        offset += program.slots[slot].bytes.next_multiple_of(ALIGN);
+        places[slot] = Some(Place::Const(len));
+        len += program.slots[slot].bytes.next_multiple_of(ALIGN);
     }
-    let mut bytes = Constants::zeroed(offset);
-    write_raw(graph, program, &kept, &places, &mut bytes);
-    let shapes: Vec<[usize; 1]> = made.iter().map(|&s| [program.slots[s].bytes]).collect();
-    if !made.is_empty() {
-        let mut views = Vec::new();
-        let first = kept.iter().map(|&s| program.slots[s].bytes.next_multiple_of(ALIGN)).sum();
-        let (_, mut rest) = bytes.bytes_mut().split_at_mut(first);
-        for shape in &shapes {
-            let (this, after) = rest.split_at_mut(shape[0].next_multiple_of(ALIGN));
-            views.push(TensorViewMut { dtype: DType::U8, shape, bytes: &mut this[..shape[0]] });
-            rest = after;
-        }
-        let executable = build(emitted, plan, raw_bytes, 1)?;
-        executable.run_into(&[], &mut views).map_err(|e| internal("folding constants", e))?;
+    let mut bytes = Constants::zeroed(len);
+    let mut rest = bytes.bytes_mut();
+    let mut next = |slot: usize| {
+        let len = program.slots[slot].bytes;
+        let (this, after) = std::mem::take(&mut rest).split_at_mut(len.next_multiple_of(ALIGN));
+        rest = after;
+        &mut this[..len]
+    };
+    for &slot in &kept {
+        next(slot).copy_from_slice(raw(slot).map_or(&[][..], |bytes| bytes));
     }
+    let results: Vec<&mut [u8]> = made.iter().map(|&slot| next(slot)).collect();
+    if launches.is_empty() {
+        return Ok(Folded { bytes, places });
+    }
+    let mut layout = Layout { places: vec![None; program.slots.len()], arena_bytes: 0 };
+    let mut plan = Plan::default();
+    let port = |slot: usize| {
+        let shape = vec![program.slots[slot].bytes];
+        Port { name: format!("constant {slot}"), dtype: DType::U8, shape }
+    };
+    let mut given = Vec::new();
+    for slot in slots(true).filter(|s| launches.iter().any(|l| l.slots.contains(s))) {
+        layout.places[slot] = Some(Place::Input(given.len()));
+        plan.inputs.push(port(slot));
+        given.push(raw(slot).map_or(&[][..], |bytes| bytes));
+    }
+    for &slot in &made {
+        layout.places[slot] = Some(Place::Output(plan.outputs.len()));
+        plan.outputs.push(port(slot));
+    }
+    place_in_arena(program, &launches, &mut layout);
+    plan.steps = steps(program, |l| l.constant, &layout);
+    plan.arena_bytes = layout.arena_bytes;
+    run_once(build(emitted, plan, Constants::zeroed(0), threads)?, &given, results)?;
     Ok(Folded { bytes, places })
 }
 
-fn copy_constants(
-    graph: &Graph,
-    program: &Program,
-    slots: &[usize],
-    places: &mut [Option<Place>],
-) -> Constants {
-    let mut offset = 0;
-    for &slot in slots {
-        places[slot] = Some(Place::Const(offset));
-        offset += program.slots[slot].bytes.next_multiple_of(ALIGN);
-    }
-    let mut bytes = Constants::zeroed(offset);
-    write_raw(graph, program, slots, places, &mut bytes);
-    bytes
-}
-
-fn write_raw(
-    graph: &Graph,
-    program: &Program,
-    slots: &[usize],
-    places: &[Option<Place>],
-    bytes: &mut Constants,
-) {
-    for &slot in slots {
-        if let (Source::Const(i), Some(Place::Const(at))) =
-            (&program.slots[slot].source, places[slot])
-        {
-            let from = &graph.constants[*i].bytes;
-            bytes.bytes_mut()[at..at + from.len()].copy_from_slice(from);
-        }
-    }
+/// Runs a plan whose ports are bytes.
+fn run_once(executable: Executable, inputs: &[&[u8]], outputs: Vec<&mut [u8]>) -> Result<()> {
+    let shapes: Vec<[usize; 1]> = inputs.iter().map(|bytes| [bytes.len()]).collect();
+    let views = shapes.iter().zip(inputs);
+    let views: Vec<TensorView> =
+        views.map(|(shape, bytes)| TensorView { dtype: DType::U8, shape, bytes }).collect();
+    let shapes: Vec<[usize; 1]> = outputs.iter().map(|bytes| [bytes.len()]).collect();
+    let results = shapes.iter().zip(outputs);
+    let mut results: Vec<TensorViewMut> =
+        results.map(|(shape, bytes)| TensorViewMut { dtype: DType::U8, shape, bytes }).collect();
+    let ran = executable.run_into(&views, &mut results);
+    ran.map_err(|e| internal("folding constants", e))
 }
 
 fn build(
@@ -191,7 +179,7 @@ pub fn assemble(
     emitted: &Emitted,
     threads: usize,
 ) -> Result<Executable> {
-    let folded = fold(graph, program, emitted)?;
+    let folded = fold(graph, program, emitted, threads)?;
     let mut layout = Layout { places: folded.places, arena_bytes: 0 };
     for (i, slot) in program.slots.iter().enumerate() {
         if let Source::Input(input) = slot.source {

@@ -144,16 +144,21 @@ impl Compiler {
         Ok((*rules::optimise(graph, self.egraph)?.graph).clone())
     }
 
-    /// The executable of a graph of kernels.
-    pub fn build(&self, kernels: &Graph) -> Result<Executable> {
-        let cpu = Cpu::host(self.wide);
-        let program = self.program(kernels, &cpu)?;
-        let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
-        compile::assemble(kernels, &program, &emitted, self.threads)
+    /// The loops of a graph of kernels.
+    pub fn lower(&self, kernels: &Graph) -> Result<Program> {
+        program(&verify(kernels.clone())?, Cpu::host(self.wide).target())
     }
 
-    fn program(&self, kernels: &Graph, cpu: &Cpu) -> Result<Program> {
-        program(&verify(kernels.clone())?, cpu.target())
+    /// The executable of a graph of kernels and its loops.
+    pub fn emit(&self, kernels: &Graph, program: &Program) -> Result<Executable> {
+        let cpu = Cpu::host(self.wide);
+        let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
+        compile::assemble(kernels, program, &emitted, self.threads)
+    }
+
+    /// The executable of a graph of kernels.
+    pub fn build(&self, kernels: &Graph) -> Result<Executable> {
+        self.emit(kernels, &self.lower(kernels)?)
     }
 
     /// Every stage as text, and an object file of the kernels.
@@ -165,7 +170,7 @@ impl Compiler {
     pub fn stages_of(&self, graph: &Graph) -> Result<Stages> {
         let kernels = self.optimise(graph)?;
         let cpu = Cpu::host(self.wide);
-        let program = self.program(&kernels, &cpu)?;
+        let program = self.lower(&kernels)?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, true)?;
         let executable = compile::assemble(&kernels, &program, &emitted, self.threads)?;
         Ok(Stages {

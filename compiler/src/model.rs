@@ -9,7 +9,8 @@ use prost::Message;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result, sanitize};
 use crate::graph::Graph;
-use crate::onnx::proto::{DimensionProto, DimensionValue, ModelProto, TensorProto, ValueInfoProto};
+use crate::onnx::proto::tensor_shape_proto::{Dimension, dimension::Value as DimensionValue};
+use crate::onnx::proto::{ModelProto, TensorProto, ValueInfoProto};
 use crate::onnx::{self, ImportOptions};
 
 /// Limits on a model, checked before memory is taken.
@@ -299,7 +300,7 @@ impl Model {
 
 fn port(value: &ValueInfoProto) -> ModelPort {
     let name = value.name.clone().unwrap_or_default();
-    let Some(tensor) = value.r#type.as_ref().and_then(|t| t.tensor_type.as_ref()) else {
+    let Some(tensor) = onnx::tensor_type(value) else {
         return ModelPort { name, ty: "not a tensor".to_string(), dims: None };
     };
     let dtype = onnx::tensor::dtype_of(tensor.elem_type.unwrap_or(0))
@@ -315,7 +316,7 @@ fn port(value: &ValueInfoProto) -> ModelPort {
     ModelPort { name, ty: format!("{dtype}[{list}]"), dims }
 }
 
-fn dim(dim: &DimensionProto) -> Dim {
+fn dim(dim: &Dimension) -> Dim {
     match &dim.value {
         Some(DimensionValue::DimValue(n)) => usize::try_from(*n).map_or(Dim::Unknown, Dim::Known),
         Some(DimensionValue::DimParam(name)) if !name.is_empty() => Dim::Symbol(name.clone()),

@@ -5,10 +5,12 @@ use kiln_runtime::tensor::{DType, Tensor, TensorView};
 use crate::backend::cpu::{Cpu, emit_all};
 use crate::compile::assemble;
 use crate::graph::Graph;
-use crate::graph::eval::{Data, Value, eval, round_float};
+use crate::graph::eval::{Data, Value, eval};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
-use crate::plan::kernels::program;
+use crate::graph::scalar::round_float;
+use crate::plan::kernels::{Program, program};
 use crate::plan::order::unfused;
+use crate::{loops, plan};
 
 fn ramp(ty: &Type, seed: u64) -> Value {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -29,6 +31,7 @@ fn check(graph: &Graph, tolerance: f64) {
         let cpu = Cpu::host(wide);
         let kernels = unfused(graph).unwrap();
         let program = program(&kernels, cpu.target()).unwrap();
+        check_loops(&kernels, &program, &inputs, (&expected, tolerance));
         let emitted = emit_all(&program.kernels, &cpu, true, false).unwrap();
         let executable = assemble(&kernels, &program, &emitted, 2).unwrap();
         let tensors: Vec<Tensor> = inputs.iter().map(Value::to_tensor).collect();
@@ -43,6 +46,32 @@ fn check(graph: &Graph, tolerance: f64) {
                 let close = (a - b).abs() <= tolerance * (1.0 + b.abs()) || a == b;
                 assert!(close, "{name}[{i}] wide {wide}: {a}, expected {b}");
             }
+        }
+    }
+}
+
+/// The loops of a graph of kernels: their text reads back, and their interpreter gives what the
+/// graph's does.
+pub fn check_loops(
+    kernels: &Graph,
+    program: &Program,
+    inputs: &[Value],
+    (expected, tolerance): (&[Value], f64),
+) {
+    for kernel in &program.kernels {
+        let text = loops::text::print(kernel);
+        let again = loops::text::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+        // As text: a NaN is not equal to itself.
+        assert_eq!(format!("{again:?}"), format!("{:?}", [kernel]), "{text}");
+    }
+    let found = plan::eval::eval(kernels, program, inputs).unwrap_or_else(|e| panic!("{e}"));
+    for (found, expected) in found.iter().zip(expected) {
+        assert_eq!(found.ty, expected.ty);
+        for (i, (a, b)) in found.as_f64s().iter().zip(expected.as_f64s()).enumerate() {
+            let close = (a - b).abs() <= tolerance * (1.0 + b.abs());
+            let same = *a == b || (a.is_nan() && b.is_nan());
+            let text = || program.kernels.iter().map(loops::text::print).collect::<String>();
+            assert!(close || same, "loops: element {i} is {a}, expected {b}\n{}", text());
         }
     }
 }
@@ -286,4 +315,33 @@ fn compiled(graph: &Graph, x: &Tensor) -> Tensor {
     let compiler = crate::Compiler::new();
     let executable = compiler.build(&compiler.optimise(graph).unwrap()).unwrap();
     executable.run(&[("x", x.view())]).unwrap().remove(0).1
+}
+
+#[test]
+fn what_follows_a_product_may_have_no_lanes() {
+    let mut graph = Graph::default();
+    let x = graph.input("x", Type::new(DType::F32, &[1, 24, 16]));
+    let o: crate::graph::Origin = "y".into();
+    let turned = graph.permute(x, &[0, 2, 1], &o).unwrap();
+    let y = graph.matmul(x, turned, &o).unwrap();
+    let zero = graph.scalar(DType::F32, 0, 0.0, &o);
+    let zero = graph.with_rank(zero, 3, &o).unwrap();
+    let row = graph.reduce(ReduceFn::Sum, x, &[2], &o).unwrap();
+    let mask = graph.binary(crate::graph::op::BinaryFn::Lt, zero, row, &o).unwrap();
+    let masked = graph.select(mask, y, zero, &o).unwrap();
+    let short = graph.add(Op::Cast(DType::F16), &[y], &o).unwrap();
+    graph.outputs.push(("masked".into(), masked));
+    graph.outputs.push(("short".into(), short));
+    let values = ramp(&Type::new(DType::F32, &[1, 24, 16]), 5).to_tensor();
+    let want = crate::interpret(&graph, &[values.clone()]);
+    for egraph in [false, true] {
+        let compiler = crate::Compiler::new().egraph(egraph);
+        let executable = compiler.build(&compiler.optimise(&graph).unwrap()).unwrap();
+        let got = executable.run(&[("x", values.view())]).unwrap();
+        for ((_, got), want) in got.iter().zip(&want) {
+            let of = |t: &Tensor| Value::from_tensor(t).as_f64s();
+            let near = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-3;
+            assert!(of(got).iter().zip(&of(want)).all(near));
+        }
+    }
 }

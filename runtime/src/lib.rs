@@ -6,7 +6,6 @@
 
 pub mod artifact;
 pub mod code;
-mod inflate;
 pub mod memory;
 pub mod npz;
 pub mod plan;

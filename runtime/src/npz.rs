@@ -5,7 +5,8 @@
 
 use std::io::{self, Write};
 
-use crate::inflate::inflate;
+use miniz_oxide::inflate::decompress_to_vec_with_limit;
+
 use crate::tensor::{DType, Tensor, TensorView, size_bytes};
 
 const MAGIC: &[u8] = b"\x93NUMPY";
@@ -267,6 +268,14 @@ impl Entry {
     }
 }
 
+/// Decompresses a stream whose result has `size` bytes; never asks for much more memory.
+fn inflate(stream: &[u8], size: usize) -> io::Result<Vec<u8>> {
+    let bytes = decompress_to_vec_with_limit(stream, size);
+    let bytes = bytes.map_err(|error| invalid(format!("damaged compressed data: {error}")))?;
+    let is_whole = bytes.len() == size;
+    is_whole.then_some(bytes).ok_or_else(|| invalid("fewer bytes than the archive says"))
+}
+
 /// The content of the extra field with 64-bit numbers.
 fn find_extra64(mut extras: &[u8]) -> Option<&[u8]> {
     while let (Some(id), Some(size)) = (le(extras, 0, 2), le(extras, 2, 2)) {
@@ -399,6 +408,56 @@ mod tests {
                 let _ = read_npy(&wrong[48..]);
             }
         }
+    }
+
+    /// What `zlib` makes of the first text below: a block of fixed codes.
+    #[rustfmt::skip]
+    const FIXED: &[u8] = &[
+        0xcb, 0xce, 0xcc, 0xc9, 0x53, 0xc8, 0x46, 0x21, 0x74, 0x14, 0xd2, 0x32, 0x8b, 0x52,
+        0x15, 0x01,
+    ];
+    /// What `zlib` makes of 300 bytes of [`letters`]: a block with codes of its own.
+    #[rustfmt::skip]
+    const DYNAMIC: &[u8] = &[
+        0x55, 0x4f, 0x09, 0x12, 0x00, 0x21, 0x08, 0x7a, 0x2b, 0xf0, 0xff, 0x3f, 0xac, 0x84,
+        0xc7, 0x6c, 0x93, 0x69, 0x84, 0x60, 0x20, 0x00, 0x55, 0x80, 0xef, 0xf4, 0x12, 0x93,
+        0x6a, 0xab, 0xe0, 0x77, 0xad, 0x0a, 0x4c, 0x32, 0x8f, 0x85, 0x57, 0x84, 0xe8, 0x1c,
+        0x70, 0xa4, 0x1e, 0xb5, 0x11, 0x8c, 0x5a, 0x14, 0xd8, 0xaf, 0x11, 0x2a, 0x7d, 0x0b,
+        0xc1, 0x26, 0x5a, 0x66, 0x8f, 0xf3, 0x53, 0x4f, 0xeb, 0x5a, 0x68, 0xa7, 0x25, 0xb6,
+        0x1c, 0x20, 0x16, 0xeb, 0x2d, 0x1e, 0x30, 0x7d, 0x19, 0xc1, 0xae, 0xf6, 0x11, 0x75,
+        0x4d, 0xfd, 0xc5, 0x53, 0x65, 0x7f, 0xe5, 0x03,
+    ];
+
+    fn letters() -> Vec<u8> {
+        let mut x = 1u64;
+        let mut next = || {
+            x = (x * 1_103_515_245 + 12345) & 0x7fff_ffff;
+            97 + ((x >> 16) % 3 * ((x >> 20) % 2)) as u8
+        };
+        (0..300).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn compressed_streams_have_the_size_that_the_archive_says() {
+        for (stream, text) in
+            [(FIXED, b"kiln kiln kiln kiln, fire!".to_vec()), (DYNAMIC, letters())]
+        {
+            assert_eq!(inflate(stream, text.len()).expect("a sound stream"), text);
+            assert!(inflate(stream, text.len() - 1).is_err());
+            assert!(inflate(stream, text.len() + 1).is_err());
+            for at in 0..stream.len() {
+                assert!(inflate(&stream[..at], text.len()).is_err());
+                for bit in 0..8 {
+                    let mut wrong = stream.to_vec();
+                    wrong[at] ^= 1 << bit;
+                    let _ = inflate(&wrong, text.len());
+                }
+            }
+        }
+        // A thousand times as large as the stream, which is stopped early.
+        let zeros = miniz_oxide::deflate::compress_to_vec(&vec![0; 1 << 24], 6);
+        let error = inflate(&zeros, 1 << 10).expect_err("too many bytes").to_string();
+        assert!(error.contains("damaged compressed data"), "{error}");
     }
 
     #[test]

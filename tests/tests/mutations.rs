@@ -12,7 +12,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kiln::Compiler;
 use kiln::graph::Graph;
-use kiln::onnx::proto::{DimensionProto, DimensionValue, GraphProto, ModelProto, ValueInfoProto};
+use kiln::onnx::proto::tensor_shape_proto::{Dimension, dimension::Value as Dim};
+use kiln::onnx::proto::type_proto::Value::TensorType;
+use kiln::onnx::proto::{GraphProto, ModelProto, ValueInfoProto};
+use kiln::onnx::tensor_type;
 use kiln::onnx::{ImportOptions, Limits, import};
 use kiln::tensor::Tensor;
 use kiln_tests::cases::{folders, read};
@@ -95,9 +98,9 @@ fn mutate_node(graph: &mut GraphProto, other: &GraphProto, random: &mut Random) 
 }
 
 fn mutate_input(input: &mut ValueInfoProto, random: &mut Random) -> Option<()> {
-    let tensor = input.r#type.as_mut()?.tensor_type.as_mut()?;
+    let TensorType(tensor) = input.r#type.as_mut()?.value.as_mut()? else { return None };
     let dims = &mut tensor.shape.as_mut()?.dim;
-    let dim = DimensionProto { value: Some(DimensionValue::DimValue(number(random))) };
+    let dim = Dimension { value: Some(Dim::DimValue(number(random))), denotation: None };
     match random.below(4) {
         0 => tensor.elem_type = Some(random.below(24) as i32),
         1 => drop(dims.pop()),
@@ -130,9 +133,9 @@ fn values(file: &[u8], random: &mut Random) -> Vec<(String, Tensor)> {
     let graph = ModelProto::decode(file).ok().and_then(|m| m.graph).unwrap_or_default();
     let mut values = Vec::new();
     for input in &graph.input {
-        let ty = input.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
+        let ty = tensor_type(input);
         let dims = ty.and_then(|t| t.shape.as_ref()).map_or(&[][..], |s| &s.dim);
-        let [DimensionProto { value: Some(DimensionValue::DimValue(n @ 1..=8)) }] = dims else {
+        let [Dimension { value: Some(Dim::DimValue(n @ 1..=8)), .. }] = dims else {
             continue;
         };
         if ty.and_then(|t| t.elem_type) == Some(7) {

@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use kiln::Compiler;
 use kiln::error::Error;
 use kiln::graph::Graph;
-use kiln::onnx::proto::{DimensionValue, GraphProto, ModelProto, ValueInfoProto};
+use kiln::onnx::proto::tensor_shape_proto::dimension::Value as Dim;
+use kiln::onnx::proto::{GraphProto, ModelProto, ValueInfoProto};
+use kiln::onnx::tensor_type;
 use kiln::onnx::{ImportOptions, import};
 use kiln::tensor::Tensor;
 use kiln_tests::cases::{Case, folders, name_of, read, read_case};
@@ -36,10 +38,10 @@ fn ports(graph: &GraphProto, inputs: &[Tensor]) -> (Vec<String>, Vec<(String, us
     let mut names = Vec::new();
     for (value, tensor) in graph.input.iter().zip(inputs) {
         names.push(value.name.clone().unwrap_or_default());
-        let ty = value.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
+        let ty = tensor_type(value);
         let shape = ty.and_then(|t| t.shape.as_ref()).map_or(&[][..], |s| &s.dim);
         for (dim, &extent) in shape.iter().zip(tensor.shape()) {
-            if let Some(DimensionValue::DimParam(name)) = &dim.value {
+            if let Some(Dim::DimParam(name)) = &dim.value {
                 dims.push((name.clone(), extent));
             }
         }
@@ -84,7 +86,7 @@ fn compare(got: &[Tensor], want: &[Tensor]) -> Result<(), String> {
 fn outcome(folder: &Path) -> Result<String, String> {
     let model = ModelProto::decode(read(&folder.join("model.onnx"))).map_err(|e| e.to_string())?;
     let ports_of = model.graph.as_ref().ok_or("no graph")?;
-    let is_tensor = |v: &ValueInfoProto| v.r#type.as_ref().is_some_and(|t| t.tensor_type.is_some());
+    let is_tensor = |v: &ValueInfoProto| tensor_type(v).is_some();
     if !ports_of.input.iter().chain(&ports_of.output).all(is_tensor) {
         return Err("a sequence or optional as input or output".into());
     }

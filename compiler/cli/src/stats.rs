@@ -78,9 +78,45 @@ pub fn compare(found: &Tensor, expected: &Tensor, rtol: f64, atol: f64) -> Diffe
     result
 }
 
+/// How far results may be apart.
+#[derive(Clone, Copy)]
+pub struct Tolerance {
+    /// Relative to the expected element.
+    pub rtol: f64,
+    /// Absolute.
+    pub atol: f64,
+}
+
+impl Tolerance {
+    /// The difference of two tensors; those of another type or shape differ everywhere.
+    pub fn compare(self, found: &Tensor, expected: &Tensor) -> Difference {
+        if found.dtype() == expected.dtype() && found.shape() == expected.shape() {
+            return compare(found, expected, self.rtol, self.atol);
+        }
+        let outside = expected.numel().max(1);
+        Difference { max_abs: f64::INFINITY, max_rel: f64::INFINITY, outside, first: None }
+    }
+
+    /// For a value inside the model, whose elements may be sums of much larger ones: the absolute
+    /// tolerance counts in units of the largest element.
+    pub fn inside(self, expected: &Tensor) -> Tolerance {
+        let finite = values(expected).into_iter().filter(|value| value.is_finite());
+        let largest = finite.fold(0.0f64, |largest, value| largest.max(value.abs()));
+        Tolerance { atol: self.atol * largest.max(1.0), ..self }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_shape_differs_everywhere() {
+        let tolerance = Tolerance { rtol: 1e-3, atol: 1e-5 };
+        let (a, b) = (Tensor::zeros(DType::F32, &[4]), Tensor::zeros(DType::F32, &[2, 2]));
+        assert_eq!(tolerance.compare(&a, &b).outside, 4);
+        assert_eq!(tolerance.compare(&a, &a).outside, 0);
+    }
 
     #[test]
     fn percentiles_are_nearest_ranks() {

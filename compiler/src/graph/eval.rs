@@ -6,7 +6,10 @@
 use kiln_runtime::tensor::{DType, Tensor};
 
 use super::op::{Affine, BinaryFn, Contract, Op, ReduceFn, Shape, Type, UnaryFn};
+use super::scalar::{self, Number, bf16, cast_to_int, f16, float_binary, int_binary, wrap};
 use super::{Body, Constant, Graph, Node, composite};
+
+pub use super::scalar::{int_range, reduce_identity, round_float};
 
 /// A tensor while it is interpreted.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +27,64 @@ pub enum Data {
     Float(Vec<f64>),
     /// Of an integer dtype or bool.
     Int(Vec<i128>),
+}
+
+impl Default for Data {
+    fn default() -> Data {
+        Data::Int(Vec::new())
+    }
+}
+
+impl Data {
+    /// Zeros of a dtype.
+    pub fn zeros(dtype: DType, len: usize) -> Data {
+        match dtype.is_float() {
+            true => Data::Float(vec![0.0; len]),
+            false => Data::Int(vec![0; len]),
+        }
+    }
+
+    /// Numbers of a dtype.
+    fn collect(dtype: DType, numbers: impl Iterator<Item = Number>) -> Data {
+        let float = |n| if let Number::Float(v) = n { Some(v) } else { None };
+        let int = |n| if let Number::Int(v) = n { Some(v) } else { None };
+        match dtype.is_float() {
+            true => Data::Float(numbers.filter_map(float).collect()),
+            false => Data::Int(numbers.filter_map(int).collect()),
+        }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Data::Float(v) => v.len(),
+            Data::Int(v) => v.len(),
+        }
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// An element.
+    pub fn get(&self, n: usize) -> Number {
+        match self {
+            Data::Float(v) => Number::Float(v[n]),
+            Data::Int(v) => Number::Int(v[n]),
+        }
+    }
+
+    /// Writes an element of the same kind.
+    pub fn set(&mut self, n: usize, value: Number) {
+        match (self, value) {
+            (Data::Float(v), Number::Float(value)) => v[n] = value,
+            (Data::Int(v), Number::Int(value)) => v[n] = value,
+            (Data::Float(_), Number::Int(_)) | (Data::Int(_), Number::Float(_)) => {
+                unreachable!("a value has the dtype of its buffer")
+            }
+        }
+    }
 }
 
 impl Value {
@@ -114,78 +175,6 @@ impl Value {
     }
 }
 
-/// The number as f32, or where there is none the neighbour with an odd mantissa: rounding that
-/// once more gives what rounding the number would. (`half` drops the low half of an f64.)
-fn sticky(v: f64) -> f32 {
-    let near = v as f32;
-    let exact = near as f64 == v || v.is_nan() || near.is_infinite();
-    match near.to_bits() & 1 {
-        0 if !exact => f32::from_bits(match (near as f64).abs() < v.abs() {
-            true => near.to_bits() + 1,
-            false => near.to_bits() - 1,
-        }),
-        _ => near,
-    }
-}
-
-fn bf16(v: f64) -> half::bf16 {
-    half::bf16::from_f32(sticky(v))
-}
-
-fn f16(v: f64) -> half::f16 {
-    half::f16::from_f32(sticky(v))
-}
-
-/// The nearest number of a floating point dtype.
-pub fn round_float(dtype: DType, v: f64) -> f64 {
-    match dtype {
-        DType::F64 => v,
-        DType::F16 => f16(v).to_f64(),
-        DType::BF16 => bf16(v).to_f64(),
-        _ => v as f32 as f64,
-    }
-}
-
-/// An integer wrapped to a dtype.
-fn wrap(dtype: DType, v: i128) -> i128 {
-    match dtype {
-        DType::I8 => v as i8 as i128,
-        DType::I16 => v as i16 as i128,
-        DType::I32 => v as i32 as i128,
-        DType::I64 => v as i64 as i128,
-        DType::U8 => v as u8 as i128,
-        DType::U16 => v as u16 as i128,
-        DType::U32 => v as u32 as i128,
-        DType::U64 => v as u64 as i128,
-        DType::Bool => (v != 0) as i128,
-        DType::F32 | DType::F16 | DType::BF16 | DType::F64 => v,
-    }
-}
-
-/// Least and greatest value of an integer dtype.
-pub fn int_range(dtype: DType) -> (i128, i128) {
-    match dtype {
-        DType::I8 => (i8::MIN as i128, i8::MAX as i128),
-        DType::I16 => (i16::MIN as i128, i16::MAX as i128),
-        DType::I32 => (i32::MIN as i128, i32::MAX as i128),
-        DType::I64 => (i64::MIN as i128, i64::MAX as i128),
-        DType::U8 => (0, u8::MAX as i128),
-        DType::U16 => (0, u16::MAX as i128),
-        DType::U32 => (0, u32::MAX as i128),
-        DType::U64 => (0, u64::MAX as i128),
-        DType::Bool | DType::F32 | DType::F16 | DType::BF16 | DType::F64 => (0, 1),
-    }
-}
-
-/// Float to integer: truncated and saturated, NaN is 0; to bool it is `!= 0`.
-fn cast_to_int(dtype: DType, v: f64) -> i128 {
-    if dtype == DType::Bool {
-        return (v != 0.0) as i128;
-    }
-    let (low, high) = int_range(dtype);
-    (v as i128).clamp(low, high)
-}
-
 /// Runs a graph on its inputs and returns the value of every node.
 pub fn eval_nodes(graph: &Graph, inputs: &[Value]) -> Vec<Value> {
     let constants: &[Constant] = &graph.constants;
@@ -260,11 +249,8 @@ pub fn eval_op(op: &Op, args: &[&Value], ty: &Type) -> Value {
         Op::Select => {
             let [c, x, y] = [0, 1, 2].map(|k: usize| repeat(args[k], &ty.shape));
             let Data::Int(c) = c.data else { unreachable!("conditions are bools") };
-            let pick = |n: usize| if c[n] != 0 { &x } else { &y };
-            match &x.data {
-                Data::Float(_) => Data::Float((0..c.len()).map(|n| float(pick(n), n)).collect()),
-                Data::Int(_) => Data::Int((0..c.len()).map(|n| int(pick(n), n)).collect()),
-            }
+            let pick = |(n, &c): (usize, &i128)| if c != 0 { x.data.get(n) } else { y.data.get(n) };
+            Data::collect(ty.dtype, c.iter().enumerate().map(pick))
         }
         Op::Cast(dtype) => cast(args[0], *dtype),
         Op::Reshape(_) => args[0].data.clone(),
@@ -304,13 +290,6 @@ pub fn eval_op(op: &Op, args: &[&Value], ty: &Type) -> Value {
         }
     };
     Value { ty: ty.clone(), data }
-}
-
-fn float(v: &Value, n: usize) -> f64 {
-    match &v.data {
-        Data::Float(v) => v[n],
-        Data::Int(v) => v[n] as f64,
-    }
 }
 
 fn int(v: &Value, n: usize) -> i128 {
@@ -379,186 +358,18 @@ fn repeat(x: &Value, shape: &[usize]) -> Value {
 
 fn eval_unary(f: UnaryFn, x: &Value) -> Data {
     let dtype = x.ty.dtype;
-    match &x.data {
-        Data::Float(v) => {
-            Data::Float(v.iter().map(|&x| round_float(dtype, float_unary(f, x))).collect())
-        }
-        Data::Int(v) => Data::Int(v.iter().map(|&x| wrap(dtype, int_unary(f, x, dtype))).collect()),
-    }
-}
-
-/// A function of one f64.
-pub fn float_unary(f: UnaryFn, x: f64) -> f64 {
-    match f {
-        UnaryFn::Neg => -x,
-        UnaryFn::Abs => x.abs(),
-        UnaryFn::Sign if x == 0.0 || x.is_nan() => x,
-        UnaryFn::Sign => x.signum(),
-        UnaryFn::Recip => 1.0 / x,
-        UnaryFn::Sqrt => x.sqrt(),
-        UnaryFn::Exp => x.exp(),
-        UnaryFn::Log => x.ln(),
-        UnaryFn::Sin => x.sin(),
-        UnaryFn::Cos => x.cos(),
-        UnaryFn::Tanh => x.tanh(),
-        UnaryFn::Erf => erf(x),
-        UnaryFn::Floor => x.floor(),
-        UnaryFn::Ceil => x.ceil(),
-        UnaryFn::Round => x.round_ties_even(),
-        UnaryFn::Not => (x == 0.0) as u8 as f64,
-    }
-}
-
-fn int_unary(f: UnaryFn, x: i128, dtype: DType) -> i128 {
-    match f {
-        UnaryFn::Neg => -x,
-        UnaryFn::Abs => x.abs(),
-        UnaryFn::Sign => x.signum(),
-        UnaryFn::Not if dtype == DType::Bool => (x == 0) as i128,
-        UnaryFn::Not => !x,
-        UnaryFn::Recip
-        | UnaryFn::Sqrt
-        | UnaryFn::Exp
-        | UnaryFn::Log
-        | UnaryFn::Sin
-        | UnaryFn::Cos
-        | UnaryFn::Tanh
-        | UnaryFn::Erf
-        | UnaryFn::Floor
-        | UnaryFn::Ceil
-        | UnaryFn::Round => unreachable!("inference refuses {f:?} of integers"),
-    }
-}
-
-/// Error function: its Taylor series where that converges fast, else the continued fraction of
-/// its complement (Abramowitz and Stegun 7.1.5 and 7.1.14); error below 1e-13.
-pub fn erf(x: f64) -> f64 {
-    let a = x.abs();
-    if a.is_nan() {
-        return x;
-    }
-    let value = if a < 3.0 {
-        let (mut term, mut sum, mut n) = (a, a, 0.0);
-        while term.abs() > 1e-17 * sum.abs() {
-            n += 1.0;
-            term *= -a * a / n;
-            sum += term / (2.0 * n + 1.0);
-        }
-        std::f64::consts::FRAC_2_SQRT_PI * sum
-    } else if a > 6.5 {
-        1.0
-    } else {
-        let tail = (1..60).rev().fold(a, |t, k| a + k as f64 / 2.0 / t);
-        1.0 - (-a * a).exp() / (tail * std::f64::consts::PI.sqrt())
-    };
-    value.copysign(x)
+    let numbers = (0..x.data.len()).map(|n| scalar::unary(f, dtype, x.data.get(n)));
+    Data::collect(dtype, numbers)
 }
 
 fn eval_binary(f: BinaryFn, x: &Value, y: &Value, ty: &Type) -> Data {
     let (x, y) = (repeat(x, &ty.shape), repeat(y, &ty.shape));
-    let compare = |v: bool| v as i128;
-    match (&x.data, &y.data) {
-        (Data::Float(a), Data::Float(b)) => {
-            let pairs = a.iter().copied().zip(b.iter().copied());
-            match f {
-                BinaryFn::Eq => Data::Int(pairs.map(|(a, b)| compare(a == b)).collect()),
-                BinaryFn::Ne => Data::Int(pairs.map(|(a, b)| compare(a != b)).collect()),
-                BinaryFn::Lt => Data::Int(pairs.map(|(a, b)| compare(a < b)).collect()),
-                BinaryFn::Le => Data::Int(pairs.map(|(a, b)| compare(a <= b)).collect()),
-                _ => Data::Float(
-                    pairs.map(|(a, b)| round_float(ty.dtype, float_binary(f, a, b))).collect(),
-                ),
-            }
-        }
-        (Data::Int(a), Data::Int(b)) => {
-            let pairs = a.iter().copied().zip(b.iter().copied());
-            Data::Int(pairs.map(|(a, b)| wrap(ty.dtype, int_binary(f, a, b))).collect())
-        }
-        _ => unreachable!("operands have one dtype"),
-    }
-}
-
-/// A function of two f64; comparisons give 0 or 1.
-pub fn float_binary(f: BinaryFn, a: f64, b: f64) -> f64 {
-    match f {
-        BinaryFn::Add => a + b,
-        BinaryFn::Sub => a - b,
-        BinaryFn::Mul => a * b,
-        BinaryFn::Div => a / b,
-        BinaryFn::Rem => a % b,
-        BinaryFn::Max if a.is_nan() || b.is_nan() => f64::NAN,
-        BinaryFn::Min if a.is_nan() || b.is_nan() => f64::NAN,
-        BinaryFn::Max => a.max(b),
-        BinaryFn::Min => a.min(b),
-        BinaryFn::Pow => a.powf(b),
-        BinaryFn::Eq => (a == b) as u8 as f64,
-        BinaryFn::Ne => (a != b) as u8 as f64,
-        BinaryFn::Lt => (a < b) as u8 as f64,
-        BinaryFn::Le => (a <= b) as u8 as f64,
-        BinaryFn::And | BinaryFn::Or | BinaryFn::Xor => {
-            unreachable!("inference refuses {f:?} of floats")
-        }
-    }
-}
-
-fn int_binary(f: BinaryFn, a: i128, b: i128) -> i128 {
-    match f {
-        BinaryFn::Add => a + b,
-        BinaryFn::Sub => a - b,
-        // Of 64-bit factors: the product fits.
-        BinaryFn::Mul => a.wrapping_mul(b),
-        BinaryFn::Div => a.checked_div(b).unwrap_or(0),
-        BinaryFn::Rem => a.checked_rem(b).unwrap_or(0),
-        BinaryFn::Max => a.max(b),
-        BinaryFn::Min => a.min(b),
-        BinaryFn::Pow => int_pow(a, b),
-        BinaryFn::Eq => (a == b) as i128,
-        BinaryFn::Ne => (a != b) as i128,
-        BinaryFn::Lt => (a < b) as i128,
-        BinaryFn::Le => (a <= b) as i128,
-        BinaryFn::And => a & b,
-        BinaryFn::Or => a | b,
-        BinaryFn::Xor => a ^ b,
-    }
-}
-
-/// a^b, wrapping; a negative exponent truncates the fraction.
-fn int_pow(a: i128, b: i128) -> i128 {
-    match (a, b) {
-        (1, _) => 1,
-        (-1, b) => {
-            if b % 2 == 0 {
-                1
-            } else {
-                -1
-            }
-        }
-        (_, b) if b < 0 => 0,
-        (a, b) => {
-            let (mut result, mut base, mut rest) = (1i128, a, b);
-            while rest > 0 {
-                if rest & 1 == 1 {
-                    result = result.wrapping_mul(base);
-                }
-                base = base.wrapping_mul(base);
-                rest >>= 1;
-            }
-            result
-        }
-    }
+    let pairs = (0..x.data.len()).map(|n| (x.data.get(n), y.data.get(n)));
+    Data::collect(ty.dtype, pairs.map(|(a, b)| scalar::binary(f, x.ty.dtype, a, b)))
 }
 
 fn cast(x: &Value, dtype: DType) -> Data {
-    match &x.data {
-        Data::Float(v) if dtype.is_float() => {
-            Data::Float(v.iter().map(|&v| round_float(dtype, v)).collect())
-        }
-        Data::Float(v) => Data::Int(v.iter().map(|&v| cast_to_int(dtype, v)).collect()),
-        Data::Int(v) if dtype.is_float() => {
-            Data::Float(v.iter().map(|&v| round_float(dtype, v as f64)).collect())
-        }
-        Data::Int(v) => Data::Int(v.iter().map(|&v| wrap(dtype, v)).collect()),
-    }
+    Data::collect(dtype, (0..x.data.len()).map(|n| scalar::cast(dtype, x.data.get(n))))
 }
 
 fn eval_pad(args: &[&Value], borders: &[(usize, usize)], shape: &[usize]) -> Data {
@@ -642,33 +453,11 @@ fn eval_scatter(f: Option<ReduceFn>, args: &[&Value]) -> Data {
         }
         for k in 0..row {
             let (to, from) = (index as usize * row + k, j * row + k);
-            match &mut out {
-                Data::Float(v) => {
-                    let new = float(z, from);
-                    let old = v[to];
-                    v[to] =
-                        f.map_or(new, |f| round_float(dtype, float_binary(f.binary(), old, new)));
-                }
-                Data::Int(v) => {
-                    let new = int(z, from);
-                    let old = v[to];
-                    v[to] = f.map_or(new, |f| wrap(dtype, int_binary(f.binary(), old, new)));
-                }
-            }
+            let (old, new) = (out.get(to), z.data.get(from));
+            out.set(to, f.map_or(new, |f| scalar::binary(f.binary(), dtype, old, new)));
         }
     }
     out
-}
-
-/// What a reduction of no elements gives.
-pub fn reduce_identity(f: ReduceFn, dtype: DType) -> (f64, i128) {
-    let (low, high) = int_range(dtype);
-    match f {
-        ReduceFn::Sum => (0.0, 0),
-        ReduceFn::Prod => (1.0, 1),
-        ReduceFn::Max => (f64::NEG_INFINITY, low),
-        ReduceFn::Min => (f64::INFINITY, high),
-    }
 }
 
 fn eval_reduce(f: ReduceFn, x: &Value, axes: &[u8], ty: &Type) -> Data {
@@ -705,12 +494,8 @@ fn eval_scan(f: ReduceFn, x: &Value, axis: usize) -> Data {
         if i[axis] == 0 {
             continue;
         }
-        match &mut out {
-            Data::Float(v) => {
-                v[n] = round_float(x.ty.dtype, float_binary(f.binary(), v[n - step], v[n]))
-            }
-            Data::Int(v) => v[n] = wrap(x.ty.dtype, int_binary(f.binary(), v[n - step], v[n])),
-        }
+        let next = scalar::binary(f.binary(), x.ty.dtype, out.get(n - step), out.get(n));
+        out.set(n, next);
     }
     out
 }

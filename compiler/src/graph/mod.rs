@@ -5,6 +5,7 @@ pub mod composite;
 pub mod eval;
 pub mod infer;
 pub mod op;
+pub mod scalar;
 pub mod text;
 pub mod verify;
 

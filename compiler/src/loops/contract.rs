@@ -123,7 +123,10 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
     };
     let constant = is_constant(lower, loads[lanes].0);
     let packed = steps[lanes] != 1 || constant;
-    let fits = !packed || packable(lower, loads[lanes]);
+    let (buffer, place) = (product.out, product.place.clone());
+    let epilogue = Stmt::Store { buffer, place, value: (*product.result).clone() };
+    let fits = (!packed || packable(lower, loads[lanes]))
+        && nest::is_vector(&lower.buffers, &[epilogue], n as Var);
     (float && fits && !product.summed.is_empty()).then_some(Roles { lanes, packed })
 }
 

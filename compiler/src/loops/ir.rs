@@ -15,6 +15,8 @@ use kiln_runtime::tensor::DType;
 
 use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
 
+pub use crate::graph::scalar::Number;
+
 /// Number of a loop variable; indices are [`Affine`] in these.
 pub type Var = u8;
 
@@ -141,15 +143,6 @@ pub enum Expr {
     /// All lanes of a register buffer (a power of two of them), folded as a tree: lane i with
     /// lane i + n/2, and so on with the half.
     Fold(ReduceFn, BufferId),
-}
-
-/// A literal.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub enum Number {
-    /// Of a floating point dtype.
-    Float(f64),
-    /// Of an integer dtype or bool.
-    Int(i128),
 }
 
 /// One kernel.

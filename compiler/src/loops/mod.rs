@@ -1,6 +1,7 @@
 //! The loop form of one kernel: explicit loops, loads and stores over flat buffers.
 
 pub mod contract;
+pub mod eval;
 pub mod index;
 pub mod ir;
 pub mod lower;

@@ -192,7 +192,7 @@ pub fn wrap(extents: &Extents, vars: &[Var], body: Vec<Stmt>, parallel: usize) -
 }
 
 /// Whether statements can run with a variable in vector lanes: f32 only, unit steps or none.
-fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
+pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
     let var = var as usize;
     fn depends(e: &Expr, var: usize) -> bool {
         let store =

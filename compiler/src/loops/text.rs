@@ -1,26 +1,33 @@
-//! The text form of loops, a small program.
+//! The text form of loops, a small program; [`parse`] reads back what [`print`] writes.
 //!
 //! ```text
-//! kernel relu {
+//! kernel "relu" {
 //!   b0 : f32[1024] arg 0
 //!   b1 : f32[1024] out
 //!   parallel i0 in 128 {
 //!     vector i1 in 8 {
-//!       b1[8*i0 + i1] = max(b0[8*i0 + i1], 0.0)
+//!       b1[8*i0 + i1] = max(b0[8*i0 + i1], 0.0:f32)
 //!     }
 //!   }
 //! }
 //! ```
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
-use super::ir::{Expr, Kind, Loops, Number, Param, Place, Scope, Stmt};
-use crate::error::sanitize;
-use crate::graph::op::Affine;
+use kiln_runtime::tensor::DType;
+
+use super::ir::{Buffer, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
+use super::verify::typed;
+use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
+
+/// Loops and values nest no deeper in text; what reads them is recursive.
+const MAX_DEPTH: usize = 512;
 
 /// The text of a kernel.
 pub fn print(loops: &Loops) -> String {
-    let mut text = format!("kernel {} {{\n", sanitize(&loops.name));
+    let mut text = format!("kernel {:?} {{\n", loops.name);
     for (i, buffer) in loops.buffers.iter().enumerate() {
         let owner = match (buffer.scope, buffer.param) {
             (Scope::Register, _) => "register".to_string(),
@@ -89,13 +96,476 @@ fn expr(e: &Expr) -> String {
     match e {
         Expr::Load(buffer, place) => format!("b{buffer}[{}]", place_text(place)),
         Expr::Index(index) => format!("index({})", affine(index)),
-        Expr::Const(dtype, Number::Float(v)) => format!("{v:?}{dtype}"),
-        Expr::Const(dtype, Number::Int(v)) => format!("{v}{dtype}"),
+        Expr::Const(dtype, Number::Float(v)) => format!("{v:?}:{dtype}"),
+        Expr::Const(dtype, Number::Int(v)) => format!("{v}:{dtype}"),
         Expr::Unary(f, x) => format!("{}({})", f.name(), expr(x)),
         Expr::Binary(f, x, y) => format!("{}({}, {})", f.name(), expr(x), expr(y)),
         Expr::Select(c, x, y) => format!("select({}, {}, {})", expr(c), expr(x), expr(y)),
         Expr::Cast(dtype, x) => format!("{dtype}({})", expr(x)),
         Expr::Fma(x, y, z) => format!("fma({}, {}, {})", expr(x), expr(y), expr(z)),
         Expr::Fold(f, buffer) => format!("fold_{}(b{buffer})", f.name()),
+    }
+}
+
+type Parsed<T> = std::result::Result<T, String>;
+
+/// Reads kernels, as many as there are. Their types fit; whether they stay within their buffers
+/// is for [`verify`](super::verify::verify) to say.
+pub fn parse(text: &str) -> Result<Vec<Loops>> {
+    let mut cursor = Cursor { text, at: 0, depth: 0 };
+    kernels(&mut cursor).map_err(|why| {
+        let before = &text[..cursor.at];
+        let start = before.rfind('\n').map_or(0, |n| n + 1);
+        let (line, column) =
+            (before.matches('\n').count() + 1, before[start..].chars().count() + 1);
+        let rest: String = text[cursor.at..].chars().take_while(|&c| c != '\n').take(40).collect();
+        let found = if rest.is_empty() { "the end of the line".to_string() } else { rest };
+        let place = format!("line {line}, column {column}");
+        Error::new(ErrorKind::Model, Diagnostic::new("K0903", why).tensor(place).found(found))
+    })
+}
+
+/// A text and how far it is read.
+struct Cursor<'a> {
+    text: &'a str,
+    at: usize,
+    depth: usize,
+}
+
+impl<'a> Cursor<'a> {
+    /// What is left, without space before it.
+    fn rest(&mut self) -> &'a str {
+        let rest = self.text[self.at..].trim_start();
+        self.at = self.text.len() - rest.len();
+        rest
+    }
+
+    /// Takes a mark, if it is next.
+    fn eat(&mut self, mark: &str) -> bool {
+        let is_next = self.rest().starts_with(mark);
+        self.at += if is_next { mark.len() } else { 0 };
+        is_next
+    }
+
+    fn expect(&mut self, mark: &str) -> Parsed<()> {
+        if self.eat(mark) { Ok(()) } else { Err(format!("`{mark}` is missing")) }
+    }
+
+    fn span(&mut self, belongs: impl Fn(char) -> bool) -> &'a str {
+        let rest = self.rest();
+        rest.find(|c| !belongs(c)).map_or(rest, |end| &rest[..end])
+    }
+
+    /// The word that is next, not taken; empty where a mark is next.
+    fn peek(&mut self) -> &'a str {
+        self.span(|c| c.is_ascii_alphanumeric() || c == '_')
+    }
+
+    fn word(&mut self) -> &'a str {
+        let word = self.peek();
+        self.at += word.len();
+        word
+    }
+
+    /// What a word means, by `meaning`; the cursor stays at the word where it means nothing.
+    fn one<T>(&mut self, what: &str, meaning: impl Fn(&str) -> Option<T>) -> Parsed<T> {
+        let word = self.peek();
+        let found = meaning(word).ok_or_else(|| format!("`{word}` is no {what}"))?;
+        self.at += word.len();
+        Ok(found)
+    }
+
+    fn number<T: std::str::FromStr>(&mut self, what: &str) -> Parsed<T> {
+        let word = self.span(|c| c.is_ascii_digit() || c == '-');
+        let number = word.parse().map_err(|_| format!("`{word}` is no {what}"))?;
+        self.at += word.len();
+        Ok(number)
+    }
+
+    /// `i3`, or `b3` with another letter.
+    fn numbered<T: std::str::FromStr>(&mut self, letter: char, what: &str) -> Parsed<T> {
+        self.one(what, |word| digits(word, letter)?.parse().ok())
+    }
+
+    /// Reads something that holds others of its kind.
+    fn nested<T>(&mut self, read: impl FnOnce(&mut Self) -> Parsed<T>) -> Parsed<T> {
+        if self.depth == MAX_DEPTH {
+            return Err(format!("more than {MAX_DEPTH} things within each other"));
+        }
+        self.depth += 1;
+        let result = read(self);
+        self.depth -= 1;
+        result
+    }
+}
+
+/// The digits of a word that is a letter and digits.
+fn digits(word: &str, letter: char) -> Option<&str> {
+    let digits = word.strip_prefix(letter)?;
+    let all = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+    all.then_some(digits)
+}
+
+fn kernels(cursor: &mut Cursor) -> Parsed<Vec<Loops>> {
+    let mut kernels = Vec::new();
+    while !cursor.rest().is_empty() {
+        cursor.expect("kernel")?;
+        cursor.rest();
+        let start = cursor.at;
+        let name = quoted(cursor)?;
+        cursor.expect("{")?;
+        let mut buffers = Vec::new();
+        while digits(cursor.peek(), 'b').is_some() && is_buffer(cursor) {
+            buffers.push(buffer(cursor, buffers.len())?);
+        }
+        let body = statements(cursor, &buffers)?;
+        let kernel = Loops { name, buffers, body };
+        if let Err(unfit) = typed(&kernel) {
+            cursor.at = start;
+            return Err(unfit.0);
+        }
+        kernels.push(kernel);
+    }
+    Ok(kernels)
+}
+
+/// A name in quotes, with Rust's escapes.
+fn quoted(cursor: &mut Cursor) -> Parsed<String> {
+    cursor.expect("\"")?;
+    let mut name = String::new();
+    loop {
+        let rest = &cursor.text[cursor.at..];
+        let next = rest.chars().next().ok_or("a name does not end")?;
+        let (taken, c) = match next {
+            '"' => {
+                cursor.at += 1;
+                return Ok(name);
+            }
+            '\\' => escape(rest).ok_or("no such escape")?,
+            c => (c.len_utf8(), c),
+        };
+        name.push(c);
+        cursor.at += taken;
+    }
+}
+
+/// The character of an escape, and how long the escape is.
+fn escape(text: &str) -> Option<(usize, char)> {
+    Some(match text.chars().nth(1)? {
+        'n' => (2, '\n'),
+        'r' => (2, '\r'),
+        't' => (2, '\t'),
+        '0' => (2, '\0'),
+        'u' => {
+            let code = text.strip_prefix("\\u{")?.split_once('}')?.0;
+            let c = char::from_u32(u32::from_str_radix(code, 16).ok()?)?;
+            ("\\u{}".len() + code.len(), c)
+        }
+        c @ ('"' | '\\' | '\'') => (2, c),
+        _ => return None,
+    })
+}
+
+/// Whether a buffer is declared here, not written: `b0 :`, not `b0[`.
+fn is_buffer(cursor: &mut Cursor) -> bool {
+    let word = cursor.peek().len();
+    cursor.rest()[word..].trim_start().starts_with(':')
+}
+
+fn dtype(cursor: &mut Cursor) -> Parsed<DType> {
+    cursor.one("dtype", DType::from_name)
+}
+
+fn buffer(cursor: &mut Cursor, next: usize) -> Parsed<Buffer> {
+    cursor.one("buffer in order", |word| (digits(word, 'b')? == next.to_string()).then_some(()))?;
+    cursor.expect(":")?;
+    let dtype = dtype(cursor)?;
+    cursor.expect("[")?;
+    let len = cursor.number("length")?;
+    cursor.expect("]")?;
+    let known = |word: &str| {
+        ["register", "arg", "scratch", "out", "none"].into_iter().find(|known| *known == word)
+    };
+    let (scope, param) = match cursor.one("kind of buffer", known)? {
+        "register" => (Scope::Register, Param::None),
+        "arg" => (Scope::Global, Param::Arg(cursor.number("number")?)),
+        "scratch" => (Scope::Global, Param::Scratch(cursor.number("number")?)),
+        "out" => (Scope::Global, Param::Out),
+        _ => (Scope::Global, Param::None),
+    };
+    Ok(Buffer { dtype, len, scope, param })
+}
+
+/// Statements up to the end of their block.
+fn statements(cursor: &mut Cursor, buffers: &[Buffer]) -> Parsed<Vec<Stmt>> {
+    let mut body = Vec::new();
+    while !cursor.eat("}") {
+        if cursor.rest().is_empty() {
+            return Err("a block does not end".into());
+        }
+        body.push(cursor.nested(|cursor| stmt(cursor, buffers))?);
+    }
+    Ok(body)
+}
+
+fn stmt(cursor: &mut Cursor, buffers: &[Buffer]) -> Parsed<Stmt> {
+    let kind = match cursor.peek() {
+        "for" => Kind::Serial,
+        "parallel" => Kind::Parallel,
+        "vector" => Kind::Vector,
+        "unroll" => Kind::Unroll,
+        "if" => {
+            cursor.word();
+            let condition = value(cursor, buffers)?;
+            cursor.expect("{")?;
+            let then = statements(cursor, buffers)?;
+            cursor.expect("else")?;
+            cursor.expect("{")?;
+            return Ok(Stmt::If { condition, then, other: statements(cursor, buffers)? });
+        }
+        _ => {
+            let (buffer, place) = element(cursor, buffers)?;
+            cursor.expect("=")?;
+            return Ok(Stmt::Store { buffer, place, value: value(cursor, buffers)? });
+        }
+    };
+    cursor.word();
+    let var = cursor.numbered('i', "loop variable")?;
+    cursor.expect("in")?;
+    let extent = cursor.number("number of turns")?;
+    cursor.expect("{")?;
+    Ok(Stmt::For { var, extent, kind, body: statements(cursor, buffers)? })
+}
+
+fn buffer_id(cursor: &mut Cursor, buffers: &[Buffer]) -> Parsed<usize> {
+    let known = |word: &str| digits(word, 'b')?.parse().ok().filter(|&n| n < buffers.len());
+    cursor.one("buffer of this kernel", known)
+}
+
+/// `b0[8*i0 + i1]`
+fn element(cursor: &mut Cursor, buffers: &[Buffer]) -> Parsed<(usize, Place)> {
+    let buffer = buffer_id(cursor, buffers)?;
+    cursor.expect("[")?;
+    let mut place = Place::affine(Affine::default());
+    loop {
+        // The part from data comes last.
+        if !term(cursor, &mut place.affine)? {
+            place.dynamic = Some(Arc::new(value(cursor, buffers)?));
+            break;
+        }
+        if !cursor.eat("+") {
+            break;
+        }
+    }
+    cursor.expect("]")?;
+    Ok((buffer, place))
+}
+
+/// Adds a term (`8*i0`, `i0` or `8`) to an index; gives whether there is one.
+fn term(cursor: &mut Cursor, index: &mut Affine) -> Parsed<bool> {
+    let var = |word: &str| -> Option<Var> { digits(word, 'i')?.parse().ok() };
+    let start = cursor.at;
+    let word = cursor.peek();
+    if digits(word, 'i').is_some() && !cursor.rest()[word.len()..].starts_with('(') {
+        let var = cursor.one("loop variable", var)?;
+        return add_term(index, var, 1).map(|()| true);
+    }
+    if !cursor.rest().starts_with(|c: char| c.is_ascii_digit() || c == '-') {
+        return Ok(false);
+    }
+    let Ok(number) = cursor.number::<i64>("index") else { return Ok(false) };
+    if cursor.eat("*") {
+        let var = cursor.one("loop variable", var)?;
+        return add_term(index, var, number).map(|()| true);
+    }
+    // A literal such as `8:i64` or `0.5:f32` is a value.
+    if cursor.rest().starts_with([':', '.', 'e', 'E']) {
+        cursor.at = start;
+        return Ok(false);
+    }
+    index.offset = index.offset.checked_add(number).ok_or("an index is too large")?;
+    Ok(true)
+}
+
+fn add_term(index: &mut Affine, var: Var, coefficient: i64) -> Parsed<()> {
+    if index.coefficient(var.into()) != 0 {
+        return Err(format!("i{var} occurs twice"));
+    }
+    *index = std::mem::take(index).plus(var.into(), coefficient);
+    Ok(())
+}
+
+/// An index without a part from data.
+fn index(cursor: &mut Cursor) -> Parsed<Affine> {
+    let mut index = Affine::default();
+    loop {
+        if !term(cursor, &mut index)? {
+            return Err("an index is missing".into());
+        }
+        if !cursor.eat("+") {
+            return Ok(index);
+        }
+    }
+}
+
+fn value(cursor: &mut Cursor, buffers: &[Buffer]) -> Parsed<Expr> {
+    cursor.nested(|cursor| {
+        let word = cursor.peek();
+        if digits(word, 'b').is_some() {
+            let (buffer, place) = element(cursor, buffers)?;
+            return Ok(Expr::Load(buffer, place));
+        }
+        let rest = &cursor.rest()[word.len()..];
+        if word.is_empty() || !rest.starts_with('(') {
+            return literal(cursor);
+        }
+        call(cursor, word, buffers)
+    })
+}
+
+/// `1.5:f32`, `-inf:f64` or `3:i64`
+fn literal(cursor: &mut Cursor) -> Parsed<Expr> {
+    let word = cursor.span(|c| c.is_ascii_alphanumeric() || c == '-' || c == '+' || c == '.');
+    let start = cursor.at;
+    cursor.at += word.len();
+    cursor.eat(":");
+    let dtype = dtype(cursor);
+    let number = match &dtype {
+        Ok(dtype) if dtype.is_float() => word.parse().ok().map(Number::Float),
+        Ok(_) => word.parse().ok().map(Number::Int),
+        Err(_) => None,
+    };
+    match (dtype, number) {
+        (Ok(dtype), Some(number)) => Ok(Expr::Const(dtype, number)),
+        _ => {
+            cursor.at = start;
+            Err("a value is missing".into())
+        }
+    }
+}
+
+fn call(cursor: &mut Cursor, name: &str, buffers: &[Buffer]) -> Parsed<Expr> {
+    let start = cursor.at;
+    cursor.at += name.len();
+    cursor.expect("(")?;
+    let fold = |word: &str| -> Option<ReduceFn> {
+        let name = word.strip_prefix("fold_")?;
+        ReduceFn::ALL.iter().find(|f| f.1 == name).map(|f| f.0)
+    };
+    let e = if name == "index" {
+        Expr::Index(index(cursor)?)
+    } else if let Some(f) = fold(name) {
+        Expr::Fold(f, buffer_id(cursor, buffers)?)
+    } else {
+        let mut args = vec![Arc::new(value(cursor, buffers)?)];
+        while args.len() < 3 && cursor.eat(",") {
+            args.push(Arc::new(value(cursor, buffers)?));
+        }
+        match apply(name, &args) {
+            Some(e) => e,
+            None => {
+                cursor.at = start;
+                return Err(format!("no function of {} values is called `{name}`", args.len()));
+            }
+        }
+    };
+    cursor.expect(")")?;
+    Ok(e)
+}
+
+/// The function of that name and that many values.
+fn apply(name: &str, args: &[Arc<Expr>]) -> Option<Expr> {
+    Some(match args {
+        [x] => match UnaryFn::ALL.iter().find(|f| f.1 == name) {
+            Some((f, _)) => Expr::Unary(*f, x.clone()),
+            None => Expr::Cast(DType::from_name(name)?, x.clone()),
+        },
+        [x, y] => {
+            let f = BinaryFn::ALL.iter().find(|f| f.1 == name)?.0;
+            Expr::Binary(f, x.clone(), y.clone())
+        }
+        [x, y, z] if name == "select" => Expr::Select(x.clone(), y.clone(), z.clone()),
+        [x, y, z] if name == "fma" => Expr::Fma(x.clone(), y.clone(), z.clone()),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RELU: &str = r#"kernel "a \"relu\"\u{7}" {
+  b0 : f32[1024] arg 0
+  b1 : i64[4] scratch 1
+  b2 : f32[8] register
+  b3 : f32[1024] out
+  parallel i0 in 128 {
+    vector i8 in 8 {
+      b2[i8] = fma(b0[8*i0 + i8], -0.0:f32, NaN:f32)
+      b3[-8*i0 + i8 + 1016] = max(b0[i0 + -1 + index(8*i8)], inf:f32)
+    }
+    if lt(index(i0 + -3), 9223372036854775807:i64) {
+      b3[0 + i64(fold_sum(b2))] = select(true_is(), 1e-45:f32, 1e300:f32)
+    } else {
+    }
+  }
+}
+"#;
+
+    fn relu() -> String {
+        RELU.replace("true_is()", "ne(b1[2 + b1[0]], 1:i64)")
+    }
+
+    #[test]
+    fn text_parses_back() {
+        let kernels = parse(&relu()).unwrap();
+        assert_eq!(print(&kernels[0]), relu());
+        assert_eq!(kernels[0].name, "a \"relu\"\u{7}");
+        let twice = parse(&(relu() + "\n" + &relu())).unwrap();
+        assert_eq!(format!("{twice:?}"), format!("{:?}", [&kernels[..], &kernels[..]].concat()));
+    }
+
+    #[test]
+    fn errors_say_where() {
+        let start = "kernel \"k\" {\n  b0 : f32[8] out\n";
+        for (body, place, why) in [
+            ("  b1[0] = 1.0:f32", "line 3, column 3", "`b1` is no buffer of this kernel"),
+            ("  b0[i256] = 1.0:f32", "line 3, column 6", "`i256` is no loop variable"),
+            ("  b0[i0 + i0] = 1.0:f32", "line 3, column 13", "i0 occurs twice"),
+            ("  b0[0] = 1.0:f31", "line 3, column 11", "a value is missing"),
+            ("  b0[0] = foo(1.0:f32)", "line 3, column 11", "no function of 1 values"),
+            ("  b0[0] = max(1.0:f32)", "line 3, column 11", "no function of 1 values"),
+            ("  b0[0] = 1:i64", "line 1, column 8", "holds f32"),
+            ("  b0[0] = add(1.0:f32, 1.0:f64)", "line 1, column 8", "f32 and f64"),
+            ("  for i0 in 3 {", "line 5, column 1", "a block does not end"),
+        ] {
+            let error = parse(&format!("{start}{body}\n}}\n")).expect_err(body);
+            let d = &error.diagnostics[0];
+            assert_eq!(d.tensor.as_deref(), Some(place), "{body}: {error}");
+            assert!(d.message.contains(why), "{body}: {error}");
+        }
+    }
+
+    #[test]
+    fn nothing_panics() {
+        let text = relu();
+        for end in (1..text.len() - 1).filter(|&e| text.is_char_boundary(e)) {
+            assert!(parse(&text[..end]).is_err(), "{end}");
+        }
+        let mut state = 1u64;
+        for _ in 0..5_000 {
+            let mut bytes = text.clone().into_bytes();
+            for _ in 0..3 {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                let at = (state >> 33) as usize % bytes.len();
+                bytes[at] = text.as_bytes()[(state >> 13) as usize % text.len()];
+            }
+            let _ = parse(&String::from_utf8_lossy(&bytes));
+        }
+        for deep in ["neg(", "b0[", "for i0 in 1 {", "if "] {
+            assert!(
+                parse(&format!("kernel \"k\" {{ b0 : f32[1] out {}", deep.repeat(99_999))).is_err()
+            );
+        }
     }
 }

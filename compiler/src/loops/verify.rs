@@ -2,9 +2,14 @@
 //! range of its loops. Generated code carries no bounds checks, so nothing is emitted unproven.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+
+use kiln_runtime::tensor::DType;
 
 use super::ir::{Expr, Kind, Loops, Number, Place, Stmt, Var};
-use crate::graph::op::{Affine, BinaryFn};
+use crate::graph::infer::infer;
+use crate::graph::op::{Affine, BinaryFn, Op, Type};
+use crate::graph::text::op_text;
 
 /// What is wrong with a kernel: a bug of the compiler.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,8 +17,82 @@ pub struct Unproven(pub String);
 
 /// Checks a kernel.
 pub fn verify(loops: &Loops) -> Result<(), Unproven> {
+    typed(loops)?;
     let mut check = Check { loops, ranges: HashMap::new() };
     check.block(&loops.body, true)
+}
+
+/// Checks that operands have the dtypes that their operations ask for, and values those of the
+/// buffers that they go to.
+pub fn typed(loops: &Loops) -> Result<(), Unproven> {
+    fn block(loops: &Loops, body: &[Stmt]) -> Result<(), Unproven> {
+        body.iter().try_for_each(|stmt| match stmt {
+            Stmt::For { body, .. } => block(loops, body),
+            Stmt::Store { buffer, place, value } => {
+                let holds = dtype(loops, &Expr::Load(*buffer, place.clone()))?;
+                let found = dtype(loops, value)?;
+                unless(found == holds, || format!("b{buffer} holds {holds}, not {found}"))
+            }
+            Stmt::If { condition, then, other } => {
+                let found = dtype(loops, condition)?;
+                unless(found == DType::Bool, || format!("a condition of {found}"))?;
+                block(loops, then)?;
+                block(loops, other)
+            }
+        })
+    }
+    block(loops, &loops.body)
+}
+
+fn unless(holds: bool, why: impl FnOnce() -> String) -> Result<(), Unproven> {
+    if holds { Ok(()) } else { Err(Unproven(why())) }
+}
+
+/// The dtype of a value whose parts all fit.
+fn dtype(loops: &Loops, e: &Expr) -> Result<DType, Unproven> {
+    let buffer = |n: usize| {
+        let buffer = loops.buffers.get(n);
+        buffer.ok_or_else(|| Unproven(format!("b{n} of {} buffers", loops.buffers.len())))
+    };
+    let apply = |op: Op, args: &[&Arc<Expr>]| {
+        let types = args.iter().map(|e| Ok(Type::new(dtype(loops, e)?, &[])));
+        let types: Vec<Type> = types.collect::<Result<_, Unproven>>()?;
+        let ty = infer(&op, &types.iter().collect::<Vec<_>>());
+        let ty = ty.map_err(|misfit| {
+            let names: Vec<String> = types.iter().map(|t| t.dtype.to_string()).collect();
+            let (op, names) = (op_text(&op), names.join(" and "));
+            Unproven(format!("{op} of {names} where {} is right", misfit.expected))
+        });
+        Ok(ty?.dtype)
+    };
+    Ok(match e {
+        Expr::Load(n, place) => {
+            if let Some(dynamic) = &place.dynamic {
+                let found = dtype(loops, dynamic)?;
+                unless(found == DType::I64, || format!("an index of {found}"))?;
+            }
+            buffer(*n)?.dtype
+        }
+        Expr::Index(_) => DType::I64,
+        Expr::Const(dtype, number) => {
+            let fits = matches!(number, Number::Float(_)) == dtype.is_float();
+            unless(fits, || format!("{number:?} as {dtype}"))?;
+            *dtype
+        }
+        Expr::Unary(f, x) => apply(Op::Unary(*f), &[x])?,
+        Expr::Binary(f, x, y) => apply(Op::Binary(*f), &[x, y])?,
+        Expr::Select(x, y, z) => apply(Op::Select, &[x, y, z])?,
+        Expr::Cast(to, x) => apply(Op::Cast(*to), &[x])?,
+        Expr::Fma(x, y, z) => {
+            apply(Op::Binary(BinaryFn::Mul), &[x, y])?;
+            apply(Op::Binary(BinaryFn::Add), &[x, z])?
+        }
+        Expr::Fold(_, n) => {
+            let lanes = buffer(*n)?.len;
+            unless(lanes.is_power_of_two(), || format!("a fold of {lanes} lanes"))?;
+            buffer(*n)?.dtype
+        }
+    })
 }
 
 struct Check<'a> {

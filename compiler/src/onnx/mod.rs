@@ -7,6 +7,7 @@ pub mod contraction;
 pub mod loss;
 pub mod norm;
 pub mod pointwise;
+#[rustfmt::skip]
 pub mod proto;
 pub mod quant;
 pub mod recurrent;
@@ -28,9 +29,8 @@ use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::op::{Shape, Type};
 use crate::graph::{Graph, NodeId, Origin};
 use call::Call;
-use proto::{
-    DimensionProto, DimensionValue, ModelProto, NodeProto, TensorTypeProto, ValueInfoProto,
-};
+use proto::tensor_shape_proto::{Dimension, dimension::Value as DimensionValue};
+use proto::{ModelProto, NodeProto, ValueInfoProto, type_proto};
 use tensor::{Files, dtype_of};
 
 /// Code of the diagnostic for an operand whose value decides a shape and is not known.
@@ -207,7 +207,7 @@ impl Import<'_> {
         input: &ValueInfoProto,
         name: &str,
     ) -> std::result::Result<Type, Diagnostic> {
-        let tensor = input.r#type.as_ref().and_then(|t| t.tensor_type.as_ref());
+        let tensor = tensor_type(input);
         let tensor = tensor.ok_or_else(|| {
             Diagnostic::new("K0105", "an input that is no tensor")
                 .help("sequences, maps and optionals are not supported")
@@ -224,12 +224,12 @@ impl Import<'_> {
         }
     }
 
-    fn extents(&self, tensor: &TensorTypeProto) -> std::result::Result<Shape, Diagnostic> {
+    fn extents(&self, tensor: &type_proto::Tensor) -> std::result::Result<Shape, Diagnostic> {
         let shape = tensor.shape.as_ref().ok_or_else(|| {
             Diagnostic::new("K0105", "an input of unknown rank")
                 .help("export the model with the shapes of its inputs")
         })?;
-        let extent = |(axis, dim): (usize, &DimensionProto)| match &dim.value {
+        let extent = |(axis, dim): (usize, &Dimension)| match &dim.value {
             Some(DimensionValue::DimValue(n)) => usize::try_from(*n)
                 .map_err(|_| Diagnostic::new("K0105", "a negative extent").found(n.to_string())),
             Some(DimensionValue::DimParam(name)) => self.dim(name, axis),
@@ -370,4 +370,15 @@ pub struct OpRow {
 pub fn ops() -> Vec<OpRow> {
     let row = |o: &table::Operator| OpRow { name: o.name, since: o.since, until: table::NEWEST };
     table::OPERATORS.iter().map(row).collect()
+}
+
+/// The tensor type of an input or output, where it is one.
+pub fn tensor_type(value: &ValueInfoProto) -> Option<&type_proto::Tensor> {
+    match value.r#type.as_ref()?.value.as_ref()? {
+        type_proto::Value::TensorType(tensor) => Some(tensor),
+        type_proto::Value::SequenceType(_)
+        | type_proto::Value::MapType(_)
+        | type_proto::Value::OptionalType(_)
+        | type_proto::Value::SparseTensorType(_) => None,
+    }
 }

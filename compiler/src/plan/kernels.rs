@@ -58,6 +58,8 @@ pub struct Program {
     pub slots: Vec<Slot>,
     /// Slot of each output.
     pub outputs: Vec<usize>,
+    /// Slot of each node of the graph.
+    pub values: Vec<usize>,
 }
 
 /// Lowers every kernel of a graph.
@@ -66,13 +68,12 @@ pub fn program(graph: &Verified<Graph>, target: Target) -> Result<Program> {
         graph,
         target,
         program: Program::default(),
-        slot_of: Vec::new(),
         known: HashMap::new(),
         problems: Vec::new(),
     };
     for id in graph.ids() {
         let slot = build.node(id);
-        build.slot_of.push(slot);
+        build.program.values.push(slot);
     }
     for (_, id) in &graph.outputs {
         let slot = build.output(*id)?;
@@ -88,7 +89,6 @@ struct Build<'a> {
     graph: &'a Graph,
     target: Target,
     program: Program,
-    slot_of: Vec<usize>,
     known: HashMap<[u8; 32], usize>,
     problems: Vec<Diagnostic>,
 }
@@ -105,10 +105,12 @@ impl Build<'_> {
         match &node.op {
             Op::Input(i) => self.slot(Source::Input(*i as usize), bytes, false),
             Op::Const(i) => self.slot(Source::Const(*i as usize), bytes, true),
-            Op::Reshape(_) => self.slot_of[node.args[0].index()],
+            Op::Reshape(_) => self.program.values[node.args[0].index()],
             Op::Fused(body) => {
-                let constant =
-                    node.args.iter().all(|a| self.program.slots[self.slot_of[a.index()]].constant);
+                let constant = node
+                    .args
+                    .iter()
+                    .all(|a| self.program.slots[self.program.values[a.index()]].constant);
                 let out = self.slot(Source::Made, bytes, constant);
                 match self.lower(id, *body as usize) {
                     Ok(lowered) => self.launches(id, lowered, out),
@@ -132,7 +134,7 @@ impl Build<'_> {
         let constant_args: Vec<bool> = node
             .args
             .iter()
-            .map(|a| self.program.slots[self.slot_of[a.index()]].constant)
+            .map(|a| self.program.slots[self.program.values[a.index()]].constant)
             .collect();
         let body = &self.graph.bodies[body];
         let info = (scalars.as_slice(), constant_args.as_slice());
@@ -163,7 +165,7 @@ impl Build<'_> {
                 .iter()
                 .filter(|b| b.scope == Scope::Global)
                 .map(|b| match b.param {
-                    Param::Arg(i) => self.slot_of[node.args[i].index()],
+                    Param::Arg(i) => self.program.values[node.args[i].index()],
                     Param::Scratch(i) => scratch[i],
                     Param::Out | Param::None => out,
                 })
@@ -200,7 +202,7 @@ impl Build<'_> {
     /// The slot of an output: its own memory, written by a kernel. Inputs, constants and values
     /// that are output twice are copied.
     fn output(&mut self, id: NodeId) -> Result<usize> {
-        let slot = self.slot_of[id.index()];
+        let slot = self.program.values[id.index()];
         let own = self.program.slots[slot].source == Source::Made
             && !self.program.slots[slot].constant
             && !self.program.outputs.contains(&slot);
@@ -226,7 +228,7 @@ fn kernel_slots(kernel: &Loops, from: usize, to: usize) -> Vec<usize> {
 }
 
 /// The slot that a kernel writes: of its result, or of its scratch where it only packs.
-fn written_slot(kernel: &Loops, slots: &[usize]) -> Option<usize> {
+pub fn written_slot(kernel: &Loops, slots: &[usize]) -> Option<usize> {
     let global: Vec<Param> =
         kernel.buffers.iter().filter(|b| b.scope == Scope::Global).map(|b| b.param).collect();
     let out = global.iter().position(|p| *p == Param::Out);

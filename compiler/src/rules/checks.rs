@@ -386,6 +386,8 @@ fn check_compiled(graph: &Graph, tolerance: f64, what: &str) {
     for wide in [false, true] {
         let compiler = crate::Compiler::new().wide(wide);
         let kernels = compiler.optimise(graph).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let program = compiler.lower(&kernels).unwrap_or_else(|e| panic!("{what}: {e}"));
+        crate::tests::check_loops(&kernels, &program, &inputs, (&expected, tolerance));
         let executable = compiler.build(&kernels).unwrap_or_else(|e| panic!("{what}: {e}"));
         let named: Vec<(&str, TensorView)> =
             graph.inputs.iter().zip(&tensors).map(|((n, _), t)| (n.as_str(), t.view())).collect();
@@ -440,7 +442,7 @@ fn random_graphs_keep_their_values() {
 
 #[test]
 fn random_graphs_compile() {
-    for seed in 2000..2060 {
+    for seed in 2000..2400 {
         let graph = Random::new(seed, DType::F32).finish();
         check_compiled(&graph, 1e-3, &format!("seed {seed}"));
     }

@@ -1,7 +1,9 @@
 //! What a body computes, and so which loops it gets: the legality of fusion, in one place.
 
+use kiln_runtime::tensor::DType;
+
 use crate::graph::Node;
-use crate::graph::op::{Op, Type};
+use crate::graph::op::{BinaryFn, Op, Type, UnaryFn};
 
 /// Operations of a body at most.
 pub const MAX_OPS: usize = 48;
@@ -149,7 +151,28 @@ impl Body<'_> {
             Op::Reshape(to) => self.args(n).all(|a| only_splits(&self.ty(a).shape, to)),
             _ => false,
         });
-        views && self.is_epilogue(contract)
+        views && self.is_epilogue(contract) && self.is_vector(contract, &above)
+    }
+
+    /// Whether what follows a contraction of f32 runs in vector lanes, as the contraction does.
+    fn is_vector(&self, contract: usize, above: &[usize]) -> bool {
+        let float = |n: usize| self.ty(n).dtype == DType::F32;
+        let compares = |n: usize| matches!(self.op(n), Op::Binary(f) if f.is_comparison());
+        let mut after = above.iter().filter(|&&n| n != contract);
+        !float(contract)
+            || float(self.nodes.len() - 1)
+                && after.all(|&n| match self.op(n) {
+                    Op::Cast(_) | Op::Unary(UnaryFn::Not) => false,
+                    Op::Binary(f) => {
+                        let scalar = [BinaryFn::Pow, BinaryFn::Rem];
+                        !scalar.contains(f) && self.args(n).all(float)
+                    }
+                    Op::Select => {
+                        let condition = self.args(n).next();
+                        condition.is_some_and(compares) && self.args(n).skip(1).all(float)
+                    }
+                    _ => true,
+                })
     }
 
     fn is_inline(&self, reduce: usize) -> bool {

@@ -6,6 +6,7 @@ pub mod compile;
 pub mod doctor;
 pub mod explain;
 pub mod inspect;
+pub mod locate;
 pub mod ops;
 pub mod run;
 pub mod shell;
