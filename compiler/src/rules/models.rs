@@ -139,8 +139,8 @@ fn a_residual_block() {
     let graph = net.finish(y);
     check_compiled(&graph, 1e-3, "residual block");
     let graph = check_optimised(&graph, 1e-4, "residual block");
-    // Seven convolutions with all that follows them, less one pair over the same value, two borders,
-    // and the layout at one end.
+    // Seven convolutions with all that follows them, less one pair over the same value, two
+    // borders, and the layout at one end.
     assert!(kernels(&graph) <= 9, "{} kernels\n{}", kernels(&graph), text::print(&graph));
 }
 
