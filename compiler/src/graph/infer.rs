@@ -2,7 +2,7 @@
 
 use kiln_runtime::tensor::{DType, size_bytes};
 
-use super::op::{BinaryFn, Contract, Op, Shape, Type, UnaryFn};
+use super::op::{BinaryFn, Contract, Op, ReduceFn, Shape, Type, UnaryFn};
 
 /// What an operation asked for and what it got.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,7 +118,8 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
             shape.extend_from_slice(&args[0].shape[axis + 1..]);
             Ok(Type { dtype: args[0].dtype, shape })
         }
-        Op::Scatter(_) => {
+        Op::Scatter(f) => {
+            f.map_or(Ok(()), |f| folds(f, args[0]))?;
             ensure(is_index(args[1].dtype), "i32 or i64 indices", args[1].dtype)?;
             ensure(
                 args[1].rank() == 1 && args[0].rank() >= 1,
@@ -131,7 +132,8 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
             ensure(args[2].dtype == args[0].dtype, args[0].dtype.name(), args[2].dtype)?;
             Ok(args[0].clone())
         }
-        Op::Reduce(_, axes) => {
+        Op::Reduce(f, axes) => {
+            folds(*f, args[0])?;
             let fits = axes.windows(2).all(|w| w[0] < w[1])
                 && axes.iter().all(|&a| (a as usize) < args[0].rank());
             ensure(fits, "ascending axes of the operand", axes)?;
@@ -139,7 +141,8 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
             axes.iter().for_each(|&a| shape[a as usize] = 1);
             Ok(Type { dtype: args[0].dtype, shape })
         }
-        Op::Scan(_, axis) => {
+        Op::Scan(f, axis) => {
+            folds(*f, args[0])?;
             ensure((*axis as usize) < args[0].rank(), "an axis of the operand", axis)?;
             Ok(args[0].clone())
         }
@@ -149,6 +152,11 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
             Ok(args[0].clone())
         }
     }
+}
+
+/// What is folded is an operand of the function that it is folded with.
+fn folds(f: ReduceFn, x: &Type) -> Result<(), Misfit> {
+    binary(f.binary(), x, x).map(|_| ())
 }
 
 fn is_index(dtype: DType) -> bool {
@@ -184,7 +192,9 @@ fn binary(f: BinaryFn, x: &Type, y: &Type) -> Result<Type, Misfit> {
         BinaryFn::And | BinaryFn::Or | BinaryFn::Xor => {
             ensure(!x.dtype.is_float(), "bools or integers", x.dtype)?
         }
+        // Bools are ordered.
         BinaryFn::Eq | BinaryFn::Ne | BinaryFn::Lt | BinaryFn::Le => {}
+        BinaryFn::Max | BinaryFn::Min => {}
         _ => ensure(x.dtype != DType::Bool, "numbers", x.dtype)?,
     }
     let dtype = if f.is_comparison() { DType::Bool } else { x.dtype };
