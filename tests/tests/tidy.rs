@@ -9,6 +9,14 @@ const LONG_FILES: &[(&str, &str)] = &[
     ("compiler/src/rules/table.rs", "all rules, with their table"),
 ];
 const FILE_LINES: usize = 600;
+
+/// Functions longer than the guide, each with its reason.
+const LONG_FUNCTIONS: &[(&str, &str, &str)] = &[
+    ("compiler/src/graph/infer.rs", "infer_unchecked", "an arm for each operation of the graph"),
+    ("compiler/src/rules/tests.rs", "grow", "random graphs: an arm for each kind of node"),
+];
+const FUNCTION_LINES: usize = 70;
+
 const LINE_COLUMNS: usize = 100;
 
 /// Folders of the compiler in the order of the pipeline: each imports only from those before it.
@@ -79,6 +87,81 @@ fn excuses_are_needed() {
     for (name, reason) in LONG_FILES {
         let text = &sources.iter().find(|s| s.0 == *name).expect("the file is there").1;
         assert!(text.lines().count() > FILE_LINES * 9 / 10, "{name} is short now: {reason}");
+    }
+}
+
+/// Functions of a file with their lengths: rustfmt ends each at the indent at which it begins.
+fn functions(text: &str) -> Vec<(String, usize)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (at, line) in lines.iter().enumerate() {
+        let indent = line.len() - line.trim_start().len();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let Some(key) = words.iter().position(|w| *w == "fn") else { continue };
+        let before = ["pub", "pub(super)", "pub(crate)", "unsafe", "const", "extern", "\"C\""];
+        if !words[..key].iter().all(|w| before.contains(w)) {
+            continue;
+        }
+        let name = words.get(key + 1).copied().unwrap_or_default();
+        let name = name.split(['(', '<']).next().unwrap_or_default().to_string();
+        let close = format!("{}}}", " ".repeat(indent));
+        // The header ends where a body begins, or without one, or with one of a line.
+        let header = lines[at..].iter().find(|l| l.ends_with(['{', ';', '}']));
+        let length = match header {
+            Some(line) if line.ends_with('{') => {
+                lines[at..].iter().position(|l| *l == close).map_or(1, |n| n + 1)
+            }
+            _ => 1,
+        };
+        found.push((name, length));
+    }
+    found
+}
+
+#[test]
+fn functions_are_short() {
+    let mut problems = Vec::new();
+    let mut excused = vec![false; LONG_FUNCTIONS.len()];
+    for (file, text) in sources() {
+        for (name, length) in functions(&text).into_iter().filter(|f| f.1 > FUNCTION_LINES) {
+            match LONG_FUNCTIONS.iter().position(|l| (l.0, l.1) == (file.as_str(), name.as_str())) {
+                Some(at) => excused[at] = true,
+                None => problems.push(format!("{file}: {name} has {length} lines")),
+            }
+        }
+    }
+    for ((file, name, reason), _) in LONG_FUNCTIONS.iter().zip(excused).filter(|e| !e.1) {
+        problems.push(format!("{file}: {name} is short now: {reason}"));
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+#[test]
+fn lengths_of_functions_are_seen() {
+    let text = "fn a() {\n    b();\n}\n    pub fn c(\n    ) -> T {\n        d;\n    }\nfn e();\n";
+    let want = [("a".to_string(), 3), ("c".to_string(), 4), ("e".to_string(), 1)];
+    assert_eq!(functions(text), want);
+}
+
+/// `missing_docs` and the other lints of the workspace hold where a manifest asks for them.
+#[test]
+fn every_package_has_the_lints_of_the_workspace() {
+    let manifest = std::fs::read_to_string(root().join("Cargo.toml")).expect("the workspace");
+    assert!(manifest.contains("missing_docs = \"deny\""));
+    let members = manifest.lines().find(|l| l.starts_with("members")).expect("members");
+    for member in members.split('"').skip(1).step_by(2) {
+        let path = root().join(member).join("Cargo.toml");
+        let text = std::fs::read_to_string(&path).expect("a manifest");
+        assert!(text.contains("[lints]\nworkspace = true"), "{member} has lints of its own");
+    }
+}
+
+/// Tests that hold every rule to fire go over the table itself: no list of names can be old.
+#[test]
+fn every_rule_is_tested_for_soundness() {
+    for file in ["compiler/src/rules/tests.rs", "compiler/src/rules/checks.rs"] {
+        let text = std::fs::read_to_string(root().join(file)).expect("tests of the rules");
+        assert!(text.contains("for rule in RULES") && text.contains("fired[rule.name]"), "{file}");
     }
 }
 

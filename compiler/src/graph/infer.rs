@@ -184,7 +184,9 @@ fn binary(f: BinaryFn, x: &Type, y: &Type) -> Result<Type, Misfit> {
         BinaryFn::And | BinaryFn::Or | BinaryFn::Xor => {
             ensure(!x.dtype.is_float(), "bools or integers", x.dtype)?
         }
+        // Bools are ordered.
         BinaryFn::Eq | BinaryFn::Ne | BinaryFn::Lt | BinaryFn::Le => {}
+        BinaryFn::Max | BinaryFn::Min => {}
         _ => ensure(x.dtype != DType::Bool, "numbers", x.dtype)?,
     }
     let dtype = if f.is_comparison() { DType::Bool } else { x.dtype };

@@ -136,7 +136,9 @@ impl Run<'_> {
                 while lanes.len() > 1 {
                     let (low, high) = lanes.split_at(lanes.len() / 2);
                     let pairs = low.iter().zip(high);
-                    lanes = pairs.map(|(x, y)| scalar::binary(f.binary(dtype), dtype, *x, *y)).collect();
+                    lanes = pairs
+                        .map(|(x, y)| scalar::binary(f.binary(dtype), dtype, *x, *y))
+                        .collect();
                 }
                 lanes[0]
             }

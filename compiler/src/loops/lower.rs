@@ -457,7 +457,9 @@ impl<'a> Lower<'a> {
         let new = self.value(z, &index)?;
         let value = match f {
             None => (*new).clone(),
-            Some(f) => Expr::Binary(f.binary(ty.dtype), Arc::new(Expr::Load(out, place.clone())), new),
+            Some(f) => {
+                Expr::Binary(f.binary(ty.dtype), Arc::new(Expr::Load(out, place.clone())), new)
+            }
         };
         let store = Stmt::Store { buffer: out, place, value };
         let guard =

@@ -489,7 +489,8 @@ fn reduce_lanes(
     let first = Stmt::Store { buffer: wide, place: Place::affine(at.clone()), value: start };
     let mut out = vec![each(vec![vector(vec![first])])];
     out.extend(wrap(&lower.extents, outer, body, 0));
-    let folded = Expr::Binary(f.binary(DType::F32), cell_value(cell), Arc::new(Expr::Fold(f, wide)));
+    let folded =
+        Expr::Binary(f.binary(DType::F32), cell_value(cell), Arc::new(Expr::Fold(f, wide)));
     let zero = Place::affine(Affine::default());
     out.push(Stmt::Store { buffer: cell, place: zero, value: folded });
     Ok(out)

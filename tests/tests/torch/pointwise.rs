@@ -94,7 +94,7 @@ const BINARY: [Binary; 15] = [
     (BinaryFn::Add, |x, y| x + y),
     (BinaryFn::Sub, |x, y| x - y),
     (BinaryFn::Mul, |x, y| x * y),
-    (BinaryFn::Div, |x, y| divide(x, y, |x, y| quotient(x, y))),
+    (BinaryFn::Div, |x, y| divide(x, y, quotient)),
     (BinaryFn::Rem, |x, y| divide(x, y, |x, y| x.fmod_tensor(y))),
     (BinaryFn::Max, |x, y| x.maximum(y)),
     (BinaryFn::Min, |x, y| x.minimum(y)),

@@ -185,7 +185,7 @@ pub fn sin<M: Machine>(calc: &mut Calc<M>, x: &V<M>, quarter: f64) -> Emitted<V<
     // Coefficients of x - x^3/3! + .. and 1 - x^2/2! + ..
     let series = |start: u32| -> Vec<f64> {
         let factorial = |n: u32| (1..=n).map(f64::from).product::<f64>();
-        let sign = |k: u32| if k % 2 == 0 { 1.0 } else { -1.0 };
+        let sign = |k: u32| if k.is_multiple_of(2) { 1.0 } else { -1.0 };
         (0..10).rev().map(|k| sign(k) / factorial(2 * k + start)).collect()
     };
     let sine = calc.poly(&square, &series(1))?;
