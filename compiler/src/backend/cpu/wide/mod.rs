@@ -7,8 +7,12 @@
 //! bytes, and what does not change in a loop is added to the base before it.
 
 mod address;
+#[cfg(test)]
+mod emulate;
 mod encode;
-mod isa;
+#[cfg(test)]
+mod graphs;
+pub mod isa;
 mod lanes;
 mod ssa;
 #[cfg(test)]
