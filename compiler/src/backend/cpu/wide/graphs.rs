@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use kiln_runtime::tensor::{DType, Tensor};
 
+use super::compile;
 use super::isa::{self, Level, Op as Instruction, Width};
 use super::tests::{LEVELS, try_agree};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
@@ -209,6 +210,47 @@ fn products_agree() {
     }
 }
 
+/// The texts of loops that have no other loop in them.
+fn innermost(asm: &str) -> Vec<String> {
+    let lines: Vec<(u64, &str)> = asm
+        .lines()
+        .filter_map(|line| line.trim_start().split_once(' '))
+        .map(|(at, text)| (u64::from_str_radix(at, 16).unwrap(), text))
+        .collect();
+    let mut loops = Vec::new();
+    let mut after = 0;
+    for (i, &(at, text)) in lines.iter().enumerate() {
+        let Some(to) = text.trim_start().strip_prefix("jne ") else { continue };
+        let to = u64::from_str_radix(to.trim_end_matches('h'), 16).unwrap();
+        let start = lines.partition_point(|l| l.0 < to);
+        if to < at && start >= after {
+            loops.push(lines[start..i].iter().map(|l| l.1).collect());
+            after = i;
+        }
+    }
+    loops
+}
+
+#[test]
+fn tiles_fill_the_registers() {
+    for (lanes, rows) in [(8, 5), (16, 12)] {
+        let registers = Level::of(lanes).unwrap().registers();
+        let optimised = optimise(&product(60, 48, 64, false), true).unwrap().graph;
+        let program = program(&optimised, Target { lanes, registers }).unwrap();
+        let tile = |kernel: &Loops| {
+            let held = kernel.buffers.iter().filter(|b| b.scope == Scope::Register);
+            held.map(|b| b.len).max().unwrap_or(0)
+        };
+        assert_eq!(program.kernels.iter().map(tile).max(), Some(rows * 2 * lanes));
+        for kernel in &program.kernels {
+            let asm = compile(kernel, lanes, true).unwrap().asm;
+            let sums = innermost(&asm);
+            assert!(sums.iter().any(|l| l.matches("vfmadd231ps").count() == rows * 2), "{asm}");
+            assert!(sums.iter().all(|l| !l.contains("[rsp")), "a loop spills\n{asm}");
+        }
+    }
+}
+
 /// The forms of the table that kernels of a level may contain.
 fn forms(level: Level) -> BTreeSet<String> {
     let name = |op: Instruction, width| format!("{:?}", op.code(level, width));
@@ -221,6 +263,13 @@ fn forms(level: Level) -> BTreeSet<String> {
 fn random_graphs_agree() {
     for lanes in LEVELS {
         let mut tally = Tally::default();
+        for (f, name) in UnaryFn::ALL.into_iter().filter(|f| f.0 != UnaryFn::Not) {
+            let mut graph = Graph::default();
+            let x = graph.input("x", Type::new(DType::F32, &[5, 129]));
+            let y = graph.unary(f, x, &name.into()).unwrap();
+            graph.outputs.push(("y".into(), y));
+            tally.graph(&graph, lanes);
+        }
         for seed in 0..120 {
             tally.graph(&random_graph(seed), lanes);
         }

@@ -138,6 +138,16 @@ impl Wide {
         (id, inside)
     }
 
+    /// A vector in a register of its own from here on. The allocator weighs a register over all
+    /// of its life: without this, an epilogue that is short of registers spills sums in the loop.
+    fn parted(&mut self, x: VReg) -> VReg {
+        if x.class() != RegClass::Float {
+            return x;
+        }
+        let (code, args) = (self.form(isa::MOVE, true), [self.part(0, true), self.part(1, true)]);
+        self.code.make(self.current, RegClass::Float, code, &args, &[x])
+    }
+
     /// Ends the innermost loop: its counters step, and one of them decides.
     fn end(&mut self, next: Vec<VReg>) {
         let Some(Open::Loop(id, mut first)) = self.open.pop() else {
@@ -206,7 +216,10 @@ impl Machine for Wide {
     fn loop_end(&mut self, next: &[Val]) -> Vec<Val> {
         let registers: Vec<VReg> = next.iter().map(|v| self.register(v)).collect();
         self.end(registers.clone());
-        next.iter().zip(registers).map(|(v, r)| v.like(r)).collect()
+        let carries = |open: &Open| matches!(open, Open::Loop(_, carried) if !carried.is_empty());
+        let last = !self.open.iter().any(carries);
+        let after = registers.into_iter().map(|r| if last { self.parted(r) } else { r });
+        next.iter().zip(after.collect::<Vec<_>>()).map(|(v, r)| v.like(r)).collect()
     }
 
     fn parallel_begin(&mut self) -> Int {
