@@ -92,6 +92,9 @@ fn bits(buffers: &[Vec<f32>]) -> Vec<Vec<u32>> {
     buffers.iter().map(|b| b.iter().map(bits).collect()).collect()
 }
 
+/// Runs a piece of a kernel on its buffers.
+type Piece<'a> = dyn FnMut(&mut [Vec<f32>], i64, i64) + 'a;
+
 /// What one kernel did in the model.
 pub struct Agreed {
     /// Its global buffers afterwards.
@@ -110,7 +113,7 @@ pub fn try_agree(loops: &Loops, lanes: usize, before: &[Vec<f32>], turns: i64) -
     let isa = clif::target_isa(&cpu.triple, &cpu.features, true).unwrap();
     let narrow = clif::compile(loops, &*isa, lanes, false).unwrap();
     let pieces = [0, turns / 3, turns / 2, turns];
-    let in_pieces = |run: &mut dyn FnMut(&mut [Vec<f32>], i64, i64)| {
+    let in_pieces = |run: &mut Piece| {
         let mut buffers = before.to_vec();
         for piece in pieces.windows(2).filter(|p| p[0] < p[1]) {
             run(&mut buffers, piece[0], piece[1]);
@@ -395,8 +398,8 @@ fn masks_that_do_not_fit_into_registers() {
             .collect();
         let mut body = Vec::new();
         for turn in 0..2 {
-            for k in 0..count {
-                let chosen = Expr::Select(masks[k].clone(), load(k), load((k + 1) % count));
+            for (k, mask) in masks.iter().enumerate() {
+                let chosen = Expr::Select(mask.clone(), load(k), load((k + 1) % count));
                 let place = lane(count * turn + k);
                 body.push(Stmt::Store { buffer: 1, place, value: chosen });
             }
