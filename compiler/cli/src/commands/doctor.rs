@@ -8,12 +8,8 @@ use crate::term::{Term, bytes};
 /// Finds out and prints; fails when compiled models cannot run here.
 pub fn run(term: &Term) -> Result<(), Failure> {
     let features = features();
-    let has = |name: &str| features.iter().any(|(feature, present)| *feature == name && *present);
-    let vectors = match () {
-        () if has("avx512f") => "512 bits",
-        () if has("avx2") && has("fma") => "256 bits",
-        () => "128 bits",
-    };
+    let lanes = kiln::backend::cpu::Cpu::host(true).target().lanes;
+    let vectors = format!("{} bits, {lanes} lanes of f32", 32 * lanes);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let memory = total_memory();
     let limits = kiln::Limits::default();
@@ -25,7 +21,7 @@ pub fn run(term: &Term) -> Result<(), Failure> {
         ("target", target()),
         ("processor", processor().unwrap_or_else(|| "unknown".into())),
         ("features", if listed.is_empty() { "none".into() } else { listed.join(" ") }),
-        ("vectors", vectors.to_string()),
+        ("vectors", vectors.clone()),
         ("threads", threads.to_string()),
         ("memory", memory.map_or("unknown".into(), bytes)),
         ("machine code", code_text.clone()),

@@ -7,6 +7,7 @@ pub mod math;
 mod math64;
 pub mod wide;
 
+use self::wide::isa::Level;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::loops::ir::Loops;
 use crate::loops::lower::Target;
@@ -18,7 +19,8 @@ pub struct Cpu {
     pub triple: String,
     /// Cranelift's names of the features in use.
     pub features: Vec<&'static str>,
-    /// Lanes of f32 in the wide emitter; 0 where only Cranelift emits.
+    /// Lanes of f32 in the wide emitter: 16 with AVX-512 F, BW, DQ and VL, 8 with AVX2 and FMA,
+    /// and 0 where only Cranelift emits.
     pub wide_lanes: usize,
 }
 
@@ -26,18 +28,37 @@ impl Cpu {
     /// The CPU that this runs on. `wide` allows vectors of more than 128 bits.
     pub fn host(wide: bool) -> Cpu {
         let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-        let features = host_features();
-        let avx2 = ["has_avx2", "has_fma"].iter().all(|f| features.contains(f));
-        Cpu { triple, features, wide_lanes: if wide && avx2 { 8 } else { 0 } }
+        let level = if wide { host_level() } else { None };
+        Cpu { triple, features: host_features(), wide_lanes: level.map_or(0, Level::lanes) }
     }
 
     /// What loops need to know of it.
     pub fn target(&self) -> Target {
-        match self.wide_lanes {
-            0 => Target { lanes: 4, registers: 11 },
-            lanes => Target { lanes, registers: if lanes == 16 { 32 } else { 16 } },
+        match Level::of(self.wide_lanes) {
+            None => Target { lanes: 4, registers: 11 },
+            Some(level) => Target { lanes: level.lanes(), registers: level.registers() },
         }
     }
+}
+
+/// The widest vectors that this CPU has and that the system saves.
+#[cfg(target_arch = "x86_64")]
+fn host_level() -> Option<Level> {
+    macro_rules! all {
+        ($($feature:tt),*) => { $(std::arch::is_x86_feature_detected!($feature))&&* };
+    }
+    let avx2 = all!("avx2", "fma");
+    let avx512 = avx2 && all!("avx512f", "avx512bw", "avx512dq", "avx512vl");
+    match (avx512, avx2) {
+        (true, _) => Some(Level::Avx512),
+        (false, true) => Some(Level::Avx2),
+        (false, false) => None,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn host_level() -> Option<Level> {
+    None
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -4,8 +4,9 @@ use iced_x86::{
     Code, Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, MemoryOperand, OpKind,
     Register,
 };
-use regalloc2::{Allocation, Block, Edit, Function, InstOrEdit, Output, RegClass};
+use regalloc2::{Allocation, Block, Edit, Function, InstOrEdit, Output, PReg, RegClass};
 
+use super::isa::{self, Level, Op, Width};
 use super::ssa::{Arg, Ask, CALLEE_SAVED, Flat, Step, Test, What};
 use crate::backend::cpu::emit::{Emitted, Unsupported};
 
@@ -46,7 +47,6 @@ fn number(place: Allocation) -> Emitted<usize> {
 struct Encoder<'a> {
     flat: &'a Flat,
     allocated: &'a Output,
-    vector_bytes: usize,
     pool: Vec<u32>,
     /// Branches go to blocks, constants lie at offsets in the pool, until all sizes are known.
     code: Vec<Instruction>,
@@ -57,16 +57,15 @@ struct Encoder<'a> {
 }
 
 /// Machine code of a function with its constants, and the size without them.
-pub fn encode(flat: &Flat, allocated: &Output, vector_bytes: usize) -> Emitted<(Vec<u8>, usize)> {
+pub fn encode(flat: &Flat, allocated: &Output) -> Emitted<(Vec<u8>, usize)> {
     let mut encoder = Encoder {
         flat,
         allocated,
-        vector_bytes,
         pool: Vec::new(),
         code: Vec::new(),
         starts: vec![0; flat.num_blocks()],
         saved: Vec::new(),
-        frame: (allocated.num_spillslots * 8).next_multiple_of(vector_bytes),
+        frame: (allocated.num_spillslots * 8).next_multiple_of(flat.level.bytes()),
     };
     encoder.find_saved();
     encoder.run()?;
@@ -75,10 +74,18 @@ pub fn encode(flat: &Flat, allocated: &Output, vector_bytes: usize) -> Emitted<(
     if !encoder.pool.is_empty() {
         bytes.resize(pool_at, 0xcc);
         for bits in &encoder.pool {
-            bytes.extend(bits.to_le_bytes().repeat(vector_bytes / 4));
+            bytes.extend(bits.to_le_bytes().repeat(pool_bytes(flat.level) / 4));
         }
     }
     Ok((bytes, size))
+}
+
+/// Bytes of a constant: AVX-512 spreads elements wherever it reads memory.
+fn pool_bytes(level: Level) -> usize {
+    match level {
+        Level::Avx2 => level.bytes(),
+        Level::Avx512 => 4,
+    }
 }
 
 fn refused(e: iced_x86::IcedError) -> Unsupported {
@@ -171,7 +178,7 @@ impl Encoder<'_> {
                 break offsets;
             }
         };
-        let pool_at = offsets[self.code.len()].next_multiple_of(self.vector_bytes);
+        let pool_at = offsets[self.code.len()].next_multiple_of(self.flat.level.bytes());
         let _ = encoder.take_buffer();
         for (i, instruction) in self.code.iter_mut().enumerate() {
             if is_branch(instruction) {
@@ -229,11 +236,14 @@ impl Encoder<'_> {
                     instruction.set_memory_index_scale(memory.scale);
                     instruction.set_memory_displ_size(memory.displ_size);
                     instruction.set_memory_displacement64(memory.displacement as u64);
+                    instruction.set_is_broadcast(memory.is_broadcast);
                 }
                 Out::Imm(kind, value) => {
                     instruction.set_op_kind(i, kind);
                     instruction.set_immediate_i64(i, value);
                 }
+                // Always behind the operands.
+                Out::Under(mask) => instruction.set_op_mask(mask),
             }
         }
         self.code.push(instruction);
@@ -250,7 +260,7 @@ impl Encoder<'_> {
             self.put(Code::Push_r64, &[R(register)]);
         }
         if self.frame > 0 {
-            let (size, align) = (self.frame as i64, -(self.vector_bytes as i64));
+            let (size, align) = (self.frame as i64, -(self.flat.level.bytes() as i64));
             self.put(
                 Code::Sub_rm64_imm32,
                 &[R(Register::RSP), Out::Imm(OpKind::Immediate32to64, size)],
@@ -278,44 +288,49 @@ impl Encoder<'_> {
 
     /// A move that the allocator asked for.
     fn shift(&mut self, from: Allocation, to: Allocation) -> Emitted<()> {
-        use Out::Register as R;
         let slot = |place: Allocation| {
-            place.as_stack().map(|slot| {
-                let bytes = 8 * slot.index() as i64;
-                Out::Memory(MemoryOperand::with_base_displ(Register::RSP, bytes))
-            })
+            let slot = place.as_stack().ok_or_else(lost)?;
+            let bytes = 8 * slot.index() as i64;
+            Ok(Out::Memory(MemoryOperand::with_base_displ(Register::RSP, bytes)))
         };
-        let int = |n: usize| R(GPR[n]);
-        let vector = |n: usize| R(row(Register::YMM0, n));
-        match (from.as_reg(), to.as_reg()) {
-            (Some(x), Some(y)) if x.class() == RegClass::Int => {
-                self.put(Code::Mov_r64_rm64, &[int(y.hw_enc()), int(x.hw_enc())]);
-            }
-            (Some(x), Some(y)) => {
-                let code = Code::VEX_Vmovaps_ymm_ymmm256;
-                self.put(code, &[vector(y.hw_enc()), vector(x.hw_enc())]);
-            }
-            (Some(x), None) => {
-                let Some(slot) = slot(to) else { return Err(lost()) };
-                match x.class() {
-                    RegClass::Int => self.put(Code::Mov_rm64_r64, &[slot, int(x.hw_enc())]),
-                    RegClass::Float | RegClass::Vector => {
-                        self.put(Code::VEX_Vmovaps_ymmm256_ymm, &[slot, vector(x.hw_enc())]);
-                    }
-                }
-            }
-            (None, Some(y)) => {
-                let Some(slot) = slot(from) else { return Err(lost()) };
-                match y.class() {
-                    RegClass::Int => self.put(Code::Mov_r64_rm64, &[int(y.hw_enc()), slot]),
-                    RegClass::Float | RegClass::Vector => {
-                        self.put(Code::VEX_Vmovaps_ymm_ymmm256, &[vector(y.hw_enc()), slot]);
-                    }
-                }
-            }
+        let (code, to, from) = match (from.as_reg(), to.as_reg()) {
+            (Some(x), Some(y)) => (self.moves(x.class()).0, self.whole(y), self.whole(x)),
+            (None, Some(y)) => (self.moves(y.class()).0, self.whole(y), slot(from)?),
+            (Some(x), None) => (self.moves(x.class()).1, slot(to)?, self.whole(x)),
             (None, None) => return Err(lost()),
-        }
+        };
+        self.put(code, &[to, from]);
         Ok(())
+    }
+
+    /// Moves into registers of a class, and from there to the stack.
+    fn moves(&self, class: RegClass) -> (Code, Code) {
+        let whole = |op: Op| op.code(self.flat.level, self.flat.level.width());
+        match class {
+            RegClass::Int => (Code::Mov_r64_rm64, Code::Mov_rm64_r64),
+            RegClass::Float => (whole(isa::MOVE), whole(isa::SPILL)),
+            RegClass::Vector => (Code::VEX_Kmovq_kr_km64, Code::VEX_Kmovq_m64_kr),
+        }
+    }
+
+    /// All of a register.
+    fn whole(&self, register: PReg) -> Out {
+        let number = register.hw_enc();
+        Out::Register(match register.class() {
+            RegClass::Int => GPR[number],
+            RegClass::Float => vector(self.flat.level.width(), number),
+            RegClass::Vector => row(Register::K0, number),
+        })
+    }
+
+    /// The place of a constant in the pool.
+    fn constant(&mut self, bits: u32) -> MemoryOperand {
+        let place = self.pool.iter().position(|&b| b == bits).unwrap_or_else(|| {
+            self.pool.push(bits);
+            self.pool.len() - 1
+        });
+        let offset = (place * pool_bytes(self.flat.level)) as i64;
+        MemoryOperand::with_base_displ(Register::RIP, offset)
     }
 
     fn operand(&mut self, arg: Arg, places: &[Allocation]) -> Emitted<Out> {
@@ -323,8 +338,9 @@ impl Encoder<'_> {
         Ok(match arg {
             Arg::Gpr(k) => Out::Register(GPR[at(k)?]),
             Arg::Gpr32(k) => Out::Register(row(Register::EAX, at(k)?)),
-            Arg::Xmm(k) => Out::Register(row(Register::XMM0, at(k)?)),
-            Arg::Ymm(k) => Out::Register(row(Register::YMM0, at(k)?)),
+            Arg::Vector(k, width) => Out::Register(vector(width, at(k)?)),
+            Arg::Mask(k) => Out::Register(row(Register::K0, at(k)?)),
+            Arg::Under(k) => Out::Under(row(Register::K0, at(k)?)),
             Arg::Imm(kind, value) => Out::Imm(kind, value),
             Arg::Memory(base, index, displacement) => {
                 let index = match index {
@@ -341,13 +357,10 @@ impl Encoder<'_> {
                 ))
             }
             Arg::Pool(bits) => {
-                let place = self.pool.iter().position(|&b| b == bits).unwrap_or_else(|| {
-                    self.pool.push(bits);
-                    self.pool.len() - 1
-                });
-                let offset = (place * self.vector_bytes) as i64;
-                Out::Memory(MemoryOperand::with_base_displ(Register::RIP, offset))
+                let is_broadcast = self.flat.level == Level::Avx512;
+                Out::Memory(MemoryOperand { is_broadcast, ..self.constant(bits) })
             }
+            Arg::Element(bits) => Out::Memory(self.constant(bits)),
         })
     }
 
@@ -446,6 +459,17 @@ enum Out {
     Register(Register),
     Memory(MemoryOperand),
     Imm(OpKind, i64),
+    /// The mask of the instruction.
+    Under(Register),
+}
+
+fn vector(width: Width, number: usize) -> Register {
+    let first = match width {
+        Width::Xmm => Register::XMM0,
+        Width::Ymm => Register::YMM0,
+        Width::Zmm => Register::ZMM0,
+    };
+    row(first, number)
 }
 
 fn lost() -> Unsupported {

@@ -1,9 +1,11 @@
-//! Arithmetic on values. Scalars lie in lane 0 and are computed as wide as all else.
+//! Arithmetic on values. Scalars lie in lane 0 and are computed in 128 bits.
 
 use iced_x86::{Code, OpKind};
 use regalloc2::{RegClass, VReg};
+use smallvec::{SmallVec, smallvec};
 
 use super::Wide;
+use super::isa::{self, Level, Op, Width};
 use super::ssa::{Arg, Ask};
 use crate::backend::cpu::emit::{Emitted, Unsupported};
 use crate::graph::op::{BinaryFn, UnaryFn};
@@ -65,110 +67,155 @@ fn byte(value: u8) -> Arg {
 }
 
 impl Wide {
+    /// The form of an instruction for lanes or for scalars.
+    pub fn form(&self, op: Op, wide: bool) -> Code {
+        op.code(self.level, self.width(wide))
+    }
+
+    fn width(&self, wide: bool) -> Width {
+        if wide { self.level.width() } else { Width::Xmm }
+    }
+
+    /// The operand in a vector register, or in the part of it that scalars take.
+    pub fn part(&self, place: u8, wide: bool) -> Arg {
+        Arg::Vector(place, self.width(wide))
+    }
+
+    /// The result of an instruction, a vector or a scalar.
+    pub fn value(&mut self, op: Op, wide: bool, args: &[Arg], uses: &[VReg]) -> Val {
+        let code = self.form(op, wide);
+        wide_or_one(wide, self.code.make(self.current, RegClass::Float, code, args, uses))
+    }
+
     /// The register of any value; literals get one here.
     pub fn register(&mut self, x: &Val) -> VReg {
-        match *x {
-            Val::One(r) | Val::Lanes(r) | Val::Int(r, _) => r,
-            Val::Number(value) => self.int(self.current, value),
+        let (op, args, width) = match *x {
+            Val::One(r) | Val::Lanes(r) | Val::Int(r, _) => return r,
+            Val::Number(value) => return self.int(self.current, value),
+            // Clears the rest of the register as well.
             Val::Literal(0, _) => {
-                let args = [Arg::Xmm(0), Arg::Xmm(0), Arg::Xmm(0)];
-                self.float(Code::VEX_Vxorps_xmm_xmm_xmmm128, &args, &[])
+                (isa::XOR, SmallVec::from_elem(Arg::Vector(0, Width::Xmm), 3), Width::Xmm)
             }
-            Val::Literal(bits, _) => {
-                let args = [Arg::Ymm(0), Arg::Pool(bits)];
-                self.float(Code::VEX_Vmovups_ymm_ymmm256, &args, &[])
+            Val::Literal(bits, wide) => {
+                let args = smallvec![self.part(0, wide), Arg::Element(bits)];
+                (isa::SPREAD, args, self.width(wide))
             }
-        }
+        };
+        let args: SmallVec<[Arg; 4]> = args;
+        self.code.make(self.current, RegClass::Float, op.code(self.level, width), &args, &[])
     }
 
     /// The register of a float.
     pub fn vector(&mut self, x: &Val) -> Emitted<VReg> {
         match x {
             Val::Int(..) | Val::Number(_) => Err(Unsupported("integers as floats".into())),
-            Val::One(_) | Val::Lanes(_) | Val::Literal(..) => Ok(self.register(x)),
+            Val::One(_) | Val::Lanes(_) | Val::Literal(..) => match self.register(x) {
+                mask if mask.class() != RegClass::Float => {
+                    Err(Unsupported("masks as floats".into()))
+                }
+                register => Ok(register),
+            },
         }
     }
 
-    fn float(&mut self, code: Code, args: &[Arg], uses: &[VReg]) -> VReg {
-        self.code.make(self.current, RegClass::Float, code, args, uses)
-    }
-
     /// The last operand of an instruction: from the pool where it is a literal.
-    fn last(&mut self, x: &Val, place: u8, uses: &mut Vec<VReg>) -> Emitted<Arg> {
+    fn last(&mut self, x: &Val, place: (u8, bool), uses: &mut Vec<VReg>) -> Emitted<Arg> {
         match x {
             Val::Literal(bits, _) => Ok(Arg::Pool(*bits)),
             Val::One(_) | Val::Lanes(_) | Val::Int(..) | Val::Number(_) => {
                 uses.push(self.vector(x)?);
-                Ok(Arg::Ymm(place))
+                Ok(self.part(place.0, place.1))
             }
         }
     }
 
-    /// `code result, x, y` and perhaps a byte.
-    pub fn two(&mut self, code: Code, x: &Val, y: &Val, tail: Option<u8>) -> Emitted<Val> {
+    /// `op result, x, y`
+    pub fn two(&mut self, op: Op, x: &Val, y: &Val) -> Emitted<Val> {
+        let wide = x.is_wide() || y.is_wide();
         let mut uses = vec![self.vector(x)?];
-        let y_arg = self.last(y, 2, &mut uses)?;
-        let mut args = vec![Arg::Ymm(0), Arg::Ymm(1), y_arg];
-        args.extend(tail.map(byte));
-        let result = self.float(code, &args, &uses);
-        Ok(wide_or_one(x.is_wide() || y.is_wide(), result))
+        let y = self.last(y, (2, wide), &mut uses)?;
+        let args = [self.part(0, wide), self.part(1, wide), y];
+        Ok(self.value(op, wide, &args, &uses))
     }
 
-    /// `code result, x` and perhaps a byte.
-    pub fn one(&mut self, code: Code, x: &Val, tail: Option<u8>) -> Emitted<Val> {
-        let register = self.vector(x)?;
-        let mut args = vec![Arg::Ymm(0), Arg::Ymm(1)];
+    /// `op result, x` and perhaps a byte.
+    pub fn one(&mut self, op: Op, x: &Val, tail: Option<u8>) -> Emitted<Val> {
+        let (register, wide) = (self.vector(x)?, x.is_wide());
+        let mut args = vec![self.part(0, wide), self.part(1, wide)];
         args.extend(tail.map(byte));
-        let result = self.float(code, &args, &[register]);
-        Ok(wide_or_one(x.is_wide(), result))
+        Ok(self.value(op, wide, &args, &[register]))
+    }
+
+    /// The mask of a comparison by a predicate of vcmpps.
+    fn ordered(&mut self, predicate: u8, x: &Val, y: &Val) -> Emitted<Val> {
+        let wide = x.is_wide() || y.is_wide();
+        let mut uses = vec![self.vector(x)?];
+        let y = self.last(y, (2, wide), &mut uses)?;
+        let (class, result) = match self.level {
+            Level::Avx2 => (RegClass::Float, self.part(0, wide)),
+            Level::Avx512 => (RegClass::Vector, Arg::Mask(0)),
+        };
+        let args = [result, self.part(1, wide), y, byte(predicate)];
+        let code = self.form(isa::COMPARE, wide);
+        Ok(wide_or_one(wide, self.code.make(self.current, class, code, &args, &uses)))
     }
 
     fn compare(&mut self, (order, mirror): (u8, u8), x: &Val, y: &Val) -> Emitted<Val> {
-        let code = Code::VEX_Vcmpps_ymm_ymm_ymmm256_imm8;
         match x {
-            Val::Literal(..) => self.two(code, y, x, Some(mirror)),
+            Val::Literal(..) => self.ordered(mirror, y, x),
             Val::One(_) | Val::Lanes(_) | Val::Int(..) | Val::Number(_) => {
-                self.two(code, x, y, Some(order))
+                self.ordered(order, x, y)
             }
         }
     }
 
     /// mask ? x : y
     pub fn blend(&mut self, mask: &Val, x: &Val, y: &Val) -> Emitted<Val> {
-        let mut uses = vec![self.vector(y)?, self.vector(mask)?];
-        let x_arg = self.last(x, 3, &mut uses)?;
-        let args = [Arg::Ymm(0), Arg::Ymm(1), x_arg, Arg::Ymm(2)];
-        let result = self.float(Code::VEX_Vblendvps_ymm_ymm_ymmm256_ymm, &args, &uses);
-        Ok(wide_or_one(x.is_wide() || y.is_wide(), result))
+        let wide = x.is_wide() || y.is_wide();
+        let mask = self.register(mask);
+        let (class, under) = match self.level {
+            Level::Avx2 => (RegClass::Float, self.part(2, wide)),
+            Level::Avx512 => (RegClass::Vector, Arg::Under(2)),
+        };
+        if mask.class() != class {
+            return Err(Unsupported("a choice by something else than a mask".into()));
+        }
+        let mut uses = vec![self.vector(y)?, mask];
+        let x = self.last(x, (3, wide), &mut uses)?;
+        let args = [self.part(0, wide), self.part(1, wide), x, under];
+        Ok(self.value(isa::BLEND, wide, &args, &uses))
     }
 
     /// A bool as a mask, in every lane where `wide`.
     pub fn mask(&mut self, bool: VReg, wide: bool) -> Val {
         let block = self.current;
         let all = self.code.change(block, Code::Neg_rm64, &[Arg::Gpr(0)], &[bool], 1);
-        let args = [Arg::Xmm(0), Arg::Gpr32(1)];
-        let one = self.float(Code::VEX_Vmovd_xmm_rm32, &args, &[all]);
-        match wide {
-            true => self.broadcast(one),
-            false => Val::One(one),
+        let (class, code, to) = match self.level {
+            Level::Avx2 => (RegClass::Float, Code::VEX_Vmovd_xmm_rm32, Arg::Vector(0, Width::Xmm)),
+            Level::Avx512 => (RegClass::Vector, Code::VEX_Kmovd_kr_r32, Arg::Mask(0)),
+        };
+        let mask = self.code.make(block, class, code, &[to, Arg::Gpr32(1)], &[all]);
+        match (wide, self.level) {
+            (true, Level::Avx2) => self.broadcast(mask),
+            (true, Level::Avx512) => Val::Lanes(mask),
+            (false, _) => Val::One(mask),
         }
     }
 
     /// Lane 0 in every lane.
     pub fn broadcast(&mut self, x: VReg) -> Val {
-        let args = [Arg::Ymm(0), Arg::Xmm(1)];
-        Val::Lanes(self.float(Code::VEX_Vbroadcastss_ymm_xmm, &args, &[x]))
+        let args = [self.part(0, true), Arg::Vector(1, Width::Xmm)];
+        self.value(isa::SPLAT, true, &args, &[x])
     }
 
     /// The larger or smaller, or NaN where either is; the first where they are equal.
-    fn extreme(&mut self, code: Code, x: &Val, y: &Val) -> Emitted<Val> {
+    fn extreme(&mut self, op: Op, x: &Val, y: &Val) -> Emitted<Val> {
         // The instructions give the second operand where either is NaN or both are equal.
-        let best = self.two(code, y, x, None)?;
+        let best = self.two(op, y, x)?;
         match y {
             Val::Literal(bits, _) if !f32::from_bits(*bits).is_nan() => Ok(best),
             _ => {
-                let code = Code::VEX_Vcmpps_ymm_ymm_ymmm256_imm8;
-                let nan = self.two(code, y, y, Some(UNORDERED))?;
+                let nan = self.ordered(UNORDERED, y, y)?;
                 self.blend(&nan, y, &best)
             }
         }
@@ -182,12 +229,12 @@ impl Wide {
             _ => (x, y),
         };
         match f {
-            BinaryFn::Add => self.two(Code::VEX_Vaddps_ymm_ymm_ymmm256, x, y, None),
-            BinaryFn::Sub => self.two(Code::VEX_Vsubps_ymm_ymm_ymmm256, x, y, None),
-            BinaryFn::Mul => self.two(Code::VEX_Vmulps_ymm_ymm_ymmm256, x, y, None),
-            BinaryFn::Div => self.two(Code::VEX_Vdivps_ymm_ymm_ymmm256, x, y, None),
-            BinaryFn::Max => self.extreme(Code::VEX_Vmaxps_ymm_ymm_ymmm256, x, y),
-            BinaryFn::Min => self.extreme(Code::VEX_Vminps_ymm_ymm_ymmm256, x, y),
+            BinaryFn::Add => self.two(isa::ADD, x, y),
+            BinaryFn::Sub => self.two(isa::SUB, x, y),
+            BinaryFn::Mul => self.two(isa::MUL, x, y),
+            BinaryFn::Div => self.two(isa::DIV, x, y),
+            BinaryFn::Max => self.extreme(isa::MAX, x, y),
+            BinaryFn::Min => self.extreme(isa::MIN, x, y),
             BinaryFn::Lt => self.compare(LT, x, y),
             BinaryFn::Le => self.compare(LE, x, y),
             BinaryFn::Eq => self.compare(EQ, x, y),
@@ -292,21 +339,19 @@ impl Wide {
     /// f(x) of floats.
     pub fn float_unary(&mut self, f: UnaryFn, x: &Val) -> Emitted<Val> {
         let bits = |bits| Val::Literal(bits, x.is_wide());
-        let round = Code::VEX_Vroundps_ymm_ymmm256_imm8;
         match f {
-            UnaryFn::Neg => self.two(Code::VEX_Vxorps_ymm_ymm_ymmm256, x, &bits(SIGN), None),
-            UnaryFn::Abs => self.two(Code::VEX_Vandps_ymm_ymm_ymmm256, x, &bits(MAGNITUDE), None),
-            UnaryFn::Sqrt => self.one(Code::VEX_Vsqrtps_ymm_ymmm256, x, None),
-            UnaryFn::Round => self.one(round, x, Some(8)),
-            UnaryFn::Floor => self.one(round, x, Some(9)),
-            UnaryFn::Ceil => self.one(round, x, Some(10)),
-            UnaryFn::Recip => self.two(Code::VEX_Vdivps_ymm_ymm_ymmm256, &bits(ONE), x, None),
+            UnaryFn::Neg => self.two(isa::XOR, x, &bits(SIGN)),
+            UnaryFn::Abs => self.two(isa::AND, x, &bits(MAGNITUDE)),
+            UnaryFn::Sqrt => self.one(isa::SQRT, x, None),
+            UnaryFn::Round => self.one(isa::ROUND, x, Some(8)),
+            UnaryFn::Floor => self.one(isa::ROUND, x, Some(9)),
+            UnaryFn::Ceil => self.one(isa::ROUND, x, Some(10)),
+            UnaryFn::Recip => self.two(isa::DIV, &bits(ONE), x),
             UnaryFn::Sign => {
                 // 1 with the sign of x, or x where that is NaN or 0.
-                let sign = self.two(Code::VEX_Vandps_ymm_ymm_ymmm256, x, &bits(SIGN), None)?;
-                let one = self.two(Code::VEX_Vorps_ymm_ymm_ymmm256, &sign, &bits(ONE), None)?;
-                let code = Code::VEX_Vcmpps_ymm_ymm_ymmm256_imm8;
-                let apart = self.two(code, x, &bits(0), Some(APART))?;
+                let sign = self.two(isa::AND, x, &bits(SIGN))?;
+                let one = self.two(isa::OR, &sign, &bits(ONE))?;
+                let apart = self.ordered(APART, x, &bits(0))?;
                 self.blend(&apart, &one, x)
             }
             UnaryFn::Exp
@@ -328,15 +373,14 @@ impl Wide {
             Val::One(_) | Val::Lanes(_) | Val::Int(..) | Val::Number(_) => (x, y),
         };
         let wide = x.is_wide() || y.is_wide() || z.is_wide();
-        let (code, first, second, last) = match z {
-            Val::Literal(..) => (Code::VEX_Vfmadd213ps_ymm_ymm_ymmm256, x, y, z),
-            Val::One(_) | Val::Lanes(_) | Val::Int(..) | Val::Number(_) => {
-                (Code::VEX_Vfmadd231ps_ymm_ymm_ymmm256, z, x, y)
-            }
+        let (op, first, second, last) = match z {
+            Val::Literal(..) => (isa::FMA213, x, y, z),
+            Val::One(_) | Val::Lanes(_) | Val::Int(..) | Val::Number(_) => (isa::FMA231, z, x, y),
         };
         let mut uses = vec![self.vector(first)?, self.vector(second)?];
-        let last = self.last(last, 3, &mut uses)?;
-        let args = [Arg::Ymm(0), Arg::Ymm(2), last];
+        let last = self.last(last, (3, wide), &mut uses)?;
+        let args = [self.part(0, wide), self.part(2, wide), last];
+        let code = self.form(op, wide);
         let result = self.code.change(self.current, code, &args, &uses, 1);
         Ok(wide_or_one(wide, result))
     }
@@ -353,16 +397,27 @@ impl Wide {
                 .map(|i| self.float_binary(f, &values[i], &values[i + half]))
                 .collect::<Emitted<_>>()?;
         }
-        let whole = self.register(&values[0]);
-        let args = [Arg::Xmm(0), Arg::Ymm(1), byte(1)];
-        let high = self.float(Code::VEX_Vextractf128_xmmm128_ymm_imm8, &args, &[whole]);
-        let mut value = self.float_binary(f, &Val::One(whole), &Val::One(high))?;
+        let mut value = values[0];
+        if self.level == Level::Avx512 {
+            let args = [Arg::Vector(0, Width::Ymm), self.part(1, true), byte(1)];
+            let code = Code::EVEX_Vextractf32x8_ymmm256_k1z_zmm_imm8;
+            let high = self.moved_lanes(code, &args, &value)?;
+            // Lanes 8 and on do not matter any more.
+            value = self.float_binary(f, &value, &Val::Lanes(high))?;
+        }
+        let args = [Arg::Vector(0, Width::Xmm), self.part(1, true), byte(1)];
+        let high = self.moved_lanes(self.form(isa::UPPER, false), &args, &value)?;
+        let low = self.vector(&value)?;
+        value = self.float_binary(f, &Val::One(low), &Val::One(high))?;
         for order in [0x4e, 0xb1] {
-            let register = self.register(&value);
-            let args = [Arg::Xmm(0), Arg::Xmm(1), byte(order)];
-            let moved = self.float(Code::VEX_Vpermilps_xmm_xmmm128_imm8, &args, &[register]);
-            value = self.float_binary(f, &value, &Val::One(moved))?;
+            let moved = self.one(isa::PERMUTE, &value, Some(order))?;
+            value = self.float_binary(f, &value, &moved)?;
         }
         Ok(value)
+    }
+
+    fn moved_lanes(&mut self, code: Code, args: &[Arg], x: &Val) -> Emitted<VReg> {
+        let x = self.vector(x)?;
+        Ok(self.code.make(self.current, RegClass::Float, code, args, &[x]))
     }
 }

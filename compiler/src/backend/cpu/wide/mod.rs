@@ -1,12 +1,18 @@
-//! The wide emitter: f32 kernels in 256-bit vectors on x86-64 with AVX2 and FMA, which Cranelift
-//! has no instructions for. Kernels that need other types are left to Cranelift.
+//! The wide emitter: f32 kernels on x86-64 in vectors of 256 bits (AVX2 and FMA) or 512 (AVX-512 F,
+//! BW, DQ and VL), which Cranelift has no instructions for. Kernels that need other types are left
+//! to Cranelift.
 //!
 //! The walk over loops becomes SSA (`ssa`), which regalloc2 gives registers and `encode` turns
 //! into bytes. Indices are not computed: every loop carries a counter for each distinct step in
 //! bytes, and what does not change in a loop is added to the base before it.
 
 mod address;
+#[cfg(test)]
+mod emulate;
 mod encode;
+#[cfg(test)]
+mod graphs;
+pub mod isa;
 mod lanes;
 mod ssa;
 #[cfg(test)]
@@ -19,6 +25,7 @@ use kiln_runtime::tensor::DType;
 use regalloc2::{RegClass, VReg};
 
 use self::address::{Address, Counted, Int, Span};
+use self::isa::Level;
 use self::lanes::Val;
 use self::ssa::{Arg, Builder, Test};
 use super::clif::Compiled;
@@ -26,20 +33,15 @@ use super::emit::{Access, Bits, Emitted, Machine, Unsupported, emit};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Loops, Number, Scope};
 
-/// Lanes of the only width that there is code for.
-const LANES: usize = 8;
-
-/// Compiles a kernel.
+/// Compiles a kernel for AVX2 (8 lanes) or AVX-512 (16).
 pub fn compile(loops: &Loops, lanes: usize, texts: bool) -> Emitted<Compiled> {
-    if lanes != LANES {
-        return Err(Unsupported(format!("vectors of {lanes} lanes")));
-    }
-    let mut wide = Wide::new(loops);
+    let level = Level::of(lanes).ok_or_else(|| Unsupported(format!("vectors of {lanes} lanes")))?;
+    let mut wide = Wide::new(loops, level);
     emit(loops, &mut wide)?;
     wide.code.ret(wide.current);
-    let flat = wide.code.finish(4 * lanes);
+    let flat = wide.code.finish(level);
     let allocated = flat.allocate()?;
-    let (code, size) = encode::encode(&flat, &allocated, 4 * lanes)?;
+    let (code, size) = encode::encode(&flat, &allocated)?;
     let asm = if texts { encode::disassemble(&code[..size]) } else { String::new() };
     Ok(Compiled { code, clif: String::new(), asm })
 }
@@ -61,6 +63,7 @@ type SumKey = (BufferId, Vec<(Int, i64)>, usize);
 
 /// Code in the making.
 struct Wide {
+    level: Level,
     code: Builder,
     /// Where instructions go.
     current: usize,
@@ -90,7 +93,7 @@ struct Wide {
 }
 
 impl Wide {
-    fn new(loops: &Loops) -> Wide {
+    fn new(loops: &Loops, level: Level) -> Wide {
         let mut code = Builder::default();
         let entry = code.block();
         let arguments = code.arguments(entry);
@@ -104,6 +107,7 @@ impl Wide {
             }));
         }
         Wide {
+            level,
             code,
             current: entry,
             head: entry,
@@ -132,6 +136,16 @@ impl Wide {
         self.open.push(Open::Loop(id, carried));
         self.current = header;
         (id, inside)
+    }
+
+    /// A vector in a register of its own from here on. The allocator weighs a register over all
+    /// of its life: without this, an epilogue that is short of registers spills sums in the loop.
+    fn parted(&mut self, x: VReg) -> VReg {
+        if x.class() != RegClass::Float {
+            return x;
+        }
+        let (code, args) = (self.form(isa::MOVE, true), [self.part(0, true), self.part(1, true)]);
+        self.code.make(self.current, RegClass::Float, code, &args, &[x])
     }
 
     /// Ends the innermost loop: its counters step, and one of them decides.
@@ -202,7 +216,10 @@ impl Machine for Wide {
     fn loop_end(&mut self, next: &[Val]) -> Vec<Val> {
         let registers: Vec<VReg> = next.iter().map(|v| self.register(v)).collect();
         self.end(registers.clone());
-        next.iter().zip(registers).map(|(v, r)| v.like(r)).collect()
+        let carries = |open: &Open| matches!(open, Open::Loop(_, carried) if !carried.is_empty());
+        let last = !self.open.iter().any(carries);
+        let after = registers.into_iter().map(|r| if last { self.parted(r) } else { r });
+        next.iter().zip(after.collect::<Vec<_>>()).map(|(v, r)| v.like(r)).collect()
     }
 
     fn parallel_begin(&mut self) -> Int {
@@ -273,28 +290,23 @@ impl Machine for Wide {
 
     fn load(&mut self, dtype: DType, address: &Address, access: Access) -> Emitted<Val> {
         f32_only(dtype)?;
-        let (code, to) = match access {
-            Access::One => (Code::VEX_Vmovss_xmm_m32, Arg::Xmm(0)),
-            Access::Lanes => (Code::VEX_Vmovups_ymm_ymmm256, Arg::Ymm(0)),
-            Access::Splat => (Code::VEX_Vbroadcastss_ymm_m32, Arg::Ymm(0)),
+        let (op, wide) = match access {
+            Access::One => (isa::LOAD_ONE, false),
+            Access::Lanes => (isa::LOAD, true),
+            Access::Splat => (isa::SPREAD, true),
         };
-        let (args, uses) = ([to, address.operand(1)], address.registers());
-        let value = self.code.make(self.current, RegClass::Float, code, &args, &uses);
-        Ok(match access {
-            Access::One => Val::One(value),
-            Access::Lanes | Access::Splat => Val::Lanes(value),
-        })
+        let args = [self.part(0, wide), address.operand(1)];
+        Ok(self.value(op, wide, &args, &address.registers()))
     }
 
     fn store(&mut self, dtype: DType, address: &Address, value: &Val) -> Emitted<()> {
         f32_only(dtype)?;
         let mut uses = vec![self.vector(value)?];
         uses.extend(address.registers());
-        let (code, from) = match value.is_wide() {
-            true => (Code::VEX_Vmovups_ymmm256_ymm, Arg::Ymm(0)),
-            false => (Code::VEX_Vmovss_m32_xmm, Arg::Xmm(0)),
-        };
-        self.code.effect(self.current, code, &[address.operand(1), from], &uses);
+        let wide = value.is_wide();
+        let code = self.form(if wide { isa::STORE } else { isa::STORE_ONE }, wide);
+        let args = [address.operand(1), self.part(0, wide)];
+        self.code.effect(self.current, code, &args, &uses);
         Ok(())
     }
 
@@ -379,30 +391,30 @@ impl Machine for Wide {
     }
 
     fn bits(&mut self, op: Bits, x: &Val, y: &Val) -> Emitted<Val> {
-        let code = match op {
-            Bits::Add => Code::VEX_Vpaddd_ymm_ymm_ymmm256,
-            Bits::And => Code::VEX_Vandps_ymm_ymm_ymmm256,
-            Bits::Or => Code::VEX_Vorps_ymm_ymm_ymmm256,
-            Bits::Xor => Code::VEX_Vxorps_ymm_ymm_ymmm256,
+        let op = match op {
+            Bits::Add => isa::ADD_INT,
+            Bits::And => isa::AND,
+            Bits::Or => isa::OR,
+            Bits::Xor => isa::XOR,
         };
-        self.two(code, x, y, None)
+        self.two(op, x, y)
     }
 
     fn shift(&mut self, x: &Val, left: i32) -> Emitted<Val> {
-        let code = match left {
-            0.. => Code::VEX_Vpslld_ymm_ymm_imm8,
-            _ => Code::VEX_Vpsrld_ymm_ymm_imm8,
-        };
-        self.one(code, x, Some(left.unsigned_abs() as u8))
+        let op = if left < 0 { isa::SHIFT_RIGHT } else { isa::SHIFT_LEFT };
+        self.one(op, x, Some(left.unsigned_abs() as u8))
     }
 
     fn int_to_float(&mut self, x: &Val) -> Emitted<Val> {
-        self.one(Code::VEX_Vcvtdq2ps_ymm_ymmm256, x, None)
+        self.one(isa::FROM_INT, x, None)
     }
 
     fn splat(&mut self, x: &Val) -> Emitted<Val> {
         match *x {
-            Val::One(r) => Ok(self.broadcast(r)),
+            Val::One(_) => {
+                let lane = self.vector(x)?;
+                Ok(self.broadcast(lane))
+            }
             Val::Lanes(_) => Ok(*x),
             Val::Literal(bits, _) => Ok(Val::Literal(bits, true)),
             Val::Int(..) | Val::Number(_) => {

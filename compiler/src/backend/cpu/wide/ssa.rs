@@ -10,6 +10,7 @@ use regalloc2::{
 };
 use smallvec::SmallVec;
 
+use super::isa::{Level, Width};
 use crate::backend::cpu::emit::{Emitted, Unsupported};
 
 /// A general register that holds an argument, by hardware number: rdi, rsi, rdx.
@@ -26,14 +27,18 @@ pub enum Arg {
     Gpr(u8),
     /// Its low half.
     Gpr32(u8),
-    /// The low 128 bits of a vector register.
-    Xmm(u8),
-    /// A vector register.
-    Ymm(u8),
+    /// A vector register, or its low part.
+    Vector(u8, Width),
+    /// A mask register.
+    Mask(u8),
+    /// The mask register under which the instruction works; no operand by itself.
+    Under(u8),
     /// Memory at a base, perhaps an index, and a displacement.
     Memory(u8, Option<u8>, i32),
     /// A constant in the pool: its bits, in every lane.
     Pool(u32),
+    /// The same, for instructions that put an element into every lane.
+    Element(u32),
     /// An immediate number, and how it is written.
     Imm(OpKind, i64),
 }
@@ -203,9 +208,9 @@ impl Builder {
         self.push(block, What::Return, SmallVec::new());
     }
 
-    /// The finished function; vectors have as many bytes.
-    pub fn finish(self, vector_bytes: usize) -> Flat {
-        let mut flat = Flat { registers: self.registers, vector_bytes, ..Flat::default() };
+    /// The finished function.
+    pub fn finish(self, level: Level) -> Flat {
+        let mut flat = Flat::new(level, self.registers);
         for piece in self.pieces {
             let start = flat.steps.len();
             flat.steps.extend(piece.steps);
@@ -229,9 +234,11 @@ impl Builder {
     }
 }
 
-/// A function as the allocator wants it.
-#[derive(Default)]
+/// A function as the allocator wants it. Vectors are of its class of floats, masks of its class of
+/// vectors.
 pub struct Flat {
+    /// What instructions there are.
+    pub level: Level,
     /// All steps, block after block.
     pub steps: Vec<Step>,
     ranges: Vec<InstRange>,
@@ -240,10 +247,22 @@ pub struct Flat {
     next: Vec<Vec<Block>>,
     previous: Vec<Vec<Block>>,
     registers: usize,
-    vector_bytes: usize,
 }
 
 impl Flat {
+    fn new(level: Level, registers: usize) -> Flat {
+        Flat {
+            level,
+            registers,
+            steps: Vec::new(),
+            ranges: Vec::new(),
+            params: Vec::new(),
+            args: Vec::new(),
+            next: Vec::new(),
+            previous: Vec::new(),
+        }
+    }
+
     /// Gives every register a place.
     pub fn allocate(&self) -> Emitted<Output> {
         let set = |numbers: &mut dyn Iterator<Item = usize>, class| {
@@ -253,10 +272,15 @@ impl Flat {
         };
         let free = set(&mut CALLER_SAVED.into_iter(), RegClass::Int);
         let saved = set(&mut CALLEE_SAVED.into_iter(), RegClass::Int);
-        let vectors = set(&mut (0..16), RegClass::Float);
+        let vectors = set(&mut (0..self.level.registers()), RegClass::Float);
+        // Under k0, instructions work on every lane.
+        let masks = match self.level {
+            Level::Avx2 => PRegSet::empty(),
+            Level::Avx512 => set(&mut (1..8), RegClass::Vector),
+        };
         let none = PRegSet::empty();
         let env = MachineEnv {
-            preferred_regs_by_class: [free, vectors, none],
+            preferred_regs_by_class: [free, vectors, masks],
             non_preferred_regs_by_class: [saved, none, none],
             scratch_by_class: [None; 3],
             fixed_stack_slots: Vec::new(),
@@ -322,8 +346,8 @@ impl regalloc2::Function for Flat {
 
     fn spillslot_size(&self, class: RegClass) -> usize {
         match class {
-            RegClass::Int => 1,
-            RegClass::Float | RegClass::Vector => self.vector_bytes / 8,
+            RegClass::Int | RegClass::Vector => 1,
+            RegClass::Float => self.level.bytes() / 8,
         }
     }
 }
