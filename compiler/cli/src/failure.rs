@@ -148,3 +148,24 @@ impl fmt::Display for Failure {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_error_has_the_code_that_is_promised() {
+        let kinds = [
+            (ErrorKind::Usage, 2),
+            (ErrorKind::Model, 3),
+            (ErrorKind::Mismatch, 4),
+            (ErrorKind::Incompatible, 5),
+            (ErrorKind::Limit, 6),
+            (ErrorKind::Io, 7),
+        ];
+        for (kind, code) in kinds {
+            let failure = Failure::from(Error::new(kind, Diagnostic::new("K0000", "test")));
+            assert_eq!(failure.exit as u8, code, "{kind:?}");
+        }
+    }
+}

@@ -271,18 +271,3 @@ fn names_of_a_model_cannot_drive_a_terminal() {
         }
     }
 }
-
-/// Threads that the machine does not give, as an address space without room for their stacks.
-#[test]
-#[cfg(target_os = "linux")]
-fn a_machine_that_cannot_run_it_has_its_own_code() {
-    let script = "ulimit -v 500000; exec \"$0\" run \"$1\" -i random:1 --dim batch=1 --threads 500";
-    let model = shipped("digits.onnx");
-    let output = Command::new("sh")
-        .args(["-c", script, env!("CARGO_BIN_EXE_kiln"), &model])
-        .output()
-        .expect("a shell");
-    let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(5), "{err}");
-    assert!(err.contains("error[K0801]: threads: "), "{err}");
-}
