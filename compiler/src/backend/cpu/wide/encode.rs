@@ -377,7 +377,12 @@ impl Encoder<'_> {
             What::Plain(code, args) => {
                 let operands: Vec<Out> =
                     args.iter().map(|&arg| self.operand(arg, places)).collect::<Emitted<_>>()?;
-                self.put(*code, &operands);
+                // A value may get the register of the value that it is a copy of.
+                let (copy, _) = self.moves(RegClass::Float);
+                match operands.as_slice() {
+                    [R(to), R(from)] if *code == copy && to == from => {}
+                    operands => self.put(*code, operands),
+                }
             }
             What::Set(ask) => {
                 let [to, x, y] = [number(places[0])?, number(places[1])?, number(places[2])?];
