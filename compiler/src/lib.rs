@@ -32,6 +32,7 @@ pub use kiln_runtime::session::{Executable, Session};
 pub use kiln_runtime::{code, npz, tensor};
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
 pub use on_demand::OnDemand;
+pub use package::{Form, Kind, Package, identifier};
 
 use backend::cpu::{Cpu, emit_all};
 use error::Result;
@@ -153,7 +154,8 @@ impl Compiler {
     pub fn emit(&self, kernels: &Graph, program: &Program) -> Result<Executable> {
         let cpu = Cpu::host(self.wide);
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
-        compile::assemble(kernels, program, &emitted, self.threads)
+        let (plan, constants) = compile::assemble(kernels, program, &emitted, self.threads)?;
+        compile::load(&emitted, plan, constants, self.threads)
     }
 
     /// The executable of a graph of kernels.
@@ -161,7 +163,19 @@ impl Compiler {
         self.emit(kernels, &self.lower(kernels)?)
     }
 
-    /// Every stage as text, and an object file of the kernels.
+    /// A compiled model as a file that a program can load or link, with its C header.
+    pub fn package(&self, model: &Model, form: &Form) -> Result<Package> {
+        let kernels = self.optimise(&self.graph(model)?)?;
+        let program = self.lower(&kernels)?;
+        let cpu = Cpu::host(self.wide);
+        let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
+        let (plan, constants) = compile::assemble(&kernels, &program, &emitted, self.threads)?;
+        let (plan, emitted, cpu) = (&plan, &emitted, &cpu);
+        let contents = package::Contents { plan, emitted, constants, cpu, model: "model" };
+        package::package(contents, form, self.verify_code)
+    }
+
+    /// Every stage as text.
     pub fn stages(&self, model: &Model) -> Result<Stages> {
         self.stages_of(&self.graph(model)?)
     }
@@ -172,13 +186,12 @@ impl Compiler {
         let cpu = Cpu::host(self.wide);
         let program = self.lower(&kernels)?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, true)?;
-        let executable = compile::assemble(&kernels, &program, &emitted, self.threads)?;
+        let (plan, _) = compile::assemble(&kernels, &program, &emitted, self.threads)?;
         Ok(Stages {
             graph: graph::text::print(graph),
             fused: graph::text::print(&kernels),
             loops: program.kernels.iter().map(loops::text::print).collect(),
-            plan: executable.plan().to_string(),
-            obj: package::object(&program.kernels, &emitted, &cpu)?,
+            plan: plan.to_string(),
             clif: emitted.clif,
             asm: emitted.asm,
         })
@@ -200,8 +213,6 @@ pub struct Stages {
     pub asm: String,
     /// Order, memory and threads.
     pub plan: String,
-    /// Kernels as a relocatable object.
-    pub obj: Vec<u8>,
 }
 
 /// Runs a graph by the reference interpreter: slow and obviously right.
