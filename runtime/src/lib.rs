@@ -6,6 +6,8 @@
 
 pub mod artifact;
 pub mod code;
+pub mod cpu;
+pub mod manifest;
 pub mod memory;
 pub mod npz;
 pub mod plan;
