@@ -332,6 +332,3 @@ fn check(manifest: &Manifest, text_bytes: usize) -> Result<(), ArtifactError> {
 pub fn hex(hash: &Hash) -> String {
     blake3::Hash::from_bytes(*hash).to_hex().to_string()
 }
-
-#[cfg(test)]
-mod tests;
