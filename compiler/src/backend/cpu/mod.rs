@@ -39,45 +39,50 @@ impl Cpu {
             Some(level) => Target { lanes: level.lanes(), registers: level.registers() },
         }
     }
+
+    /// What a processor must have to run code for this one, by the names of the runtime.
+    pub fn required(&self) -> Vec<String> {
+        let used = FEATURES.into_iter().filter(|(_, own)| self.features.contains(own));
+        let mut required: Vec<&str> = used.map(|(name, _)| name).collect();
+        let wide = Level::of(self.wide_lanes).map_or(&[][..], level_features);
+        required.extend(wide.iter().filter(|name| !FEATURES.iter().any(|f| f.0 == **name)));
+        required.into_iter().map(String::from).collect()
+    }
 }
 
 /// The widest vectors that this CPU has and that the system saves.
-#[cfg(target_arch = "x86_64")]
 fn host_level() -> Option<Level> {
-    macro_rules! all {
-        ($($feature:tt),*) => { $(std::arch::is_x86_feature_detected!($feature))&&* };
-    }
-    let avx2 = all!("avx2", "fma");
-    let avx512 = avx2 && all!("avx512f", "avx512bw", "avx512dq", "avx512vl");
-    match (avx512, avx2) {
-        (true, _) => Some(Level::Avx512),
-        (false, true) => Some(Level::Avx2),
-        (false, false) => None,
+    let host = kiln_runtime::cpu::host();
+    let all = |names: &[&str]| names.iter().all(|name| host.contains(name));
+    [Level::Avx512, Level::Avx2].into_iter().find(|&level| all(level_features(level)))
+}
+
+/// Features that wide code of that level uses.
+fn level_features(level: Level) -> &'static [&'static str] {
+    match level {
+        Level::Avx512 => &["avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"],
+        Level::Avx2 => &["avx2", "fma"],
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
-fn host_level() -> Option<Level> {
-    None
-}
+/// Features that Cranelift makes use of: names of the runtime, and its own.
+const FEATURES: [(&str, &str); 11] = [
+    ("sse3", "has_sse3"),
+    ("ssse3", "has_ssse3"),
+    ("sse4.1", "has_sse41"),
+    ("sse4.2", "has_sse42"),
+    ("avx", "has_avx"),
+    ("avx2", "has_avx2"),
+    ("fma", "has_fma"),
+    ("bmi1", "has_bmi1"),
+    ("bmi2", "has_bmi2"),
+    ("lzcnt", "has_lzcnt"),
+    ("popcnt", "has_popcnt"),
+];
 
-#[cfg(target_arch = "x86_64")]
 fn host_features() -> Vec<&'static str> {
-    macro_rules! present {
-        ($($feature:tt => $name:literal),*) => {
-            [$((std::arch::is_x86_feature_detected!($feature), $name)),*]
-        };
-    }
-    let table = present!("sse3" => "has_sse3", "ssse3" => "has_ssse3", "sse4.1" => "has_sse41",
-        "sse4.2" => "has_sse42", "avx" => "has_avx", "avx2" => "has_avx2", "fma" => "has_fma",
-        "bmi1" => "has_bmi1", "bmi2" => "has_bmi2", "lzcnt" => "has_lzcnt",
-        "popcnt" => "has_popcnt");
-    table.into_iter().filter(|t| t.0).map(|t| t.1).collect()
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn host_features() -> Vec<&'static str> {
-    Vec::new()
+    let host = kiln_runtime::cpu::host();
+    FEATURES.into_iter().filter(|(name, _)| host.contains(name)).map(|(_, own)| own).collect()
 }
 
 /// Code of all kernels, one after another, and what people may look at.
