@@ -9,7 +9,8 @@ mod object;
 use kiln_runtime::artifact::Constants;
 use kiln_runtime::plan::Plan;
 
-use crate::backend::cpu::{Cpu, Emitted};
+use crate::backend::cpu::target::System;
+use crate::backend::cpu::{Cpu, Emitted, cpuid};
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 
 /// What kind of file.
@@ -87,12 +88,13 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
     let Contents { plan, emitted, constants, cpu, model } = contents;
     let external = form.weights.is_some();
     let version = env!("CARGO_PKG_VERSION");
-    let about = format!("Kiln {version}, {}, {model}", cpu.triple);
+    let about = format!("Kiln {version}, {}, {model}", cpu.triple.name);
+    let supported = cpuid::checks(cpu).map(|checks| cpuid::supported(&checks));
     let parts = driver::Parts {
         name: &form.name,
         plan,
         emitted,
-        supported: None,
+        supported: supported.as_deref(),
         weights: constants.len(),
         external,
         about: &about,
@@ -118,5 +120,5 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
 }
 
 fn apple(cpu: &Cpu) -> bool {
-    cpu.triple.contains("apple")
+    cpu.triple.system == System::Darwin
 }
