@@ -21,6 +21,7 @@ mod model;
 mod on_demand;
 pub mod onnx;
 mod package;
+mod ranges;
 pub mod plan;
 pub mod rules;
 
@@ -152,6 +153,24 @@ impl Compiler {
         OnDemand::new(self.clone(), model.clone())
     }
 
+    /// The same for all lengths of dims within their ranges (`dim_range`): one executable that
+    /// takes tensors of any of these shapes, in memory for the longest.
+    ///
+    /// # Errors
+    /// As [`compile`](Self::compile), and where a node needs the length of a dim as a number.
+    pub fn compile_ranges(&self, model: &Model) -> Result<Executable> {
+        self.build(&self.optimise(&self.graph_for_ranges(model)?)?)
+    }
+
+    /// The graph of a model for all lengths of dims within their ranges.
+    pub fn graph_for_ranges(&self, model: &Model) -> Result<Graph> {
+        if self.dims.iter().all(|(_, range)| range.least == range.most) {
+            return self.graph(model);
+        }
+        let dims = model.settle(&self.shapes, &self.dims)?;
+        model.import_ranges(&self.limits, dims, &self.dims, &self.values)
+    }
+
     /// The graph of a model.
     pub fn graph(&self, model: &Model) -> Result<Graph> {
         let dims = model.settle(&self.shapes, &self.dims)?;
@@ -199,7 +218,7 @@ impl Compiler {
 
     /// A compiled model as a file that a program can load or link, with its C header.
     pub fn package(&self, model: &Model, form: &Form) -> Result<Package> {
-        let kernels = self.optimise(&self.graph(model)?)?;
+        let kernels = self.optimise(&self.graph_for_ranges(model)?)?;
         let program = self.lower(&kernels)?;
         let cpu = self.cpu();
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;

@@ -187,6 +187,8 @@ fn a_shared_library_needs_nothing_and_changes_nothing() {
     let expected = [
         "abi_version",
         "about",
+        "dim",
+        "dim_count",
         "input",
         "input_count",
         "output",

@@ -213,6 +213,15 @@ impl Machine for Wide {
         (Int::Loop(id), inside)
     }
 
+    fn range_begin(
+        &mut self,
+        _from: &Val,
+        _to: &Val,
+        _carried: &[Val],
+    ) -> Emitted<(Int, Vec<Val>)> {
+        Err(Unsupported("a loop of turns that the run decides".into()))
+    }
+
     fn loop_end(&mut self, next: &[Val]) -> Vec<Val> {
         let registers: Vec<VReg> = next.iter().map(|v| self.register(v)).collect();
         self.end(registers.clone());
