@@ -21,8 +21,8 @@ mod model;
 mod on_demand;
 pub mod onnx;
 mod package;
-mod ranges;
 pub mod plan;
+mod ranges;
 pub mod rules;
 
 #[cfg(test)]

@@ -100,11 +100,8 @@ impl Proof<'_> {
                 let mut summed = extents.skip(contract.n_out);
                 summed.any(|((a, b), span)| a != b && span.is_none())
             }
-            Op::Scatter(_) | Op::Composite(_) => {
-                (0..node.args.len()).any(|arg| {
-                    (0..self.graph.ty(node.args[arg]).rank()).any(|axis| hidden(arg, axis))
-                })
-            }
+            Op::Scatter(_) | Op::Composite(_) => (0..node.args.len())
+                .any(|arg| (0..self.graph.ty(node.args[arg]).rank()).any(|axis| hidden(arg, axis))),
             Op::Input(_) | Op::Const(_) | Op::Iota(..) | Op::Unary(_) | Op::Binary(_) => false,
             Op::Select | Op::Cast(_) | Op::Reshape(_) | Op::Permute(_) | Op::Expand(_) => false,
             Op::Slice(_) | Op::Gather(_) | Op::Fused(_) => false,

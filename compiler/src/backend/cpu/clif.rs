@@ -16,7 +16,7 @@ use smallvec::SmallVec;
 
 use super::emit::{Access, Bits, Emitted, Machine, Unsupported, emit};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
-use crate::loops::ir::{BufferId, Loops, Number};
+use crate::loops::ir::{BufferId, Count, Loops, Number};
 
 /// Bytes and texts of one function.
 #[derive(Clone, Debug, Default)]
@@ -613,8 +613,33 @@ impl Machine for Clif<'_> {
         self.begin(zero, end, carried, false)
     }
 
-    fn range_begin(&mut self, from: &Val, to: &Val, carried: &[Val]) -> Emitted<(Value, Vec<Val>)> {
-        let (from, to) = (self.one(from)?, self.one(to)?);
+    fn count(&mut self, dims: BufferId, count: Count, extent: usize) -> Emitted<Val> {
+        let base = self.bases[dims].ok_or_else(|| Unsupported("dims in registers".into()))?;
+        let at = i32::from(count.dim) * 8;
+        let length = self.b.ins().load(types::I64, Self::memory(), base, at);
+        let number = |this: &mut Self, v: i64| this.b.ins().iconst(types::I64, v);
+        let sum = self.b.ins().iadd_imm_s(length, count.add);
+        let zero = number(self, 0);
+        let sum = self.b.ins().smax(sum, zero);
+        let width = number(self, count.width);
+        let whole = if count.width == 1 { sum } else { self.b.ins().udiv(sum, width) };
+        let times = number(self, count.times);
+        let turns = if count.times == 1 { whole } else { self.b.ins().imul(whole, times) };
+        let most = number(self, extent as i64);
+        Ok(Val::One(self.b.ins().umin(turns, most)))
+    }
+
+    fn range_begin(
+        &mut self,
+        from: Option<&Val>,
+        to: &Val,
+        carried: &[Val],
+    ) -> Emitted<(Value, Vec<Val>)> {
+        let from = match from {
+            Some(from) => self.one(from)?,
+            None => self.b.ins().iconst(types::I64, 0),
+        };
+        let to = self.one(to)?;
         Ok(self.begin(from, to, carried, true))
     }
 

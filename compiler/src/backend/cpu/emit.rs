@@ -61,10 +61,12 @@ pub trait Machine {
         extent: usize,
         carried: &[Self::Value],
     ) -> (Self::Int, Vec<Self::Value>);
-    /// Starts a loop from one scalar to another, which may be no turn at all.
+    /// A number of turns that the run decides, at most `extent`; `dims` has the lengths of dims.
+    fn count(&mut self, dims: BufferId, count: Count, extent: usize) -> Emitted<Self::Value>;
+    /// Starts a loop from one count (or 0) to another, which may be no turn at all.
     fn range_begin(
         &mut self,
-        from: &Self::Value,
+        from: Option<&Self::Value>,
         to: &Self::Value,
         carried: &[Self::Value],
     ) -> Emitted<(Self::Int, Vec<Self::Value>)>;
@@ -305,12 +307,9 @@ impl<M: Machine> Emit<'_, M> {
         let (int, inside) = match self.loops.range(var) {
             None => self.machine.loop_begin(extent, &before),
             Some(range) => {
-                let from = match range.from {
-                    Some(from) => self.count(from, extent)?,
-                    None => self.machine.number(DType::I64, Number::Int(0), false)?,
-                };
+                let from = range.from.map(|from| self.count(from, extent)).transpose()?;
                 let to = self.count(range.to, extent)?;
-                self.machine.range_begin(&from, &to, &before)?
+                self.machine.range_begin(from.as_ref(), &to, &before)?
             }
         };
         self.set_cells(&carried, inside);
@@ -326,25 +325,9 @@ impl<M: Machine> Emit<'_, M> {
 
     /// A number of turns that the run decides, at most `extent`.
     fn count(&mut self, count: Count, extent: usize) -> Emitted<M::Value> {
-        let Count { dim, add, width, times } = count;
         let dims = self.loops.buffers.iter().position(|b| b.param == Param::Dims);
         let dims = dims.ok_or_else(|| Unsupported("turns of dims that are not there".into()))?;
-        let length = self.load(dims, &Place::affine(Affine::constant(dim.into())))?;
-        // The most that still gives `extent`: it bounds what is divided.
-        let most = (extent as i64 / times + 1).saturating_mul(width) - 1;
-        let steps = [
-            (BinaryFn::Add, add, add != 0),
-            (BinaryFn::Max, 0, true),
-            (BinaryFn::Min, most, true),
-            (BinaryFn::Div, width, width != 1),
-            (BinaryFn::Mul, times, times != 1),
-            (BinaryFn::Min, extent as i64, true),
-        ];
-        let steps = steps.into_iter().filter(|step| step.2);
-        steps.into_iter().try_fold(length, |value, (f, number, _)| {
-            let number = self.machine.number(DType::I64, Number::Int(number.into()), false)?;
-            self.machine.binary(f, DType::I64, &value, &number)
-        })
+        self.machine.count(dims, count, extent)
     }
 
     fn set_cells(&mut self, keys: &[(BufferId, i64)], values: Vec<M::Value>) {
