@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use kiln_runtime::artifact::{Artifact, Constants};
 use kiln_runtime::code::Code;
+use kiln_runtime::memory::AlignedBytes;
 use kiln_runtime::plan::{Place, Plan, Port, Step};
 use kiln_runtime::pool::Pool;
 use kiln_runtime::session::Executable;
@@ -107,7 +108,7 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
         places[slot] = Some(Place::Const(len));
         len += program.slots[slot].bytes.next_multiple_of(ALIGN);
     }
-    let mut bytes = Constants::zeroed(len);
+    let mut bytes = AlignedBytes::zeroed(len);
     let mut rest = bytes.bytes_mut();
     let mut next = |slot: usize| {
         let len = program.slots[slot].bytes;
@@ -120,7 +121,7 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
     }
     let results: Vec<&mut [u8]> = made.iter().map(|&slot| next(slot)).collect();
     if launches.is_empty() {
-        return Ok(Folded { bytes, places });
+        return Ok(Folded { bytes: bytes.into(), places });
     }
     let mut layout = Layout { places: vec![None; program.slots.len()], arena_bytes: 0 };
     let mut plan = Plan::default();
@@ -141,8 +142,8 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
     place_in_arena(program, &launches, &mut layout);
     plan.steps = steps(program, |l| l.constant, &layout);
     plan.arena_bytes = layout.arena_bytes;
-    run_once(load(emitted, plan, Constants::zeroed(0), threads)?, &given, results)?;
-    Ok(Folded { bytes, places })
+    run_once(load(emitted, plan, Constants::from_bytes(&[]), threads)?, &given, results)?;
+    Ok(Folded { bytes: bytes.into(), places })
 }
 
 /// The kernels that constants hang on, as code of `here`, this machine: that of the others is

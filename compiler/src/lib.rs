@@ -205,7 +205,8 @@ impl Compiler {
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
         let (plan, constants) = self.assemble(&kernels, &program, &emitted)?;
         let (plan, emitted, cpu) = (&plan, &emitted, &cpu);
-        let contents = package::Contents { plan, emitted, constants, cpu, model: "model" };
+        let model_hash = model.hash();
+        let contents = package::Contents { plan, emitted, constants, cpu, model_hash };
         package::package(contents, form, self.verify_code)
     }
 

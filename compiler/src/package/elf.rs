@@ -4,6 +4,7 @@
 //!
 //! Format: System V ABI, gABI 4.1; relocations: the psABI of each architecture.
 
+use kiln_runtime::manifest::WEIGHTS;
 use object::elf::*;
 use object::read::elf::ElfFile64;
 use object::read::{Object, ObjectSection, ObjectSymbol, RelocationTarget};
@@ -11,7 +12,6 @@ use object::write::StringId;
 use object::write::elf::{FileHeader, ProgramHeader, SectionHeader, SectionIndex, Sym, Writer};
 use object::{Endianness, RelocationFlags, SectionKind};
 
-use super::object::{MANIFEST, WEIGHTS};
 use super::{Packed, failed};
 
 /// A section of the object, or the weights, in its place in the library.
@@ -72,7 +72,7 @@ fn pieces<'a>(file: &ElfFile64<'a>, weights: &'a [u8]) -> Packed<Vec<Piece<'a>>>
         pieces.push(Piece { name, bytes, size, segment, align, source, at: 0 });
     }
     pieces.push(Piece {
-        name: format!(".{WEIGHTS}"),
+        name: WEIGHTS.to_string(),
         bytes: weights,
         size: weights.len(),
         segment: Segment::Weights,
@@ -80,7 +80,6 @@ fn pieces<'a>(file: &ElfFile64<'a>, weights: &'a [u8]) -> Packed<Vec<Piece<'a>>>
         source: None,
         at: 0,
     });
-    debug_assert!(pieces.iter().any(|p| p.name == format!(".{MANIFEST}")));
     pieces.sort_by_key(|p| p.segment as usize);
     Ok(pieces)
 }

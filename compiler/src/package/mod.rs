@@ -6,8 +6,10 @@ mod elf;
 mod header;
 mod object;
 
+use ::object::{Object, ObjectSection};
 use kiln_runtime::artifact::Constants;
-use kiln_runtime::plan::Plan;
+use kiln_runtime::manifest::{self, Hash, Manifest, Weights};
+use kiln_runtime::plan::{Plan, Step};
 
 use crate::backend::cpu::target::System;
 use crate::backend::cpu::{Cpu, Emitted, cpuid};
@@ -72,8 +74,8 @@ pub struct Contents<'a> {
     pub constants: Constants,
     /// What it is for.
     pub cpu: &'a Cpu,
-    /// Says what it was made from.
-    pub model: &'a str,
+    /// Hash of what it was made from.
+    pub model_hash: Hash,
 }
 
 /// The files of a compiled model.
@@ -85,38 +87,93 @@ pub fn package(contents: Contents, form: &Form, verify: bool) -> Result<Package>
 }
 
 fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
-    let Contents { plan, emitted, constants, cpu, model } = contents;
+    let Contents { constants, cpu, model_hash, .. } = contents;
+    let (plan, emitted) = used(contents.plan, contents.emitted);
     let external = form.weights.is_some();
-    let version = env!("CARGO_PKG_VERSION");
-    let about = format!("Kiln {version}, {}, {model}", cpu.triple.name);
+    let features = cpu.required();
+    let about = about(cpu, &features, &model_hash);
     let supported = cpuid::checks(cpu).map(|checks| cpuid::supported(&checks));
     let parts = driver::Parts {
         name: &form.name,
-        plan,
-        emitted,
+        plan: &plan,
+        emitted: &emitted,
         supported: supported.as_deref(),
         weights: constants.len(),
         external,
         about: &about,
     };
     let beside = form.weights.as_deref().map(|file| (file, constants.len()));
-    let header = header::header(&form.name, plan, &about, beside);
+    let header = header::header(&form.name, &plan, &about, beside);
     let mut code = object::code(&parts, cpu, verify)?;
-    let manifest = vec![0; 64];
+    let bytes = constants.len();
+    let weights = match &form.weights {
+        None => Weights::Inside { bytes },
+        Some(file) => {
+            let hash = *blake3::hash(constants.bytes()).as_bytes();
+            Weights::External { file: file.clone(), bytes, hash }
+        }
+    };
+    let manifest = manifest::encode(&Manifest {
+        producer: env!("CARGO_PKG_VERSION").to_string(),
+        target: cpu.triple.name.to_string(),
+        features,
+        model_hash,
+        name: form.name.clone(),
+        plan,
+        entries: code.entries.clone(),
+        weights,
+    });
     code.manifest(&manifest);
     let inside: &[u8] = if external { &[] } else { constants.bytes() };
-    let file = match form.kind {
+    let mut file = match form.kind {
         Kind::Shared => elf::shared(&code.write()?, inside, &format!("{}.so", form.name))?,
-        Kind::Object => {
+        Kind::Object | Kind::Archive => {
             code.weights(inside);
             code.write()?
         }
-        Kind::Archive => {
-            code.weights(inside);
-            object::archive(&code.write()?, &format!("{}.o", form.name), apple(cpu))?
-        }
     };
+    seal(&mut file, &manifest)?;
+    if form.kind == Kind::Archive {
+        file = object::archive(&file, &format!("{}.o", form.name), apple(cpu))?;
+    }
     Ok(Package { file, header, weights: external.then_some(constants) })
+}
+
+/// What is run, without the kernels that were only needed to compute constants.
+fn used(plan: &Plan, emitted: &Emitted) -> (Plan, Emitted) {
+    let mut kept: Vec<usize> = plan.steps.iter().map(|step| step.kernel).collect();
+    kept.sort_unstable();
+    kept.dedup();
+    let number = |kernel| kept.binary_search(&kernel).expect("every kernel of a step is kept");
+    let step = |step: &Step| Step { kernel: number(step.kernel), ..step.clone() };
+    let steps = plan.steps.iter().map(step).collect();
+    let code = emitted.code.clone();
+    let of = |all: &[usize]| kept.iter().map(|&kernel| all[kernel]).collect();
+    let (entries, sizes) = (of(&emitted.entries), of(&emitted.sizes));
+    (Plan { steps, ..plan.clone() }, Emitted { code, entries, sizes, ..Emitted::default() })
+}
+
+/// What `NAME_about` says.
+fn about(cpu: &Cpu, features: &[String], model_hash: &Hash) -> String {
+    let needs = match features {
+        [] => String::new(),
+        features => format!(", needs {}", features.join(" ")),
+    };
+    let (version, hash) = (env!("CARGO_PKG_VERSION"), manifest::hex(model_hash));
+    format!("Kiln {version}, {}{needs}, model {}", cpu.triple.name, &hash[..16])
+}
+
+/// Writes the hash of the whole file into its manifest.
+fn seal(file: &mut [u8], manifest: &[u8]) -> Packed<()> {
+    let names = [manifest::SECTION, "__kiln"];
+    let at = {
+        let parsed = ::object::File::parse(&*file).map_err(failed)?;
+        let section = names.iter().find_map(|name| parsed.section_by_name(name));
+        section.and_then(|s| s.file_range()).map(|range| range.0 as usize)
+    };
+    let at = at.filter(|&at| file[at..].starts_with(manifest));
+    manifest::seal(file, at.ok_or_else(|| failed("the manifest is not where it was put"))?);
+    Ok(())
 }
 
 fn apple(cpu: &Cpu) -> bool {

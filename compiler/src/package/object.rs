@@ -6,6 +6,8 @@ use cranelift_object::{ObjectBuilder, ObjectModule};
 use object::write::{Object, SectionId, StandardSegment, SymbolId, SymbolSection};
 use object::{BinaryFormat, SectionKind, SymbolScope};
 
+use kiln_runtime::manifest::{SECTION, WEIGHTS};
+
 use super::driver::{Parts, define};
 use super::{Packed, failed};
 use crate::backend::cpu::Cpu;
@@ -37,18 +39,13 @@ pub fn code<'a>(parts: &Parts, cpu: &Cpu, verify: bool) -> Packed<Code<'a>> {
 /// Names of a section in the segment of read-only data.
 fn names(object: &Object, name: &str) -> (Vec<u8>, Vec<u8>) {
     match object.format() {
-        BinaryFormat::MachO => (b"__KILN".to_vec(), format!("__{name}").into_bytes()),
+        BinaryFormat::MachO => (b"__KILN".to_vec(), format!("__{}", &name[1..]).into_bytes()),
         _ => {
             let segment = object.segment_name(StandardSegment::Data).to_vec();
-            (segment, format!(".{name}").into_bytes())
+            (segment, name.as_bytes().to_vec())
         }
     }
 }
-
-/// Name of the section that holds the manifest, and of the one that holds the weights.
-pub const MANIFEST: &str = "kiln";
-/// See [`MANIFEST`].
-pub const WEIGHTS: &str = "weights";
 
 impl<'a> Code<'a> {
     /// Adds a section of read-only bytes.
@@ -61,7 +58,7 @@ impl<'a> Code<'a> {
 
     /// Adds the manifest.
     pub fn manifest(&mut self, bytes: &'a [u8]) {
-        self.section(MANIFEST, bytes);
+        self.section(SECTION, bytes);
     }
 
     /// Adds the weights; without, the name of the weights stays open.

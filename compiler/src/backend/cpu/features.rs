@@ -28,9 +28,9 @@ pub struct Bit {
 }
 
 /// What a CPU may have.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Feature {
-    /// Its name for people, that of rustc and gcc.
+    /// Its name for people and in files, that of rustc and gcc: the runtime knows it.
     pub name: &'static str,
     /// Where the CPU says that it has it.
     pub bit: Bit,
@@ -40,17 +40,7 @@ pub struct Feature {
     pub clif: Option<&'static str>,
     /// The features that it builds on.
     pub needs: &'static [&'static str],
-    /// Whether this machine has it and the system saves its state.
-    pub here: fn() -> bool,
 }
-
-impl PartialEq for Feature {
-    fn eq(&self, other: &Feature) -> bool {
-        self.name == other.name
-    }
-}
-
-impl Eq for Feature {}
 
 /// xmm and ymm registers in XCR0.
 const YMM: u32 = 0x6;
@@ -70,21 +60,7 @@ macro_rules! features {
             state: $state,
             clif: $clif,
             needs: &[$($needs),*],
-            here: || detected!($name),
         }),*];
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-macro_rules! detected {
-    ($name:tt) => {
-        std::arch::is_x86_feature_detected!($name)
-    };
-}
-#[cfg(not(target_arch = "x86_64"))]
-macro_rules! detected {
-    ($name:tt) => {
-        false
     };
 }
 
@@ -157,6 +133,10 @@ mod tests {
                 assert!(FEATURES[..i].iter().any(|e| e.name == *need), "{} on {need}", f.name);
             }
             assert_eq!(FEATURES.iter().filter(|o| o.bit == f.bit).count(), 1, "{}", f.name);
+        }
+        #[cfg(target_arch = "x86_64")]
+        for f in FEATURES {
+            assert!(kiln_runtime::cpu::known(f.name), "{}", f.name);
         }
         let named = LEVELS.iter().flat_map(|l| l.1).chain(AVX2).chain(AVX512);
         for name in named {
