@@ -90,7 +90,7 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
     let Contents { constants, cpu, model_hash, .. } = contents;
     let (plan, emitted) = used(contents.plan, contents.emitted);
     let external = form.weights.is_some();
-    let features = cpu.required();
+    let features: Vec<String> = cpu.features.iter().map(|f| f.name.to_string()).collect();
     let about = about(cpu, &features, &model_hash);
     let supported = cpuid::checks(cpu).map(|checks| cpuid::supported(&checks));
     let parts = driver::Parts {

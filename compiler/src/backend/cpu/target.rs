@@ -1,7 +1,5 @@
 //! CPUs that code is made for: the one that this runs on, or one that is named.
 
-use kiln_runtime::cpu::missing;
-
 use super::features::{AVX2, AVX512, FEATURES, Feature, LEVELS, closure, feature, level};
 use super::wide::isa::Level;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
@@ -80,9 +78,8 @@ impl Cpu {
     pub fn host(wide: bool) -> Cpu {
         // What code never uses must not keep it from running.
         let used = |f: &&Feature| f.clif.is_some() || (wide && AVX512.contains(&f.name));
-        let here = kiln_runtime::cpu::host();
-        let features = FEATURES.iter().filter(used).filter(|f| here.contains(&f.name));
-        Cpu::new(host_triple(), features.collect(), wide)
+        let features = FEATURES.iter().filter(used).filter(|f| f.here()).collect();
+        Cpu::new(host_triple(), features, wide)
     }
 
     /// A CPU by the names of a target and of what it has; where nothing is said it is this one.
@@ -143,14 +140,9 @@ impl Cpu {
         self.features.iter().filter_map(|f| f.clif).collect()
     }
 
-    /// What a processor must have to run code for this one, by the names of the runtime.
-    pub fn required(&self) -> Vec<String> {
-        self.features.iter().map(|f| f.name.to_string()).collect()
-    }
-
     /// Whether its code runs on this machine.
     pub fn runs_here(&self) -> bool {
-        self.triple == host_triple() && missing(&self.required()).is_empty()
+        self.triple == host_triple() && self.features.iter().all(|f| f.here())
     }
 
     /// # Errors
@@ -160,8 +152,10 @@ impl Cpu {
             return Ok(());
         }
         let host = host_triple();
+        let missing = self.features.iter().filter(|f| !f.here()).map(|f| f.name);
+        let missing: Vec<&str> = missing.collect();
         let found = match self.triple == host {
-            true => format!("a CPU without {}", missing(&self.required()).join(", ")),
+            true => format!("a CPU without {}", missing.join(", ")),
             false => format!("{}, code for {}", host.name, self.triple.name),
         };
         let diagnostic = Diagnostic::new("K0703", "this machine cannot run code for that target")
