@@ -5,7 +5,7 @@ use kiln::graph::eval::{Data, Value};
 use kiln::graph::op::Type;
 use kiln::graph::{Graph, NodeId, Origin};
 use kiln::tensor::{DType, Tensor};
-use kiln_tests::{compilers, interpret, run_compiled};
+use kiln_tests::{compilers, emit_for, interpret, other_cpus, run_compiled};
 use proptest::test_runner::TestCaseError;
 use tch::Kind;
 
@@ -194,6 +194,10 @@ impl Trial {
             let got = run_compiled(&graph, &self.inputs, &compiler)
                 .map_err(|e| TestCaseError::fail(format!("{name}: {e}")))?;
             compare(name, &got, &compiled)?;
+        }
+        for cpu in other_cpus() {
+            let target = cpu.triple.name;
+            emit_for(cpu, &graph).map_err(|e| TestCaseError::fail(format!("{target}: {e}")))?;
         }
         Ok(())
     }
