@@ -39,6 +39,7 @@ use error::Result;
 use graph::Graph;
 use graph::verify::verify;
 use kiln_runtime::artifact::Constants;
+use kiln_runtime::manifest::Hash;
 use kiln_runtime::plan::Plan;
 use plan::kernels::{Program, program};
 
@@ -199,13 +200,17 @@ impl Compiler {
 
     /// A compiled model as a file that a program can load or link, with its C header.
     pub fn package(&self, model: &Model, form: &Form) -> Result<Package> {
-        let kernels = self.optimise(&self.graph(model)?)?;
+        self.package_of(&self.graph(model)?, model.hash(), form)
+    }
+
+    /// The same from a graph on; the file says that it was made from a model of that hash.
+    pub fn package_of(&self, graph: &Graph, model_hash: Hash, form: &Form) -> Result<Package> {
+        let kernels = self.optimise(graph)?;
         let program = self.lower(&kernels)?;
         let cpu = self.cpu();
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
         let (plan, constants) = self.assemble(&kernels, &program, &emitted)?;
         let (plan, emitted, cpu) = (&plan, &emitted, &cpu);
-        let model_hash = model.hash();
         let contents = package::Contents { plan, emitted, constants, cpu, model_hash };
         package::package(contents, form, self.verify_code)
     }

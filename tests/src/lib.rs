@@ -1,6 +1,7 @@
 //! What the suites share: where references are, how a graph is run, how results are compared.
 
 pub mod cases;
+pub mod machines;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -90,13 +91,6 @@ pub fn compilers() -> Vec<(&'static str, Compiler)> {
         all.push(("compiled for a CPU without AVX and FMA", compiler.target(old)));
     }
     all
-}
-
-/// CPUs of architectures that this machine may not be of.
-pub fn other_cpus() -> Vec<Cpu> {
-    ["aarch64-unknown-linux-gnu", "riscv64gc-unknown-linux-gnu"]
-        .map(|target| Cpu::named(Some(target), None).expect("a target that is known"))
-        .to_vec()
 }
 
 /// Makes code for a CPU, which this machine need not be able to run.

@@ -5,7 +5,8 @@ use kiln::graph::eval::{Data, Value};
 use kiln::graph::op::Type;
 use kiln::graph::{Graph, NodeId, Origin};
 use kiln::tensor::{DType, Tensor};
-use kiln_tests::{compilers, emit_for, interpret, other_cpus, run_compiled};
+use kiln_tests::machines::{emulators, machines};
+use kiln_tests::{compilers, emit_for, interpret, run_compiled};
 use proptest::test_runner::TestCaseError;
 use tch::Kind;
 
@@ -195,9 +196,18 @@ impl Trial {
                 .map_err(|e| TestCaseError::fail(format!("{name}: {e}")))?;
             compare(name, &got, &compiled)?;
         }
-        for cpu in other_cpus() {
-            let target = cpu.triple.name;
-            emit_for(cpu, &graph).map_err(|e| TestCaseError::fail(format!("{target}: {e}")))?;
+        for emulator in emulators() {
+            let target = emulator.cpu.triple.name;
+            emit_for(emulator.cpu, &graph)
+                .map_err(|e| TestCaseError::fail(format!("{target}: {e}")))?;
+        }
+        for machine in machines() {
+            let mut machine = machine.lock().unwrap_or_else(|e| e.into_inner());
+            let target = machine.cpu().triple.name;
+            let got = machine
+                .run(&graph, &self.inputs)
+                .map_err(|e| TestCaseError::fail(format!("{target}: {e}")))?;
+            compare(target, &got, &compiled)?;
         }
         Ok(())
     }
