@@ -171,21 +171,21 @@ impl Compiler {
 
     /// The executable of a graph of kernels and its loops.
     pub fn emit(&self, kernels: &Graph, program: &Program) -> Result<Executable> {
-        let cpu = self.cpu();
+        let cpu = self.cpu().best_here().clone();
         cpu.must_run_here()?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
-        let (plan, constants) = self.assemble(kernels, program, &emitted)?;
+        let (plan, constants) = self.assemble(kernels, program, &cpu, &emitted)?;
         compile::load(&emitted, plan, constants, self.threads)
     }
 
-    /// The plan of a program and the constants that it reads.
+    /// The plan of a program and the constants that it reads; `emitted` is code for `cpu`.
     fn assemble(
         &self,
         kernels: &Graph,
         program: &Program,
+        cpu: &Cpu,
         emitted: &Emitted,
     ) -> Result<(Plan, Constants)> {
-        let cpu = self.cpu();
         if cpu.runs_here() {
             return compile::assemble(kernels, program, emitted, self.threads);
         }
@@ -208,10 +208,13 @@ impl Compiler {
         let kernels = self.optimise(graph)?;
         let program = self.lower(&kernels)?;
         let cpu = self.cpu();
-        let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
-        let (plan, constants) = self.assemble(&kernels, &program, &emitted)?;
-        let (plan, emitted, cpu) = (&plan, &emitted, &cpu);
-        let contents = package::Contents { plan, emitted, constants, cpu, model_hash };
+        let mut sets = Vec::new();
+        for cpu in cpu.faster.iter().chain([&cpu]) {
+            sets.push((cpu.clone(), emit_all(&program.kernels, cpu, self.verify_code, false)?));
+        }
+        let best = sets.iter().find(|set| set.0.runs_here()).unwrap_or(&sets[sets.len() - 1]);
+        let (plan, constants) = self.assemble(&kernels, &program, &best.0, &best.1)?;
+        let contents = package::Contents { plan: &plan, sets: &sets, constants, model_hash };
         package::package(contents, form, self.verify_code)
     }
 
@@ -226,7 +229,7 @@ impl Compiler {
         let cpu = self.cpu();
         let program = self.lower(&kernels)?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, true)?;
-        let (plan, _) = self.assemble(&kernels, &program, &emitted)?;
+        let (plan, _) = self.assemble(&kernels, &program, &cpu, &emitted)?;
         Ok(Stages {
             graph: graph::text::print(graph),
             fused: graph::text::print(&kernels),

@@ -6,10 +6,10 @@ use kiln::graph::Graph;
 use kiln::graph::eval::Value;
 use kiln::onnx::{ImportOptions, import};
 use kiln::tensor::Tensor;
-use kiln::{Compiler, Form, Kind, Limits, Model};
+use kiln::{Compiler, Executable, Form, Kind, Limits, Model};
 use kiln_tests::cases::{Case, read_case};
 use kiln_tests::machines::{Emulator, Machine, machines};
-use kiln_tests::{Tolerance, difference, oracle, run_compiled};
+use kiln_tests::{Tolerance, difference, oracle, run_compiled, skip};
 use object::{
     BinaryFormat, Object, ObjectSection, ObjectSymbol, RelocationTarget, SectionKind, SymbolKind,
 };
@@ -83,13 +83,65 @@ fn a_cpu_refuses_what_it_lacks() {
     }
 }
 
+/// One file for all of them: the fastest code that the CPU can run, as if there were no other.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn several_levels_in_one_file() {
+    let Some((graph, case)) = model("mlp_b1") else { return };
+    let level = |name| Cpu::named(Some("x86_64-unknown-linux-gnu"), Some(name)).expect("a level");
+    for (name, same) in [("Conroe", None), ("Nehalem", None), ("Haswell", Some("x86-64-v3"))] {
+        let Some(mut machine) = x86(name) else { return };
+        let got = machine.run_for(level("multi"), &graph, &case.inputs);
+        if name == "Conroe" {
+            assert_eq!(got.expect_err("a CPU without SSE4"), "status 3");
+            continue;
+        }
+        let got = got.unwrap_or_else(|why| panic!("{name}: {why}"));
+        check(name, &got, &case.outputs);
+        if let Some(same) = same {
+            let alone = machine.run_for(level(same), &graph, &case.inputs).expect("a run");
+            assert!(got.iter().zip(&alone).all(|(a, b)| a.bytes() == b.bytes()), "{name}");
+        }
+    }
+}
+
+/// Such a file loaded here, and the kernels of it that are chosen.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn several_levels_are_loaded() {
+    let Some((graph, case)) = model("cnn_b1") else { return };
+    let level = |name| Cpu::named(Some("x86_64-unknown-linux-gnu"), Some(name)).expect("a level");
+    if !level("x86-64-v3").runs_here() {
+        skip("this machine is older than x86-64-v3");
+        return;
+    }
+    let form = Form { kind: Kind::Shared, name: "net".into(), weights: None };
+    let compiler = Compiler::new().target(level("multi"));
+    let package = compiler.package_of(&graph, [0; 32], &form).expect("a package");
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("net.so");
+    std::fs::write(&path, package.file).expect("a file");
+    let pool = std::sync::Arc::new(kiln_runtime::pool::Pool::new(1).expect("threads"));
+    // SAFETY: the file was written above.
+    let loaded = unsafe { Executable::load(&path, pool) }.expect("a file that loads");
+    let names: Vec<String> = graph.inputs.iter().map(|port| port.0.clone()).collect();
+    let inputs: Vec<_> =
+        names.iter().map(String::as_str).zip(case.inputs.iter().map(Tensor::view)).collect();
+    let got = loaded.run(&inputs).expect("a run");
+    let here = Compiler::new().target(level("x86-64-v3"));
+    let want = run_compiled(&graph, &case.inputs, &here).expect("a run");
+    for ((_, got), want) in got.iter().zip(&want) {
+        assert_eq!(got.bytes(), want.bytes());
+    }
+}
+
 /// Old levels run here too: the same model on narrower vectors.
 #[test]
 #[cfg(target_arch = "x86_64")]
 fn levels_agree_on_models() {
     for name in MODELS {
         let Some((graph, case)) = model(name) else { return };
-        for level in ["x86-64-v2", "x86-64-v3", "+avx,+bmi1"] {
+        for level in ["x86-64-v2", "x86-64-v3", "+avx,+bmi1", "multi"] {
             let cpu = Cpu::named(None, Some(level)).expect("a level");
             if !cpu.runs_here() {
                 continue;
