@@ -104,8 +104,8 @@ type Built<T> = Result<T, Box<ModuleError>>;
 
 /// Defines every function of a model.
 pub fn define(module: &mut ObjectModule, parts: &Parts) -> Built<Defined> {
-    let data = |module: &mut ObjectModule, name: &str, linkage, writable| {
-        module.declare_data(&format!("{}.{name}", parts.name), linkage, writable, false)
+    let data = |module: &mut ObjectModule, name: &str, linkage, writable| -> Built<DataId> {
+        Ok(module.declare_data(&format!("{}.{name}", parts.name), linkage, writable, false)?)
     };
     let tables = data(module, "tables", Linkage::Local, false)?;
     let checked = data(module, "checked", Linkage::Local, true)?;
