@@ -40,6 +40,7 @@ use error::Result;
 use graph::Graph;
 use graph::verify::verify;
 use kiln_runtime::artifact::Constants;
+use kiln_runtime::manifest::Hash;
 use kiln_runtime::plan::Plan;
 use plan::kernels::{Program, program};
 
@@ -189,21 +190,21 @@ impl Compiler {
 
     /// The executable of a graph of kernels and its loops.
     pub fn emit(&self, kernels: &Graph, program: &Program) -> Result<Executable> {
-        let cpu = self.cpu();
+        let cpu = self.cpu().best_here().clone();
         cpu.must_run_here()?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
-        let (plan, constants) = self.assemble(kernels, program, &emitted)?;
+        let (plan, constants) = self.assemble(kernels, program, &cpu, &emitted)?;
         compile::load(&emitted, plan, constants, self.threads)
     }
 
-    /// The plan of a program and the constants that it reads.
+    /// The plan of a program and the constants that it reads; `emitted` is code for `cpu`.
     fn assemble(
         &self,
         kernels: &Graph,
         program: &Program,
+        cpu: &Cpu,
         emitted: &Emitted,
     ) -> Result<(Plan, Constants)> {
-        let cpu = self.cpu();
         if cpu.runs_here() {
             return compile::assemble(kernels, program, emitted, self.threads);
         }
@@ -218,14 +219,21 @@ impl Compiler {
 
     /// A compiled model as a file that a program can load or link, with its C header.
     pub fn package(&self, model: &Model, form: &Form) -> Result<Package> {
-        let kernels = self.optimise(&self.graph_for_ranges(model)?)?;
+        self.package_of(&self.graph_for_ranges(model)?, model.hash(), form)
+    }
+
+    /// The same from a graph on; the file says that it was made from a model of that hash.
+    pub fn package_of(&self, graph: &Graph, model_hash: Hash, form: &Form) -> Result<Package> {
+        let kernels = self.optimise(graph)?;
         let program = self.lower(&kernels)?;
         let cpu = self.cpu();
-        let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
-        let (plan, constants) = self.assemble(&kernels, &program, &emitted)?;
-        let (plan, emitted, cpu) = (&plan, &emitted, &cpu);
-        let model_hash = model.hash();
-        let contents = package::Contents { plan, emitted, constants, cpu, model_hash };
+        let mut sets = Vec::new();
+        for cpu in cpu.faster.iter().chain([&cpu]) {
+            sets.push((cpu.clone(), emit_all(&program.kernels, cpu, self.verify_code, false)?));
+        }
+        let best = sets.iter().find(|set| set.0.runs_here()).unwrap_or(&sets[sets.len() - 1]);
+        let (plan, constants) = self.assemble(&kernels, &program, &best.0, &best.1)?;
+        let contents = package::Contents { plan: &plan, sets: &sets, constants, model_hash };
         package::package(contents, form, self.verify_code)
     }
 
@@ -240,7 +248,7 @@ impl Compiler {
         let cpu = self.cpu();
         let program = self.lower(&kernels)?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, true)?;
-        let (plan, _) = self.assemble(&kernels, &program, &emitted)?;
+        let (plan, _) = self.assemble(&kernels, &program, &cpu, &emitted)?;
         Ok(Stages {
             graph: graph::text::print(graph),
             fused: graph::text::print(&kernels),

@@ -3,7 +3,7 @@
 use kiln_runtime::tensor::{DType, Tensor, TensorView};
 
 use crate::backend::cpu::{Cpu, emit_all};
-use crate::compile::{assemble, load};
+use crate::compile::{assemble, emit_constants, load};
 use crate::graph::Graph;
 use crate::graph::eval::{Data, Value, eval};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
@@ -344,6 +344,38 @@ fn what_follows_a_product_may_have_no_lanes() {
             let of = |t: &Tensor| Value::from_tensor(t).as_f64s();
             let near = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-3;
             assert!(of(got).iter().zip(&of(want)).all(near));
+        }
+    }
+}
+
+#[test]
+fn constants_of_other_targets_are_folded_here() {
+    let mut graph = Graph::default();
+    let o: crate::graph::Origin = "y".into();
+    let x = graph.input("x", Type::new(DType::F32, &[9, 24]));
+    let weights = ramp(&Type::new(DType::F32, &[24, 35]), 3).to_tensor();
+    let weights = graph.tensor(&weights, &o);
+    let weights = graph.unary(UnaryFn::Exp, weights, &o).unwrap();
+    let y = graph.matmul(x, weights, &o).unwrap();
+    graph.outputs.push(("y".into(), y));
+    let kernels = unfused(&graph).unwrap();
+    let linux = Some("x86_64-unknown-linux-gnu");
+    let cpus = ["x86-64-v2", "x86-64-v3", "x86-64-v4"].map(|cpu| Cpu::named(linux, Some(cpu)));
+    let others = ["aarch64-unknown-linux-gnu", "riscv64gc-unknown-linux-gnu"];
+    for cpu in cpus.into_iter().chain(others.map(|t| Cpu::named(Some(t), None))) {
+        let cpu = cpu.unwrap();
+        let program = program(&kernels, cpu.target()).unwrap();
+        let emitted = emit_constants(&program, &cpu.stand_in(), true).unwrap();
+        let (plan, constants) = assemble(&kernels, &program, &emitted, 1).unwrap();
+        // All of the program for the stand-in: what was folded is what it needs.
+        let all = emit_all(&program.kernels, &cpu.stand_in(), true, false).unwrap();
+        let executable = load(&all, plan, constants, 1).unwrap();
+        let x = ramp(&Type::new(DType::F32, &[9, 24]), 4).to_tensor();
+        let got = executable.run(&[("x", x.view())]).unwrap().remove(0).1;
+        let want = crate::interpret(&graph, &[x]);
+        let pairs = got.as_slice::<f32>().unwrap().iter().zip(want[0].as_slice::<f32>().unwrap());
+        for (got, want) in pairs {
+            assert!((got - want).abs() < 1e-4 * want.abs().max(1.0), "{got} {want} {cpu:?}");
         }
     }
 }

@@ -78,7 +78,10 @@ impl ArtifactFile {
             Weights::External { file, bytes, hash } => weights(&folder.join(file), *bytes, hash)?,
         };
         let text = &self.map[self.sections.text.clone()];
-        let code = Code::load(text, self.manifest.entries).map_err(ArtifactError::Code)?;
+        let faster =
+            self.manifest.faster.into_iter().find(|f| cpu::missing(&f.features).is_empty());
+        let entries = faster.map_or(self.manifest.entries, |faster| faster.entries);
+        let code = Code::load(text, entries).map_err(ArtifactError::Code)?;
         let artifact = Artifact { plan: self.manifest.plan, code, constants };
         // SAFETY: the caller vouches for the file; it was made for this processor.
         Ok(unsafe { Executable::new(artifact, pool) }?)

@@ -58,8 +58,19 @@ pub struct Manifest {
     pub plan: Plan,
     /// Where each kernel starts in the section [`TEXT`].
     pub entries: Vec<usize>,
+    /// The same kernels as code for processors that can do more, the fastest first.
+    pub faster: Vec<Faster>,
     /// The constants.
     pub weights: Weights,
+}
+
+/// Kernels for processors that can do more than others.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Faster {
+    /// Features that the processor must have.
+    pub features: Vec<String>,
+    /// Where each kernel starts in the section [`TEXT`].
+    pub entries: Vec<usize>,
 }
 
 /// Where the constants of a compiled file are.
@@ -319,12 +330,15 @@ fn payload(file: &[u8], section: Range<usize>) -> Result<&[u8], ArtifactError> {
 }
 
 fn check(manifest: &Manifest, text_bytes: usize) -> Result<(), ArtifactError> {
-    for (index, &found) in manifest.entries.iter().enumerate() {
-        if found >= text_bytes {
-            return Err(ArtifactError::Entry { index, found, expected: text_bytes });
+    let faster = manifest.faster.iter().map(|set| &set.entries);
+    for entries in [&manifest.entries].into_iter().chain(faster) {
+        for (index, &found) in entries.iter().enumerate() {
+            if found >= text_bytes {
+                return Err(ArtifactError::Entry { index, found, expected: text_bytes });
+            }
         }
+        manifest.plan.check(entries.len(), manifest.weights.bytes())?;
     }
-    manifest.plan.check(manifest.entries.len(), manifest.weights.bytes())?;
     Ok(())
 }
 

@@ -53,6 +53,7 @@ fn manifest() -> Manifest {
         name: "sum".into(),
         plan: executable(1, 4).plan().clone(),
         entries: vec![0],
+        faster: Vec::new(),
         weights: Weights::Inside { bytes: 4 * N },
     }
 }

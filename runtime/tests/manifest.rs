@@ -33,6 +33,7 @@ fn manifest() -> Manifest {
             arena_bytes: 64,
         },
         entries: vec![0],
+        faster: Vec::new(),
         weights: Weights::Inside { bytes: CONSTANTS.len() },
     }
 }

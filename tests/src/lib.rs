@@ -1,11 +1,13 @@
 //! What the suites share: where references are, how a graph is run, how results are compared.
 
 pub mod cases;
+pub mod machines;
 
 use std::io::Write;
 use std::path::PathBuf;
 
 use kiln::Compiler;
+use kiln::backend::cpu::{Cpu, emit_all};
 use kiln::graph::Graph;
 use kiln::graph::eval::Value;
 use kiln::tensor::{DType, Tensor, TensorView};
@@ -77,13 +79,25 @@ pub fn run_compiled(
 }
 
 /// The ways of compiling that must all give right results, with their names.
-pub fn compilers() -> [(&'static str, Compiler); 3] {
+pub fn compilers() -> Vec<(&'static str, Compiler)> {
     let compiler = Compiler::new().verify_code(true);
-    [
+    let mut all = vec![
         ("compiled", compiler.clone()),
         ("compiled without the e-graph", compiler.clone().egraph(false)),
-        ("compiled without wide vectors", compiler.wide(false)),
-    ]
+        ("compiled without wide vectors", compiler.clone().wide(false)),
+    ];
+    if cfg!(target_arch = "x86_64") {
+        let old = Cpu::named(None, Some("x86-64-v2")).expect("a level of x86-64");
+        all.push(("compiled for a CPU without AVX and FMA", compiler.target(old)));
+    }
+    all
+}
+
+/// Makes code for a CPU, which this machine need not be able to run.
+pub fn emit_for(cpu: Cpu, graph: &Graph) -> kiln::error::Result<()> {
+    let compiler = Compiler::new().target(cpu.clone());
+    let program = compiler.lower(&compiler.optimise(graph)?)?;
+    emit_all(&program.kernels, &cpu, true, false).map(drop)
 }
 
 /// How far results may be from the reference: `|a - b| <= atol + rtol * |b|`.

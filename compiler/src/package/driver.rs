@@ -27,11 +27,8 @@ pub struct Parts<'a> {
     pub name: &'a str,
     /// Order and memory.
     pub plan: &'a Plan,
-    /// Kernels.
-    pub emitted: &'a Emitted,
-    /// Machine code that returns 1 where this processor can run the kernels, else 0; none where
-    /// every processor of the target can.
-    pub supported: Option<&'a [u8]>,
+    /// Kernels, the fastest set first.
+    pub sets: &'a [Set],
     /// Bytes of constants.
     pub weights: usize,
     /// Whether the caller hands the constants in, else they are in the file.
@@ -40,10 +37,19 @@ pub struct Parts<'a> {
     pub about: &'a str,
 }
 
+/// The kernels of a model, as code for one kind of processor.
+pub struct Set {
+    /// The code.
+    pub emitted: Emitted,
+    /// Machine code that returns 1 where this processor can run the kernels, else 0; none where
+    /// every processor of the target can.
+    pub supported: Option<Vec<u8>>,
+}
+
 /// What the rest of the file needs to know.
 pub struct Defined {
-    /// The kernels, in order.
-    pub kernels: Vec<FuncId>,
+    /// The kernels of each set, in order.
+    pub kernels: Vec<Vec<FuncId>>,
     /// The constants, to be defined where they are in the file.
     pub weights: Option<DataId>,
 }
@@ -104,8 +110,8 @@ type Built<T> = Result<T, Box<ModuleError>>;
 
 /// Defines every function of a model.
 pub fn define(module: &mut ObjectModule, parts: &Parts) -> Built<Defined> {
-    let data = |module: &mut ObjectModule, name: &str, linkage, writable| {
-        module.declare_data(&format!("{}.{name}", parts.name), linkage, writable, false)
+    let data = |module: &mut ObjectModule, name: &str, linkage, writable| -> Built<DataId> {
+        Ok(module.declare_data(&format!("{}.{name}", parts.name), linkage, writable, false)?)
     };
     let tables = data(module, "tables", Linkage::Local, false)?;
     let checked = data(module, "checked", Linkage::Local, true)?;
@@ -115,10 +121,14 @@ pub fn define(module: &mut ObjectModule, parts: &Parts) -> Built<Defined> {
     };
     let scratch = FunctionBuilderContext::new();
     let mut driver = Driver { module, parts, context: Context::new(), scratch, tables };
-    let kernels = driver.kernels()?;
+    let sets = 0..parts.sets.len();
+    let kernels = sets.clone().map(|set| driver.kernels(set)).collect::<Built<Vec<_>>>()?;
     let task = driver.task()?;
-    let supported = driver.supported()?;
-    let run = driver.run(&kernels, task, supported, checked, weights)?;
+    let supported = sets.map(|set| driver.supported(set)).collect::<Built<Vec<_>>>()?;
+    let plans = kernels.iter().enumerate();
+    let plans = plans.map(|(set, kernels)| driver.plan(set, kernels, task, weights));
+    let plans = plans.collect::<Built<Vec<_>>>()?;
+    let run = driver.run(&plans, &supported, checked)?;
     driver.run_simple(run)?;
     driver.answers()?;
     let mut zero = DataDescription::new();
@@ -222,13 +232,13 @@ impl Driver<'_> {
         Ok(id)
     }
 
-    /// The kernels as they were emitted.
-    fn kernels(&mut self) -> Built<Vec<FuncId>> {
-        let emitted = self.parts.emitted;
+    /// The kernels of a set as they were emitted.
+    fn kernels(&mut self, set: usize) -> Built<Vec<FuncId>> {
+        let emitted = &self.parts.sets[set].emitted;
         let names = |i: usize| {
             let steps = &self.parts.plan.steps;
             let name = steps.iter().find(|s| s.kernel == i).map_or("constant", |s| &s.name);
-            format!("{}.k{i}.{}", self.parts.name, symbol(name))
+            format!("{}.s{set}.k{i}.{}", self.parts.name, symbol(name))
         };
         let mut ids = Vec::new();
         for (i, (&entry, &size)) in emitted.entries.iter().zip(&emitted.sizes).enumerate() {
@@ -242,11 +252,11 @@ impl Driver<'_> {
     }
 
     /// The check of the processor.
-    fn supported(&mut self) -> Built<Option<FuncId>> {
-        let Some(code) = self.parts.supported else { return Ok(None) };
+    fn supported(&mut self, set: usize) -> Built<Option<FuncId>> {
+        let Some(code) = &self.parts.sets[set].supported else { return Ok(None) };
         let mut signature = Signature::new(CallConv::SystemV);
         signature.returns = vec![AbiParam::new(types::I32)];
-        let name = format!("{}.supported", self.parts.name);
+        let name = format!("{}.s{set}.supported", self.parts.name);
         let id = self.module.declare_function(&name, Linkage::Local, &signature)?;
         self.module.define_function_bytes(id, 16, code, &[])?;
         Ok(Some(id))
@@ -296,11 +306,9 @@ impl Driver<'_> {
     /// `int32_t NAME_run_with(const kiln_call *call)`
     fn run(
         &mut self,
-        kernels: &[FuncId],
-        task: FuncId,
-        supported: Option<FuncId>,
+        plans: &[FuncId],
+        supported: &[Option<FuncId>],
         checked: DataId,
-        weights: Option<DataId>,
     ) -> Built<FuncId> {
         let name = ("run_with", Linkage::Export);
         self.function(name, &[POINTER], &[types::I32], |this, f| {
@@ -309,9 +317,34 @@ impl Driver<'_> {
             let version = f.b.ins().load(types::I32, TRUSTED(), call, Call::ABI_VERSION);
             let other = f.b.ins().icmp_imm_s(IntCC::NotEqual, version, i64::from(ABI_VERSION));
             f.leave_if(other, Status::AbiVersion);
-            if let Some(supported) = supported {
-                this.check_cpu(f, supported, checked);
+            let choice = this.choose(f, supported, checked);
+            for (set, &plan) in plans.iter().enumerate() {
+                let (go, next) = (f.b.create_block(), f.b.create_block());
+                let this_one = f.b.ins().icmp_imm_s(IntCC::Equal, choice, set as i64 + 1);
+                f.b.ins().brif(this_one, go, &[], next, &[]);
+                f.b.switch_to_block(go);
+                let plan = this.reference(f, plan);
+                let status = f.b.ins().call(plan, &[call]);
+                let status = f.b.inst_results(status)[0];
+                f.b.ins().return_(&[status]);
+                f.b.switch_to_block(next);
             }
+            f.leave(Status::UnsupportedCpu);
+            Ok(())
+        })
+    }
+
+    /// The steps of the plan, by the kernels of a set.
+    fn plan(
+        &mut self,
+        set: usize,
+        kernels: &[FuncId],
+        task: FuncId,
+        weights: Option<DataId>,
+    ) -> Built<FuncId> {
+        let name = format!("s{set}.plan");
+        self.function((&name, Linkage::Local), &[POINTER], &[types::I32], |this, f| {
+            let call = f.params[0];
             let plan = this.parts.plan;
             let inputs = this.tensors(f, Call::INPUTS, &plan.inputs);
             let outputs = this.tensors(f, Call::OUTPUTS, &plan.outputs);
@@ -345,25 +378,35 @@ impl Driver<'_> {
         })
     }
 
-    /// Asks the processor once and remembers: 1 it can, 2 it cannot.
-    fn check_cpu(&mut self, f: &mut Body, supported: FuncId, checked: DataId) {
+    /// The first set that the processor can run, counted from 1, and one more than there are
+    /// where it can run none. Asks once and remembers.
+    fn choose(&mut self, f: &mut Body, supported: &[Option<FuncId>], checked: DataId) -> Value {
+        if let [None] = supported {
+            return f.number(1);
+        }
         let checked = self.address(f, checked);
         let known = f.load(checked, 0);
         let (ask, go) = (f.b.create_block(), f.b.create_block());
         f.b.append_block_param(go, types::I64);
         f.b.ins().brif(known, go, &[known.into()], ask, &[]);
         f.b.switch_to_block(ask);
-        let supported = self.reference(f, supported);
-        let answer = f.b.ins().call(supported, &[]);
-        let answer = f.b.inst_results(answer)[0];
-        let (yes, no) = (f.number(1), f.number(2));
-        let answer = f.b.ins().select(answer, yes, no);
-        f.store(answer, checked, 0);
-        f.b.ins().jump(go, &[answer.into()]);
+        let mut choice = f.number(supported.len() as i64 + 1);
+        for (set, &supported) in supported.iter().enumerate().rev() {
+            let this_one = f.number(set as i64 + 1);
+            choice = match supported {
+                None => this_one,
+                Some(supported) => {
+                    let supported = self.reference(f, supported);
+                    let answer = f.b.ins().call(supported, &[]);
+                    let answer = f.b.inst_results(answer)[0];
+                    f.b.ins().select(answer, this_one, choice)
+                }
+            };
+        }
+        f.store(choice, checked, 0);
+        f.b.ins().jump(go, &[choice.into()]);
         f.b.switch_to_block(go);
-        let answer = f.b.block_params(go)[0];
-        let no = f.b.ins().icmp_imm_s(IntCC::NotEqual, answer, 1);
-        f.leave_if(no, Status::UnsupportedCpu);
+        f.b.block_params(go)[0]
     }
 
     /// Pointers to all tensors of one side; only empty ones may be null.

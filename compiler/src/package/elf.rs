@@ -229,7 +229,7 @@ impl<'a, 'p> Layout<'a, 'p> {
         w.pad_until(dynamic);
         w.write_align_dynamic();
         let dynstr_len = w.dynstr_len() as u64;
-        w.write_dynamic_string(DT_SONAME.into(), soname).map_err(failed)?;
+        w.write_dynamic_string(DT_SONAME, soname).map_err(failed)?;
         for (tag, value) in [
             (DT_HASH, hash as u64),
             (DT_STRTAB, dynstr as u64),
@@ -238,7 +238,7 @@ impl<'a, 'p> Layout<'a, 'p> {
             (DT_SYMENT, 24),
             (DT_NULL, 0),
         ] {
-            w.write_dynamic(tag.into(), value).map_err(failed)?;
+            w.write_dynamic(tag, value).map_err(failed)?;
         }
         w.write_null_symbol();
         for (f, name) in functions.iter().zip(&static_names) {

@@ -8,7 +8,7 @@ mod object;
 
 use ::object::{Object, ObjectSection};
 use kiln_runtime::artifact::Constants;
-use kiln_runtime::manifest::{self, Hash, Manifest, Weights};
+use kiln_runtime::manifest::{self, Faster, Hash, Manifest, Weights};
 use kiln_runtime::plan::{Plan, Step};
 
 use crate::backend::cpu::target::System;
@@ -68,12 +68,10 @@ pub fn identifier(text: &str) -> String {
 pub struct Contents<'a> {
     /// Order and memory.
     pub plan: &'a Plan,
-    /// Kernels.
-    pub emitted: &'a Emitted,
+    /// What it is for, and kernels for it; the fastest first.
+    pub sets: &'a [(Cpu, Emitted)],
     /// What the kernels read besides inputs.
     pub constants: Constants,
-    /// What it is for.
-    pub cpu: &'a Cpu,
     /// Hash of what it was made from.
     pub model_hash: Hash,
 }
@@ -87,17 +85,20 @@ pub fn package(contents: Contents, form: &Form, verify: bool) -> Result<Package>
 }
 
 fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
-    let Contents { constants, cpu, model_hash, .. } = contents;
-    let (plan, emitted) = used(contents.plan, contents.emitted);
+    let Contents { constants, sets, model_hash, .. } = contents;
+    let (cpu, _) = sets.last().ok_or_else(|| failed("no code"))?;
+    let (plan, kept) = used(contents.plan);
     let external = form.weights.is_some();
-    let features: Vec<String> = cpu.features.iter().map(|f| f.name.to_string()).collect();
-    let about = about(cpu, &features, &model_hash);
-    let supported = cpuid::checks(cpu).map(|checks| cpuid::supported(&checks));
+    let about = about(sets, &model_hash);
+    let set = |(cpu, emitted): &(Cpu, Emitted)| driver::Set {
+        emitted: only(emitted, &kept),
+        supported: cpuid::checks(cpu).map(|checks| cpuid::supported(&checks)),
+    };
+    let driven: Vec<driver::Set> = sets.iter().map(set).collect();
     let parts = driver::Parts {
         name: &form.name,
         plan: &plan,
-        emitted: &emitted,
-        supported: supported.as_deref(),
+        sets: &driven,
         weights: constants.len(),
         external,
         about: &about,
@@ -113,14 +114,18 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
             Weights::External { file: file.clone(), bytes, hash }
         }
     };
+    let mut faster = code.entries.clone();
+    let entries = faster.pop().ok_or_else(|| failed("no code"))?;
+    let set = |cpu, entries| Faster { features: features(cpu), entries };
     let manifest = manifest::encode(&Manifest {
         producer: env!("CARGO_PKG_VERSION").to_string(),
         target: cpu.triple.name.to_string(),
-        features,
+        features: features(cpu),
         model_hash,
         name: form.name.clone(),
         plan,
-        entries: code.entries.clone(),
+        entries,
+        faster: sets.iter().zip(faster).map(|((cpu, _), e)| set(cpu, e)).collect(),
         weights,
     });
     code.manifest(&manifest);
@@ -139,28 +144,42 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
     Ok(Package { file, header, weights: external.then_some(constants) })
 }
 
-/// What is run, without the kernels that were only needed to compute constants.
-fn used(plan: &Plan, emitted: &Emitted) -> (Plan, Emitted) {
+fn features(cpu: &Cpu) -> Vec<String> {
+    cpu.features.iter().map(|f| f.name.to_string()).collect()
+}
+
+/// What is run, and the kernels in it: others were only needed to compute constants.
+fn used(plan: &Plan) -> (Plan, Vec<usize>) {
     let mut kept: Vec<usize> = plan.steps.iter().map(|step| step.kernel).collect();
     kept.sort_unstable();
     kept.dedup();
     let number = |kernel| kept.binary_search(&kernel).expect("every kernel of a step is kept");
     let step = |step: &Step| Step { kernel: number(step.kernel), ..step.clone() };
     let steps = plan.steps.iter().map(step).collect();
+    (Plan { steps, ..plan.clone() }, kept)
+}
+
+/// The kernels that are kept.
+fn only(emitted: &Emitted, kept: &[usize]) -> Emitted {
     let code = emitted.code.clone();
     let of = |all: &[usize]| kept.iter().map(|&kernel| all[kernel]).collect();
     let (entries, sizes) = (of(&emitted.entries), of(&emitted.sizes));
-    (Plan { steps, ..plan.clone() }, Emitted { code, entries, sizes, ..Emitted::default() })
+    Emitted { code, entries, sizes, ..Emitted::default() }
 }
 
 /// What `NAME_about` says.
-fn about(cpu: &Cpu, features: &[String], model_hash: &Hash) -> String {
-    let needs = match features {
-        [] => String::new(),
-        features => format!(", needs {}", features.join(" ")),
-    };
+fn about(sets: &[(Cpu, Emitted)], model_hash: &Hash) -> String {
     let (version, hash) = (env!("CARGO_PKG_VERSION"), manifest::hex(model_hash));
-    format!("Kiln {version}, {}{needs}, model {}", cpu.triple.name, &hash[..16])
+    let mut text = format!("Kiln {version}");
+    for (i, (cpu, _)) in sets.iter().enumerate().rev() {
+        match features(cpu).as_slice() {
+            _ if i + 1 < sets.len() => text.push_str(", faster with "),
+            [] => text.push_str(&format!(", {}", cpu.triple.name)),
+            _ => text.push_str(&format!(", {}, needs ", cpu.triple.name)),
+        }
+        text.push_str(&features(cpu).join(" "));
+    }
+    format!("{text}, model {}", &hash[..16])
 }
 
 /// Writes the hash of the whole file into its manifest.

@@ -2,6 +2,7 @@
 //! to place.
 
 use ar_archive_writer::{ArchiveKind, DEFAULT_OBJECT_READER, NewArchiveMember};
+use cranelift_module::FuncId;
 use cranelift_object::{ObjectBuilder, ObjectModule};
 use object::write::{Object, SectionId, StandardSegment, SymbolId, SymbolSection};
 use object::{BinaryFormat, SectionKind, SymbolScope};
@@ -17,8 +18,8 @@ use crate::backend::cpu::clif::target_isa;
 pub struct Code<'a> {
     object: Object<'a>,
     weights: Option<SymbolId>,
-    /// Offsets of kernels in the section of code.
-    pub entries: Vec<usize>,
+    /// Offsets of the kernels of each set in the section of code.
+    pub entries: Vec<Vec<usize>>,
 }
 
 /// Compiles the functions of a model around its kernels.
@@ -31,7 +32,8 @@ pub fn code<'a>(parts: &Parts, cpu: &Cpu, verify: bool) -> Packed<Code<'a>> {
     let defined = define(&mut module, parts).map_err(failed)?;
     let product = module.finish();
     let symbol = |id| product.object.symbol(product.function_symbol(id));
-    let entries = defined.kernels.iter().map(|&id| symbol(id).value as usize).collect();
+    let entry = |&id: &FuncId| symbol(id).value as usize;
+    let entries = defined.kernels.iter().map(|ids| ids.iter().map(entry).collect()).collect();
     let weights = defined.weights.map(|id| product.data_symbol(id));
     Ok(Code { object: product.object, weights, entries })
 }

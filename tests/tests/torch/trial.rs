@@ -1,16 +1,20 @@
 //! A graph beside what libtorch says of its results, and how far from that they may be.
 
+use std::hash::{Hash, Hasher};
+
+use kiln::backend::cpu::Cpu;
 use kiln::error::Diagnostic;
 use kiln::graph::eval::{Data, Value};
 use kiln::graph::op::Type;
 use kiln::graph::{Graph, NodeId, Origin};
 use kiln::tensor::{DType, Tensor};
-use kiln_tests::{compilers, interpret, run_compiled};
+use kiln_tests::machines::{Emulator, emulators, machines};
+use kiln_tests::{compilers, emit_for, interpret, run_compiled};
 use proptest::test_runner::TestCaseError;
 use tch::Kind;
 
 use crate::refused::refused;
-use crate::{KINDS, longs};
+use crate::{KINDS, environment, longs};
 
 /// Result of a case.
 pub type Checked = Result<(), TestCaseError>;
@@ -195,8 +199,35 @@ impl Trial {
                 .map_err(|e| TestCaseError::fail(format!("{name}: {e}")))?;
             compare(name, &got, &compiled)?;
         }
+        if rare(&graph) {
+            self.check_elsewhere(&graph, &compiled)?;
+        }
         Ok(())
     }
+
+    /// Compiles for other architectures, and runs what there is an emulator for.
+    fn check_elsewhere(&self, graph: &Graph, wants: &[&Want]) -> Checked {
+        let fail = |cpu: &Cpu, why: &dyn std::fmt::Display| {
+            Err(TestCaseError::fail(format!("{}: {why}", cpu.triple.name)))
+        };
+        for Emulator { cpu, .. } in emulators() {
+            emit_for(cpu.clone(), graph).or_else(|e| fail(&cpu, &e))?;
+        }
+        for machine in machines() {
+            let mut machine = machine.lock().unwrap_or_else(|e| e.into_inner());
+            let got = machine.run(graph, &self.inputs).or_else(|e| fail(machine.cpu(), &e))?;
+            compare(machine.cpu().triple.name, &got, wants)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a graph is among the few that are tried where code is slow: one in `KILN_EMULATED`,
+/// the same ones in every run.
+fn rare(graph: &Graph) -> bool {
+    let mut hash = std::hash::DefaultHasher::new();
+    kiln::graph::text::print(graph).hash(&mut hash);
+    hash.finish().is_multiple_of(environment("KILN_EMULATED").unwrap_or(8).max(1))
 }
 
 fn compare(way: &str, got: &[Tensor], wants: &[&Want]) -> Checked {

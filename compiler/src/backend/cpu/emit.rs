@@ -138,6 +138,16 @@ pub trait Machine {
         y: &Self::Value,
         z: &Self::Value,
     ) -> Emitted<Self::Value>;
+    /// x * y + z of a sum of products, which may be rounded twice where once would cost much.
+    fn accumulate(
+        &mut self,
+        dtype: DType,
+        x: &Self::Value,
+        y: &Self::Value,
+        z: &Self::Value,
+    ) -> Emitted<Self::Value> {
+        self.fma(dtype, x, y, z)
+    }
     /// An operation on the bits of f32.
     fn bits(&mut self, op: Bits, x: &Self::Value, y: &Self::Value) -> Emitted<Self::Value>;
     /// The bits of an f32 shifted left, or right where negative (logically).
@@ -465,7 +475,7 @@ impl<M: Machine> Emit<'_, M> {
                 let (x, a) = self.shared(x)?;
                 let (y, b) = self.shared(y)?;
                 let (z, c) = self.shared(z)?;
-                (self.machine.fma(t, &x, &y, &z)?, a || b || c)
+                (self.machine.accumulate(t, &x, &y, &z)?, a || b || c)
             }
             Expr::Fold(f, buffer) => {
                 let mut keys: Vec<(BufferId, i64)> =

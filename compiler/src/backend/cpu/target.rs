@@ -56,6 +56,9 @@ pub const TRIPLES: &[Triple] = &[
 /// there is code for.
 const LEAST: &str = "x86-64-v2";
 
+/// Several levels in one file.
+const MULTI: &str = "multi";
+
 /// A CPU: what code may use of it, and how wide vectors are.
 ///
 /// Kernels have one calling convention on every target of an architecture, on x86-64 that of
@@ -71,6 +74,9 @@ pub struct Cpu {
     /// Lanes of f32 in the wide emitter: 16 with AVX-512 F, BW, DQ and VL, 8 with AVX2 and FMA,
     /// and 0 where only Cranelift emits.
     pub wide_lanes: usize,
+    /// CPUs that can do more, the best first: files hold code for them too, made of the same
+    /// loops, and choose when they run.
+    pub faster: Vec<Cpu>,
 }
 
 impl Cpu {
@@ -121,11 +127,15 @@ impl Cpu {
             true | false => None,
         };
         let wide_lanes = level.map_or(0, Level::lanes);
-        Cpu { triple, features, lanes: level.map_or(4, Level::lanes), wide_lanes }
+        let lanes = level.map_or(4, Level::lanes);
+        Cpu { triple, features, lanes, wide_lanes, faster: Vec::new() }
     }
 
     /// What loops need to know of it.
     pub fn target(&self) -> Target {
+        if let Some(best) = self.faster.first() {
+            return best.target();
+        }
         match (Level::of(self.wide_lanes), self.triple.arch) {
             (Some(level), _) => Target { lanes: level.lanes(), registers: level.registers() },
             (None, Arch::X86_64) => Target { lanes: self.lanes, registers: 11 },
@@ -164,6 +174,11 @@ impl Cpu {
         Err(Error::new(ErrorKind::Incompatible, diagnostic))
     }
 
+    /// The best of it and those beside it that runs on this machine, or itself.
+    pub fn best_here(&self) -> &Cpu {
+        self.faster.iter().find(|cpu| cpu.runs_here()).unwrap_or(self)
+    }
+
     /// This machine, running loops that are made for the lanes of that CPU.
     pub fn stand_in(&self) -> Cpu {
         let host = Cpu::host(true);
@@ -173,11 +188,16 @@ impl Cpu {
 }
 
 fn x86(triple: Triple, cpu: &str) -> Result<Cpu> {
+    if cpu == MULTI {
+        let best = x86(triple, "x86-64-v3")?;
+        let least = Cpu { lanes: best.lanes, wide_lanes: 0, ..x86(triple, LEAST)? };
+        return Ok(Cpu { faster: vec![best], ..least });
+    }
     let features = match level(cpu) {
         Some(features) => features,
         None if cpu.starts_with('+') => listed(cpu)?,
         None => {
-            let known = names(["host"].into_iter().chain(LEVELS.iter().map(|l| l.0)));
+            let known = names(["host", MULTI].into_iter().chain(LEVELS.iter().map(|l| l.0)));
             return Err(unknown("CPU", cpu, &known));
         }
     };
@@ -272,6 +292,9 @@ mod tests {
         let lanes = |cpu: &str| Cpu::named(linux, Some(cpu)).unwrap().target().lanes;
         assert_eq!(["x86-64-v2", "x86-64-v3", "x86-64-v4"].map(lanes), [4, 8, 16]);
         assert_eq!(["+avx2,+fma", "+avx2, +bmi2", "+avx512f"].map(lanes), [8, 4, 8]);
+        let multi = Cpu::named(linux, Some("multi")).unwrap();
+        assert_eq!((multi.lanes, multi.wide_lanes, multi.faster.len()), (8, 0, 1));
+        assert_eq!((multi.target(), multi.faster[0].wide_lanes), (multi.faster[0].target(), 8));
         for triple in TRIPLES {
             let cpu = Cpu::named(Some(triple.name), None).unwrap();
             assert_eq!(cpu.triple, *triple);
@@ -291,7 +314,7 @@ mod tests {
             (text(Some("aarch64-linux-gnu"), None), "one of x86_64-unknown-linux-gnu, aarch64-"),
             (text(Some("aarch64-unknown-linux-gnu2"), None), "`aarch64-unknown-linux-gnu`?"),
             (text(linux, Some("x86-64v3")), "did you mean `x86-64-v3`?"),
-            (text(linux, Some("native")), "one of host, x86-64-v2, x86-64-v3, x86-64-v4"),
+            (text(linux, Some("native")), "one of host, multi, x86-64-v2, x86-64-v3, x86-64-v4"),
             (text(linux, Some("+avx2,+fmaa")), "did you mean `fma`?"),
             (text(linux, Some("+")), "one of sse3, ssse3"),
             (text(Some("riscv64gc-unknown-linux-gnu"), Some("x86-64-v3")), "no `--cpu`"),

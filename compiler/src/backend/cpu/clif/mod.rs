@@ -1,7 +1,12 @@
 //! The Cranelift emitter: complete by itself, 128-bit vectors, every target that Cranelift has.
+//! Where a target has no vectors, lanes are scalars side by side.
+
+mod cast;
+mod float;
+mod int;
 
 use cranelift_codegen::control::ControlPlane;
-use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
+use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::immediates::Offset32;
 use cranelift_codegen::ir::{
     AbiParam, Block, BlockArg, Endianness, Function, InstBuilder, MemFlagsData, Signature, Type,
@@ -65,7 +70,15 @@ pub fn compile(loops: &Loops, isa: &dyn TargetIsa, lanes: usize, texts: bool) ->
             builder.ins().load(types::I64, MemFlagsData::trusted(), params[0], slot - 8)
         }));
     }
-    let mut machine = Clif { b: builder, bases, params, lanes, open: Vec::new() };
+    let has =
+        |name: &str| isa.isa_flags().iter().any(|f| f.name == name && f.as_bool() == Some(true));
+    let (piece, has_fma) = match isa.name() {
+        "x64" => (types::F32X4, has("has_fma")),
+        "riscv64" => (types::F32, true),
+        _ => (types::F32X4, true),
+    };
+    let open = Vec::new();
+    let mut machine = Clif { b: builder, bases, params, lanes, piece, has_fma, open };
     emit(loops, &mut machine)?;
     machine.b.ins().return_(&[]);
     machine.b.seal_all_blocks();
@@ -106,6 +119,10 @@ struct Clif<'a> {
     bases: Vec<Option<Value>>,
     params: Vec<Value>,
     lanes: usize,
+    /// What one SSA value of several lanes is: four of them, or one where there are no vectors.
+    piece: Type,
+    /// Whether there is an instruction for x * y + z, rounded once.
+    has_fma: bool,
     open: Vec<Open>,
 }
 
@@ -189,6 +206,11 @@ impl Clif<'_> {
         MemFlagsData::new().with_notrap()
     }
 
+    /// How many SSA values the lanes are.
+    fn pieces(&self) -> usize {
+        self.lanes / self.piece.lane_count() as usize
+    }
+
     fn lift1(&mut self, x: &Val, f: impl Fn(&mut Self, Value) -> Value) -> Val {
         match x {
             Val::One(x) => Val::One(f(self, *x)),
@@ -228,377 +250,6 @@ impl Clif<'_> {
             types::F32 => types::I32,
             other => other,
         }
-    }
-
-    /// c ? x : y, c a mask of the comparison of such values.
-    fn choose(&mut self, c: Value, x: Value, y: Value) -> Value {
-        let ty = self.b.func.dfg.value_type(x);
-        if ty.is_vector() {
-            let mask = self.cast_bits(c, ty);
-            self.b.ins().bitselect(mask, x, y)
-        } else {
-            self.b.ins().select(c, x, y)
-        }
-    }
-
-    fn float_minmax(&mut self, f: BinaryFn, x: Value, y: Value) -> Value {
-        // x where it wins or is NaN: the form that becomes one vmaxps or vminps.
-        let (a, b) = if f == BinaryFn::Max { (x, y) } else { (y, x) };
-        let c = self.b.ins().fcmp(FloatCC::LessThan, a, b);
-        let best = self.choose(c, y, x);
-        let nan = self.b.ins().fcmp(FloatCC::Unordered, y, y);
-        self.choose(nan, y, best)
-    }
-
-    fn float_binary(&mut self, f: BinaryFn, x: Value, y: Value) -> Emitted<Value> {
-        let compare = |this: &mut Self, cc| this.b.ins().fcmp(cc, x, y);
-        Ok(match f {
-            BinaryFn::Add => self.b.ins().fadd(x, y),
-            BinaryFn::Sub => self.b.ins().fsub(x, y),
-            BinaryFn::Mul => self.b.ins().fmul(x, y),
-            BinaryFn::Div => self.b.ins().fdiv(x, y),
-            BinaryFn::Max | BinaryFn::Min => self.float_minmax(f, x, y),
-            BinaryFn::Eq => compare(self, FloatCC::Equal),
-            BinaryFn::Ne => compare(self, FloatCC::NotEqual),
-            BinaryFn::Lt => compare(self, FloatCC::LessThan),
-            BinaryFn::Le => compare(self, FloatCC::LessThanOrEqual),
-            BinaryFn::Rem => {
-                // Exact while the quotient fits into the mantissa.
-                let quotient = self.b.ins().fdiv(x, y);
-                let whole = self.b.ins().trunc(quotient);
-                let negative = self.b.ins().fneg(whole);
-                let rest = self.b.ins().fma(negative, y, x);
-                let rest = self.other_side(rest, x, y);
-                let ty = self.b.func.dfg.value_type(x);
-                let infinite = self.float_const(ty, f64::INFINITY);
-                let magnitude = self.b.ins().fabs(y);
-                let c = self.b.ins().fcmp(FloatCC::Equal, magnitude, infinite);
-                // x itself, NaN where that is infinite as well.
-                let nothing = self.b.ins().fsub(x, x);
-                let whole = self.b.ins().fadd(x, nothing);
-                let rest = self.choose(c, whole, rest);
-                self.b.ins().fcopysign(rest, x)
-            }
-            BinaryFn::Pow | BinaryFn::And | BinaryFn::Or | BinaryFn::Xor => {
-                return Err(Unsupported(format!("{} of floats", f.name())));
-            }
-        })
-    }
-
-    /// A rest whose sign is not that of x, because the quotient was rounded up to a whole number:
-    /// it is one divisor further.
-    fn other_side(&mut self, rest: Value, x: Value, y: Value) -> Value {
-        let ty = self.b.func.dfg.value_type(x);
-        let zero = self.float_const(ty, 0.0);
-        let one = self.float_const(ty, 1.0);
-        let side = self.b.ins().fcopysign(one, x);
-        let along = self.b.ins().fmul(rest, side);
-        let wrong = self.b.ins().fcmp(FloatCC::LessThan, along, zero);
-        let step = self.b.ins().fabs(y);
-        let step = self.b.ins().fmul(step, side);
-        let moved = self.b.ins().fadd(rest, step);
-        self.choose(wrong, moved, rest)
-    }
-
-    fn float_const(&mut self, ty: Type, v: f64) -> Value {
-        match ty {
-            types::F64 => self.b.ins().f64const(v),
-            types::F32X4 => {
-                let one = self.b.ins().f32const(v as f32);
-                self.b.ins().splat(types::F32X4, one)
-            }
-            _ => self.b.ins().f32const(v as f32),
-        }
-    }
-
-    fn int_binary(&mut self, f: BinaryFn, dtype: DType, x: Value, y: Value) -> Emitted<Value> {
-        let signed = dtype.is_signed();
-        let pick = |s, u| if signed { s } else { u };
-        Ok(match f {
-            BinaryFn::Add => self.b.ins().iadd(x, y),
-            BinaryFn::Sub => self.b.ins().isub(x, y),
-            BinaryFn::Mul => self.b.ins().imul(x, y),
-            BinaryFn::Div | BinaryFn::Rem => self.int_divide(f, signed, x, y),
-            BinaryFn::Max => match signed {
-                true => self.b.ins().smax(x, y),
-                false => self.b.ins().umax(x, y),
-            },
-            BinaryFn::Min => match signed {
-                true => self.b.ins().smin(x, y),
-                false => self.b.ins().umin(x, y),
-            },
-            BinaryFn::Eq => self.b.ins().icmp(IntCC::Equal, x, y),
-            BinaryFn::Ne => self.b.ins().icmp(IntCC::NotEqual, x, y),
-            BinaryFn::Lt => {
-                self.b.ins().icmp(pick(IntCC::SignedLessThan, IntCC::UnsignedLessThan), x, y)
-            }
-            BinaryFn::Le => {
-                let (s, u) = (IntCC::SignedLessThanOrEqual, IntCC::UnsignedLessThanOrEqual);
-                self.b.ins().icmp(pick(s, u), x, y)
-            }
-            BinaryFn::And => self.b.ins().band(x, y),
-            BinaryFn::Or => self.b.ins().bor(x, y),
-            BinaryFn::Xor => self.b.ins().bxor(x, y),
-            BinaryFn::Pow => return Err(Unsupported(format!("pow of {dtype}"))),
-        })
-    }
-
-    /// Division that never traps: by 0 gives 0, by -1 negates.
-    fn int_divide(&mut self, f: BinaryFn, signed: bool, x: Value, y: Value) -> Value {
-        let ty = self.b.func.dfg.value_type(x);
-        // Narrow divisions are the least tried part of the code generator.
-        let (x, y) = match (ty.bits() < 32, signed) {
-            (false, _) => (x, y),
-            (true, true) => {
-                (self.b.ins().sextend(types::I32, x), self.b.ins().sextend(types::I32, y))
-            }
-            (true, false) => {
-                (self.b.ins().uextend(types::I32, x), self.b.ins().uextend(types::I32, y))
-            }
-        };
-        let wide = self.b.func.dfg.value_type(x);
-        let zero = self.b.ins().iconst(wide, 0);
-        let one = self.b.ins().iconst(wide, 1);
-        let is_zero = self.b.ins().icmp(IntCC::Equal, y, zero);
-        let safe = self.b.ins().select(is_zero, one, y);
-        let result = match (f, signed) {
-            (BinaryFn::Div, false) => self.b.ins().udiv(x, safe),
-            (_, false) => self.b.ins().urem(x, safe),
-            (_, true) => {
-                let minus = self.b.ins().iconst(wide, -1);
-                let is_minus = self.b.ins().icmp(IntCC::Equal, y, minus);
-                let safe = self.b.ins().select(is_minus, one, safe);
-                let (regular, special) = match f {
-                    BinaryFn::Div => (self.b.ins().sdiv(x, safe), self.b.ins().ineg(x)),
-                    _ => (self.b.ins().srem(x, safe), zero),
-                };
-                self.b.ins().select(is_minus, special, regular)
-            }
-        };
-        let result = self.b.ins().select(is_zero, zero, result);
-        match wide == ty {
-            true => result,
-            false => self.b.ins().ireduce(ty, result),
-        }
-    }
-
-    fn short_to_f32(&mut self, dtype: DType, x: Value) -> Value {
-        let bits = self.b.ins().uextend(types::I32, x);
-        if dtype == DType::BF16 {
-            let bits = self.b.ins().ishl_imm_u(bits, 16);
-            return self.b.ins().bitcast(types::F32, LITTLE(), bits);
-        }
-        // The exponent is moved by a product, which normalises subnormal numbers as well.
-        let magnitude = self.b.ins().band_imm_u(bits, 0x7fff);
-        let shifted = self.b.ins().ishl_imm_u(magnitude, 13);
-        let small = self.b.ins().bitcast(types::F32, LITTLE(), shifted);
-        let scale = self.b.ins().f32const(f32::from_bits(0x7780_0000));
-        let value = self.b.ins().fmul(small, scale);
-        let value = self.b.ins().bitcast(types::I32, LITTLE(), value);
-        let top = self.b.ins().bor_imm_u(shifted, 0x7f80_0000);
-        let limit = self.b.ins().iconst(types::I32, 0x7c00);
-        let special = self.b.ins().icmp(IntCC::UnsignedGreaterThanOrEqual, magnitude, limit);
-        let value = self.b.ins().select(special, top, value);
-        let sign = self.b.ins().band_imm_u(bits, 0x8000);
-        let sign = self.b.ins().ishl_imm_u(sign, 16);
-        let value = self.b.ins().bor(value, sign);
-        self.b.ins().bitcast(types::F32, LITTLE(), value)
-    }
-
-    /// Rounded to nearest, ties to even.
-    fn f32_to_short(&mut self, dtype: DType, x: Value) -> Value {
-        let bits = self.b.ins().bitcast(types::I32, LITTLE(), x);
-        let nan = self.b.ins().fcmp(FloatCC::Unordered, x, x);
-        let short = if dtype == DType::BF16 {
-            let odd = self.b.ins().ushr_imm_u(bits, 16);
-            let odd = self.b.ins().band_imm_u(odd, 1);
-            let bias = self.b.ins().iadd_imm_u(odd, 0x7fff);
-            let rounded = self.b.ins().iadd(bits, bias);
-            let rounded = self.b.ins().ushr_imm_u(rounded, 16);
-            let quiet = self.b.ins().iconst(types::I32, 0x7fc0);
-            self.b.ins().select(nan, quiet, rounded)
-        } else {
-            self.f32_to_f16(bits, x, nan)
-        };
-        self.b.ins().ireduce(types::I16, short)
-    }
-
-    /// After Maratyszcza's FP16: rounding falls out of adding a number of the right magnitude.
-    fn f32_to_f16(&mut self, bits: Value, x: Value, nan: Value) -> Value {
-        let magnitude = self.b.ins().fabs(x);
-        let up = self.b.ins().f32const(f32::from_bits(0x7780_0000));
-        let down = self.b.ins().f32const(f32::from_bits(0x0880_0000));
-        let base = self.b.ins().fmul(magnitude, up);
-        let base = self.b.ins().fmul(base, down);
-        let twice = self.b.ins().iadd(bits, bits);
-        let bias = self.b.ins().band_imm_u(twice, 0xff00_0000);
-        let least = self.b.ins().iconst(types::I32, 0x7100_0000);
-        let bias = self.b.ins().umax(bias, least);
-        let bias = self.b.ins().ushr_imm_u(bias, 1);
-        let bias = self.b.ins().iadd_imm_u(bias, 0x0780_0000);
-        let bias = self.b.ins().bitcast(types::F32, LITTLE(), bias);
-        let base = self.b.ins().fadd(base, bias);
-        let rounded = self.b.ins().bitcast(types::I32, LITTLE(), base);
-        let exponent = self.b.ins().ushr_imm_u(rounded, 13);
-        let exponent = self.b.ins().band_imm_u(exponent, 0x7c00);
-        let mantissa = self.b.ins().band_imm_u(rounded, 0x0fff);
-        let value = self.b.ins().iadd(exponent, mantissa);
-        let quiet = self.b.ins().iconst(types::I32, 0x7e00);
-        let value = self.b.ins().select(nan, quiet, value);
-        let sign = self.b.ins().ushr_imm_u(bits, 16);
-        let sign = self.b.ins().band_imm_u(sign, 0x8000);
-        self.b.ins().bor(value, sign)
-    }
-
-    fn as_int(&mut self, dtype: DType, x: Value) -> Value {
-        let ty = scalar_type(dtype);
-        if dtype == DType::Bool {
-            let from = self.b.func.dfg.value_type(x);
-            let zero = self.float_const(from, 0.0);
-            return self.b.ins().fcmp(FloatCC::NotEqual, x, zero);
-        }
-        // Narrow types saturate through a wider one.
-        let wide = if ty.bits() < 64 { types::I64 } else { ty };
-        let value = match dtype {
-            DType::U64 => self.b.ins().fcvt_to_uint_sat(wide, x),
-            _ => self.b.ins().fcvt_to_sint_sat(wide, x),
-        };
-        if wide == ty {
-            return value;
-        }
-        let (low, high) = crate::graph::eval::int_range(dtype);
-        let low = self.b.ins().iconst(wide, low as i64);
-        let high = self.b.ins().iconst(wide, high as i64);
-        let value = self.b.ins().smax(value, low);
-        let value = self.b.ins().smin(value, high);
-        self.b.ins().ireduce(ty, value)
-    }
-
-    fn int_to_float(&mut self, from: DType, to: DType, x: Value) -> Value {
-        let ty = scalar_type(to);
-        let narrow = scalar_type(from).bits() < 64;
-        let x = match (narrow, from.is_signed()) {
-            (true, true) => self.b.ins().sextend(types::I64, x),
-            (true, false) => self.b.ins().uextend(types::I64, x),
-            (false, _) => x,
-        };
-        match from {
-            DType::U64 => self.b.ins().fcvt_from_uint(ty, x),
-            _ => self.b.ins().fcvt_from_sint(ty, x),
-        }
-    }
-
-    fn cast_one(&mut self, from: DType, to: DType, x: Value) -> Value {
-        let (from_ty, to_ty) = (scalar_type(from), scalar_type(to));
-        match (from.is_float(), to.is_float()) {
-            (true, true) => {
-                let value = match (from_ty, to_ty) {
-                    (types::F32, types::F64) => self.b.ins().fpromote(types::F64, x),
-                    (types::F64, types::F32) => self.b.ins().fdemote(types::F32, x),
-                    _ => x,
-                };
-                match to {
-                    DType::F16 | DType::BF16 if from != to => {
-                        let short = self.f32_to_short(to, value);
-                        self.short_to_f32(to, short)
-                    }
-                    _ => value,
-                }
-            }
-            (true, false) => self.as_int(to, x),
-            (false, true) => {
-                let value = self.int_to_float(from, to, x);
-                match to {
-                    DType::F16 | DType::BF16 => {
-                        let short = self.f32_to_short(to, value);
-                        self.short_to_f32(to, short)
-                    }
-                    _ => value,
-                }
-            }
-            (false, false) if to == DType::Bool => {
-                let zero = self.b.ins().iconst(from_ty, 0);
-                self.b.ins().icmp(IntCC::NotEqual, x, zero)
-            }
-            (false, false) if from_ty.bits() < to_ty.bits() => match from.is_signed() {
-                true => self.b.ins().sextend(to_ty, x),
-                false => self.b.ins().uextend(to_ty, x),
-            },
-            (false, false) if from_ty.bits() > to_ty.bits() => self.b.ins().ireduce(to_ty, x),
-            (false, false) => x,
-        }
-    }
-
-    fn shuffle(&mut self, x: Value, order: [u8; 4]) -> Value {
-        let bytes = self.b.ins().bitcast(types::I8X16, LITTLE(), x);
-        let mask: Vec<u8> = order.iter().flat_map(|&l| (0..4).map(move |k| l * 4 + k)).collect();
-        let mask = self.b.func.dfg.immediates.push(mask.as_slice().into());
-        let moved = self.b.ins().shuffle(bytes, bytes, mask);
-        self.b.ins().bitcast(types::F32X4, LITTLE(), moved)
-    }
-
-    fn float_unary(&mut self, f: UnaryFn, x: Value) -> Emitted<Value> {
-        let ty = self.b.func.dfg.value_type(x);
-        Ok(match f {
-            UnaryFn::Neg => self.b.ins().fneg(x),
-            UnaryFn::Abs => self.b.ins().fabs(x),
-            UnaryFn::Sqrt => self.b.ins().sqrt(x),
-            UnaryFn::Floor => self.b.ins().floor(x),
-            UnaryFn::Ceil => self.b.ins().ceil(x),
-            UnaryFn::Round => self.b.ins().nearest(x),
-            UnaryFn::Recip => {
-                let one = self.float_const(ty, 1.0);
-                self.b.ins().fdiv(one, x)
-            }
-            UnaryFn::Sign => {
-                let (one, zero) = (self.float_const(ty, 1.0), self.float_const(ty, 0.0));
-                let minus = self.float_const(ty, -1.0);
-                let above = self.b.ins().fcmp(FloatCC::LessThan, zero, x);
-                let below = self.b.ins().fcmp(FloatCC::LessThan, x, zero);
-                let value = self.choose(below, minus, x);
-                self.choose(above, one, value)
-            }
-            UnaryFn::Exp
-            | UnaryFn::Log
-            | UnaryFn::Sin
-            | UnaryFn::Cos
-            | UnaryFn::Tanh
-            | UnaryFn::Erf
-            | UnaryFn::Not => return Err(Unsupported(format!("{} of floats", f.name()))),
-        })
-    }
-
-    fn int_unary(&mut self, f: UnaryFn, dtype: DType, x: Value) -> Emitted<Value> {
-        let ty = self.b.func.dfg.value_type(x);
-        Ok(match f {
-            UnaryFn::Neg => self.b.ins().ineg(x),
-            UnaryFn::Abs if dtype.is_signed() => self.b.ins().iabs(x),
-            UnaryFn::Abs => x,
-            UnaryFn::Not if dtype == DType::Bool => self.b.ins().bxor_imm_u(x, 1),
-            UnaryFn::Not => self.b.ins().bnot(x),
-            UnaryFn::Sign => {
-                let (one, zero) = (self.b.ins().iconst(ty, 1), self.b.ins().iconst(ty, 0));
-                let positive = self.b.ins().icmp(IntCC::NotEqual, x, zero);
-                let value = self.b.ins().select(positive, one, zero);
-                if !dtype.is_signed() {
-                    return Ok(value);
-                }
-                let minus = self.b.ins().ineg(one);
-                let negative = self.b.ins().icmp(IntCC::SignedLessThan, x, zero);
-                self.b.ins().select(negative, minus, value)
-            }
-            UnaryFn::Recip
-            | UnaryFn::Sqrt
-            | UnaryFn::Exp
-            | UnaryFn::Log
-            | UnaryFn::Sin
-            | UnaryFn::Cos
-            | UnaryFn::Tanh
-            | UnaryFn::Erf
-            | UnaryFn::Floor
-            | UnaryFn::Ceil
-            | UnaryFn::Round => return Err(Unsupported(format!("{} of {dtype}", f.name()))),
-        })
     }
 }
 
@@ -738,10 +389,10 @@ impl Machine for Clif<'_> {
         let (base, offset) = (at.0, Offset32::new(at.1));
         Ok(match (access, dtype) {
             (Access::Lanes, DType::F32) => Val::Lanes(
-                (0..self.lanes as i32 / 4)
+                (0..self.pieces() as i32)
                     .map(|k| {
-                        let offset = at.1 + 16 * k;
-                        self.b.ins().load(types::F32X4, Self::memory(), base, offset)
+                        let offset = at.1 + self.piece.bytes() as i32 * k;
+                        self.b.ins().load(self.piece, Self::memory(), base, offset)
                     })
                     .collect(),
             ),
@@ -772,7 +423,8 @@ impl Machine for Clif<'_> {
             }
             Val::Lanes(v) => {
                 for (k, v) in v.iter().enumerate() {
-                    self.b.ins().store(Self::memory(), *v, at.0, at.1 + 16 * k as i32);
+                    let offset = at.1 + (self.piece.bytes() * k as u32) as i32;
+                    self.b.ins().store(Self::memory(), *v, at.0, offset);
                 }
             }
         }
@@ -843,8 +495,16 @@ impl Machine for Clif<'_> {
         }
         let [a, b, c] = [x, y, z].map(|v| flat(std::slice::from_ref(v)));
         let results: Vec<Value> =
-            a.into_iter().zip(b).zip(c).map(|((x, y), z)| self.b.ins().fma(x, y, z)).collect();
+            a.into_iter().zip(b).zip(c).map(|((x, y), z)| self.float_fma(x, y, z)).collect();
         Ok(like(std::slice::from_ref(x), &results).swap_remove(0))
+    }
+
+    fn accumulate(&mut self, dtype: DType, x: &Val, y: &Val, z: &Val) -> Emitted<Val> {
+        if self.has_fma || !dtype.is_float() {
+            return self.fma(dtype, x, y, z);
+        }
+        let product = self.binary(BinaryFn::Mul, dtype, x, y)?;
+        self.binary(BinaryFn::Add, dtype, &product, z)
     }
 
     fn bits(&mut self, op: Bits, x: &Val, y: &Val) -> Emitted<Val> {
@@ -885,8 +545,11 @@ impl Machine for Clif<'_> {
         match x {
             Val::Lanes(_) => Ok(x.clone()),
             Val::One(v) if self.b.func.dfg.value_type(*v) == types::F32 => {
-                let lanes = self.b.ins().splat(types::F32X4, *v);
-                Ok(Val::Lanes(std::iter::repeat_n(lanes, self.lanes / 4).collect()))
+                let lanes = match self.piece.is_vector() {
+                    true => self.b.ins().splat(self.piece, *v),
+                    false => *v,
+                };
+                Ok(Val::Lanes(std::iter::repeat_n(lanes, self.pieces()).collect()))
             }
             Val::One(_) => Err(Unsupported("lanes of another type than f32".into())),
         }
@@ -901,6 +564,9 @@ impl Machine for Clif<'_> {
                 .collect::<Emitted<_>>()?;
         }
         let mut value = values.pop().ok_or_else(|| Unsupported("an empty fold".into()))?;
+        if !self.piece.is_vector() {
+            return Ok(Val::One(value));
+        }
         for order in [[2, 3, 0, 1], [1, 0, 3, 2]] {
             let other = self.shuffle(value, order);
             value = self.float_binary(f.binary(DType::F32), value, other)?;

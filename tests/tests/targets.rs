@@ -1,0 +1,216 @@
+//! Code for machines that this one is not: run where there is an emulator, else looked at.
+
+use kiln::backend::cpu::Cpu;
+use kiln::backend::cpu::target::{Arch, System, TRIPLES};
+use kiln::graph::Graph;
+use kiln::graph::eval::Value;
+use kiln::onnx::{ImportOptions, import};
+use kiln::tensor::Tensor;
+use kiln::{Compiler, Executable, Form, Kind, Limits, Model};
+use kiln_tests::cases::{Case, read_case};
+use kiln_tests::machines::{Emulator, Machine, machines};
+use kiln_tests::{Tolerance, difference, oracle, run_compiled, skip};
+use object::{
+    BinaryFormat, Object, ObjectSection, ObjectSymbol, RelocationTarget, SectionKind, SymbolKind,
+};
+
+/// Small enough to be emulated in seconds.
+const MODELS: [&str; 6] =
+    ["mlp_b1", "mlp_b64", "cnn_b1", "encoder", "encoder_decomposed", "light_squeezenet_random"];
+
+fn model(name: &str) -> Option<(Graph, Case)> {
+    let folder = oracle("models")?.join(name);
+    let case = read_case(&folder, &folder).expect("a stored case");
+    let graph = import(case.model.clone(), &ImportOptions::default()).expect("a sound model");
+    Some((graph, case))
+}
+
+/// As for models on this machine: outputs near zero get room in proportion to the largest one.
+fn tolerance(reference: &Tensor) -> Tolerance {
+    let largest = Value::from_tensor(reference).as_f64s().iter().fold(0.0, |m, v| v.abs().max(m));
+    Tolerance { rtol: 1e-3, atol: 1e-5 * largest }
+}
+
+fn check(what: &str, got: &[Tensor], want: &[Tensor]) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (got, want) in got.iter().zip(want) {
+        assert_eq!(difference(got, want, tolerance(want)), None, "{what}");
+    }
+}
+
+#[test]
+fn models_run_on_other_architectures() {
+    for name in MODELS {
+        let Some((graph, case)) = model(name) else { return };
+        let here = run_compiled(&graph, &case.inputs, &Compiler::new()).expect("a run");
+        for machine in machines() {
+            let mut machine = machine.lock().expect("no other test panics with it");
+            let what = format!("{name} on {}", machine.cpu().triple.name);
+            let start = std::time::Instant::now();
+            let got = machine.run(&graph, &case.inputs).unwrap_or_else(|e| panic!("{what}: {e}"));
+            println!("{what}: {:.1} s", start.elapsed().as_secs_f64());
+            check(&what, &got, &case.outputs);
+            check(&format!("{what} beside this machine"), &got, &here);
+        }
+    }
+}
+
+/// This machine's architecture, as a CPU of a time.
+fn x86(model: &'static str) -> Option<Machine> {
+    let cpu = Cpu::named(Some("x86_64-unknown-linux-gnu"), None).expect("a known target");
+    Machine::new(Emulator { cpu, cc: "cc", qemu: vec!["qemu-x86_64", "-cpu", model] })
+}
+
+/// What a CPU says of code for each level: it runs, or the CPU lacks something. Never an illegal
+/// instruction.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn a_cpu_refuses_what_it_lacks() {
+    let Some((graph, case)) = model("mlp_b1") else { return };
+    // Core 2 has no SSE4; Nehalem no AVX, Ivy Bridge no AVX2; qemu has no AVX-512.
+    let cpus = [("Conroe", 0), ("Nehalem", 1), ("IvyBridge", 1), ("Haswell", 2)];
+    for (name, runs) in cpus {
+        let Some(mut machine) = x86(name) else { return };
+        for (i, level) in ["x86-64-v2", "x86-64-v3", "x86-64-v4"].into_iter().enumerate() {
+            let cpu = Cpu::named(Some("x86_64-unknown-linux-gnu"), Some(level)).expect("a level");
+            match machine.run_for(cpu, &graph, &case.inputs) {
+                Ok(got) if i < runs => check(&format!("{level} on {name}"), &got, &case.outputs),
+                Ok(_) => panic!("{name} runs {level}"),
+                // KILN_UNSUPPORTED_CPU
+                Err(why) => assert_eq!((why.as_str(), i < runs), ("status 3", false), "{name}"),
+            }
+        }
+    }
+}
+
+/// One file for all of them: the fastest code that the CPU can run, as if there were no other.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn several_levels_in_one_file() {
+    let Some((graph, case)) = model("mlp_b1") else { return };
+    let level = |name| Cpu::named(Some("x86_64-unknown-linux-gnu"), Some(name)).expect("a level");
+    for (name, same) in [("Conroe", None), ("Nehalem", None), ("Haswell", Some("x86-64-v3"))] {
+        let Some(mut machine) = x86(name) else { return };
+        let got = machine.run_for(level("multi"), &graph, &case.inputs);
+        if name == "Conroe" {
+            assert_eq!(got.expect_err("a CPU without SSE4"), "status 3");
+            continue;
+        }
+        let got = got.unwrap_or_else(|why| panic!("{name}: {why}"));
+        check(name, &got, &case.outputs);
+        if let Some(same) = same {
+            let alone = machine.run_for(level(same), &graph, &case.inputs).expect("a run");
+            assert!(got.iter().zip(&alone).all(|(a, b)| a.bytes() == b.bytes()), "{name}");
+        }
+    }
+}
+
+/// Such a file loaded here, and the kernels of it that are chosen.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn several_levels_are_loaded() {
+    let Some((graph, case)) = model("cnn_b1") else { return };
+    let level = |name| Cpu::named(Some("x86_64-unknown-linux-gnu"), Some(name)).expect("a level");
+    if !level("x86-64-v3").runs_here() {
+        skip("this machine is older than x86-64-v3");
+        return;
+    }
+    let form = Form { kind: Kind::Shared, name: "net".into(), weights: None };
+    let compiler = Compiler::new().target(level("multi"));
+    let package = compiler.package_of(&graph, [0; 32], &form).expect("a package");
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("net.so");
+    std::fs::write(&path, package.file).expect("a file");
+    let pool = std::sync::Arc::new(kiln_runtime::pool::Pool::new(1).expect("threads"));
+    // SAFETY: the file was written above.
+    let loaded = unsafe { Executable::load(&path, pool) }.expect("a file that loads");
+    let names: Vec<String> = graph.inputs.iter().map(|port| port.0.clone()).collect();
+    let inputs: Vec<_> =
+        names.iter().map(String::as_str).zip(case.inputs.iter().map(Tensor::view)).collect();
+    let got = loaded.run(&inputs).expect("a run");
+    let here = Compiler::new().target(level("x86-64-v3"));
+    let want = run_compiled(&graph, &case.inputs, &here).expect("a run");
+    for ((_, got), want) in got.iter().zip(&want) {
+        assert_eq!(got.bytes(), want.bytes());
+    }
+}
+
+/// Old levels run here too: the same model on narrower vectors.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn levels_agree_on_models() {
+    for name in MODELS {
+        let Some((graph, case)) = model(name) else { return };
+        for level in ["x86-64-v2", "x86-64-v3", "+avx,+bmi1", "multi"] {
+            let cpu = Cpu::named(None, Some(level)).expect("a level");
+            if !cpu.runs_here() {
+                continue;
+            }
+            let compiler = Compiler::new().target(cpu);
+            let got = run_compiled(&graph, &case.inputs, &compiler).expect("a run");
+            check(&format!("{name} for {level}"), &got, &case.outputs);
+        }
+    }
+}
+
+/// Objects of every target: functions are there by the names that C has for them, and everything
+/// that is referred to is in the file, but for what the systems' linkers bring.
+#[test]
+fn objects_are_whole() {
+    let Some(models) = oracle("models") else { return };
+    let path = models.join("cnn_b1/model.onnx");
+    let model = Model::open(path, &Limits::default()).expect("a model");
+    for triple in TRIPLES {
+        let cpu = Cpu::named(Some(triple.name), None).expect("a known target");
+        let form = Form { kind: Kind::Object, name: "net".into(), weights: None };
+        let package = Compiler::new().target(cpu).package(&model, &form);
+        let package = package.unwrap_or_else(|e| panic!("{}: {e}", triple.name));
+        let file = object::File::parse(&*package.file).expect("an object file");
+        let (format, prefix) = match triple.system {
+            System::Linux => (BinaryFormat::Elf, ""),
+            System::Darwin => (BinaryFormat::MachO, "_"),
+            System::Windows => (BinaryFormat::Coff, ""),
+        };
+        let architecture = match triple.arch {
+            Arch::X86_64 => object::Architecture::X86_64,
+            Arch::Aarch64 => object::Architecture::Aarch64,
+            Arch::Riscv64 => object::Architecture::Riscv64,
+        };
+        assert_eq!((file.format(), file.architecture()), (format, architecture));
+        for function in ["run", "run_with", "scratch_size", "input", "output", "status_text"] {
+            let name = format!("{prefix}net_{function}");
+            let symbol = file.symbol_by_name(&name).unwrap_or_else(|| panic!("no {name}"));
+            assert!(symbol.is_global() && symbol.is_definition(), "{name}");
+            assert_eq!(symbol.kind(), SymbolKind::Text, "{name}");
+        }
+        let mut open = file.symbols().filter(|s| s.is_undefined() && s.name() != Ok(""));
+        let open = open.next().map(|s| s.name().map(String::from));
+        assert_eq!(open, None, "{}: a name that is not in the file", triple.name);
+        let relocations = resolvable(&file);
+        assert!(relocations > 10, "{}: {relocations} relocations", triple.name);
+    }
+}
+
+/// Counts relocations; each leads to a place in a section of the file.
+fn resolvable(file: &object::File) -> usize {
+    let mut count = 0;
+    for section in file.sections() {
+        for (offset, relocation) in section.relocations() {
+            assert!(offset < section.size());
+            let (index, at) = match relocation.target() {
+                RelocationTarget::Symbol(index) => {
+                    let symbol = file.symbol_by_index(index).expect("a symbol of the file");
+                    (symbol.section_index(), symbol.address())
+                }
+                RelocationTarget::Section(index) => (Some(index), 0),
+                other => panic!("{other:?}"),
+            };
+            let target = index.map(|i| file.section_by_index(i).expect("a section of the file"));
+            let target = target.expect("a symbol with a place");
+            assert!(at <= target.address() + target.size(), "{:?}", target.name());
+            assert_ne!(target.kind(), SectionKind::Debug);
+            count += 1;
+        }
+    }
+    count
+}
