@@ -13,9 +13,11 @@
 //! The pipeline is [`Compiler::compile`]: import, optimise, lower, emit, assemble.
 
 pub mod backend;
+mod cache;
 mod compile;
 pub mod error;
 pub mod graph;
+mod load;
 pub mod loops;
 mod model;
 mod on_demand;
@@ -27,9 +29,12 @@ pub mod rules;
 #[cfg(test)]
 mod tests;
 
+pub use cache::CacheUse;
 pub use half;
+pub use kiln_runtime::load::ArtifactFile;
 pub use kiln_runtime::session::{Executable, Session};
-pub use kiln_runtime::{code, npz, tensor};
+pub use kiln_runtime::{code, manifest, npz, tensor};
+pub use load::{is_artifact, load, load_opened, open_artifact};
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
 pub use on_demand::OnDemand;
 
