@@ -140,7 +140,7 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
     place_in_arena(program, &launches, &mut layout);
     plan.steps = steps(program, |l| l.constant, &layout);
     plan.arena_bytes = layout.arena_bytes;
-    run_once(build(emitted, plan, Constants::from_bytes(&[]), threads)?, &given, results)?;
+    run_once(load(emitted, plan, Constants::from_bytes(&[]), threads)?, &given, results)?;
     Ok(Folded { bytes: bytes.into(), places })
 }
 
@@ -158,7 +158,8 @@ fn run_once(executable: Executable, inputs: &[&[u8]], outputs: Vec<&mut [u8]>) -
     ran.map_err(|e| internal("folding constants", e))
 }
 
-fn build(
+/// An executable of kernels, for this machine.
+pub fn load(
     emitted: &Emitted,
     plan: Plan,
     constants: Constants,
@@ -173,13 +174,13 @@ fn build(
     unsafe { Executable::new(artifact, Arc::new(pool)) }.map_err(|e| internal("the plan", e))
 }
 
-/// The executable of a program.
+/// The plan of a program and the constants that it reads, which `emitted` computes here.
 pub fn assemble(
     graph: &Graph,
     program: &Program,
     emitted: &Emitted,
     threads: usize,
-) -> Result<Executable> {
+) -> Result<(Plan, Constants)> {
     let folded = fold(graph, program, emitted, threads)?;
     let mut layout = Layout { places: folded.places, arena_bytes: 0 };
     for (i, slot) in program.slots.iter().enumerate() {
@@ -203,5 +204,5 @@ pub fn assemble(
         steps: steps(program, |l| !l.constant, &layout),
         arena_bytes: layout.arena_bytes,
     };
-    build(emitted, plan, folded.bytes, threads)
+    Ok((plan, folded.bytes))
 }

@@ -37,6 +37,7 @@ pub use kiln_runtime::{code, manifest, npz, tensor};
 pub use load::{is_artifact, load, load_opened, open_artifact};
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
 pub use on_demand::OnDemand;
+pub use package::{Form, Kind, Package, identifier};
 
 use backend::cpu::{Cpu, emit_all};
 use error::Result;
@@ -158,7 +159,8 @@ impl Compiler {
     pub fn emit(&self, kernels: &Graph, program: &Program) -> Result<Executable> {
         let cpu = Cpu::host(self.wide);
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
-        compile::assemble(kernels, program, &emitted, self.threads)
+        let (plan, constants) = compile::assemble(kernels, program, &emitted, self.threads)?;
+        compile::load(&emitted, plan, constants, self.threads)
     }
 
     /// The executable of a graph of kernels.
@@ -166,7 +168,20 @@ impl Compiler {
         self.emit(kernels, &self.lower(kernels)?)
     }
 
-    /// Every stage as text, and an object file of the kernels.
+    /// A compiled model as a file that a program can load or link, with its C header.
+    pub fn package(&self, model: &Model, form: &Form) -> Result<Package> {
+        let kernels = self.optimise(&self.graph(model)?)?;
+        let program = self.lower(&kernels)?;
+        let cpu = Cpu::host(self.wide);
+        let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
+        let (plan, constants) = compile::assemble(&kernels, &program, &emitted, self.threads)?;
+        let (plan, emitted, cpu) = (&plan, &emitted, &cpu);
+        let model_hash = model.hash();
+        let contents = package::Contents { plan, emitted, constants, cpu, model_hash };
+        package::package(contents, form, self.verify_code)
+    }
+
+    /// Every stage as text.
     pub fn stages(&self, model: &Model) -> Result<Stages> {
         self.stages_of(&self.graph(model)?)
     }
@@ -177,13 +192,12 @@ impl Compiler {
         let cpu = Cpu::host(self.wide);
         let program = self.lower(&kernels)?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, true)?;
-        let executable = compile::assemble(&kernels, &program, &emitted, self.threads)?;
+        let (plan, _) = compile::assemble(&kernels, &program, &emitted, self.threads)?;
         Ok(Stages {
             graph: graph::text::print(graph),
             fused: graph::text::print(&kernels),
             loops: program.kernels.iter().map(loops::text::print).collect(),
-            plan: executable.plan().to_string(),
-            obj: package::object(&program.kernels, &emitted, &cpu)?,
+            plan: plan.to_string(),
             clif: emitted.clif,
             asm: emitted.asm,
         })
@@ -205,8 +219,6 @@ pub struct Stages {
     pub asm: String,
     /// Order, memory and threads.
     pub plan: String,
-    /// Kernels as a relocatable object.
-    pub obj: Vec<u8>,
 }
 
 /// Runs a graph by the reference interpreter: slow and obviously right.
