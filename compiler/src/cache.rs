@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use kiln_runtime::load::ArtifactFile;
-use kiln_runtime::manifest::{self, ArtifactError, Hash};
+use kiln_runtime::manifest::{self, ArtifactError};
 use kiln_runtime::pool::Pool;
 use kiln_runtime::session::Executable;
 use rustix::fs::{AtFlags, Mode, OFlags, fstat, openat, renameat, unlinkat};
@@ -237,9 +237,4 @@ fn is_stale(name: &OsString, age: Duration) -> bool {
         .and_then(rustix::process::Pid::from_raw)
         .is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH));
     age > STALE && !alive
-}
-
-/// Names a model in the manifest of an entry: the key says more than any file could.
-pub(crate) fn model_hash(key: &str) -> Hash {
-    *blake3::hash(key.as_bytes()).as_bytes()
 }

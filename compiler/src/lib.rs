@@ -39,10 +39,13 @@ pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_
 pub use on_demand::OnDemand;
 pub use package::{Form, Kind, Package, identifier};
 
+use std::path::PathBuf;
+
 use backend::cpu::{Cpu, emit_all};
 use error::Result;
 use graph::Graph;
 use graph::verify::verify;
+use manifest::Hash;
 use plan::kernels::{Program, program};
 
 /// How a model is compiled. Cheap to clone; every method gives a changed copy.
@@ -56,6 +59,7 @@ pub struct Compiler {
     dims: Vec<(String, DimRange)>,
     shapes: Vec<(String, Vec<usize>)>,
     values: Vec<(String, tensor::Tensor)>,
+    cache: Option<PathBuf>,
 }
 
 impl Default for Compiler {
@@ -76,6 +80,7 @@ impl Compiler {
             dims: Vec::new(),
             shapes: Vec::new(),
             values: Vec::new(),
+            cache: None,
         }
     }
 
@@ -127,11 +132,31 @@ impl Compiler {
         self
     }
 
+    /// Keeps what is compiled in this folder, and takes it from there the next time. Code is
+    /// loaded from it: it must belong to this user, and nobody else may write it.
+    pub fn cache(self, folder: impl Into<PathBuf>) -> Compiler {
+        Compiler { cache: Some(folder.into()), ..self }
+    }
+
     /// Compiles a model for this machine. The whole pipeline, stage by stage.
     pub fn compile(&self, model: &Model) -> Result<Executable> {
+        if self.cache.is_some() {
+            return Ok(self.compile_through_cache(model)?.0);
+        }
         let graph = self.graph(model)?;
         let kernels = self.optimise(&graph)?;
         self.build(&kernels)
+    }
+
+    /// The same, and what the [`cache`](Self::cache) did for it.
+    pub fn compile_through_cache(&self, model: &Model) -> Result<(Executable, CacheUse)> {
+        let Some(folder) = &self.cache else { return Ok((self.compile(model)?, CacheUse::Off)) };
+        let graph = self.graph(model)?;
+        let key = cache::key(&graph, self.egraph, &Cpu::host(self.wide));
+        cache::compile(folder, &key, self.threads, |name| {
+            let form = Form { kind: Kind::Shared, name: name.to_string(), weights: None };
+            Ok(self.package_graph(&graph, model.hash(), &form)?.file)
+        })
     }
 
     /// The model, to be compiled for the shapes of the tensors that it is given.
@@ -170,13 +195,16 @@ impl Compiler {
 
     /// A compiled model as a file that a program can load or link, with its C header.
     pub fn package(&self, model: &Model, form: &Form) -> Result<Package> {
-        let kernels = self.optimise(&self.graph(model)?)?;
+        self.package_graph(&self.graph(model)?, model.hash(), form)
+    }
+
+    fn package_graph(&self, graph: &Graph, model_hash: Hash, form: &Form) -> Result<Package> {
+        let kernels = self.optimise(graph)?;
         let program = self.lower(&kernels)?;
         let cpu = Cpu::host(self.wide);
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
         let (plan, constants) = compile::assemble(&kernels, &program, &emitted, self.threads)?;
         let (plan, emitted, cpu) = (&plan, &emitted, &cpu);
-        let model_hash = model.hash();
         let contents = package::Contents { plan, emitted, constants, cpu, model_hash };
         package::package(contents, form, self.verify_code)
     }

@@ -53,7 +53,8 @@ pub fn run(path: &Path, term: &Term) -> Result<(), Failure> {
     for step in &plan.steps {
         text += &format!("{:>9} {}\n", step.kernel, sanitize(&step.name));
     }
-    let step = |step: &kiln::plan::Step| json!({ "kernel": step.kernel, "name": sanitize(&step.name) });
+    let step =
+        |step: &kiln::plan::Step| json!({ "kernel": step.kernel, "name": sanitize(&step.name) });
     let value = json!({
         "artifact": name, "inputs": inputs, "outputs": outputs, "producer": producer,
         "target": target, "features": features, "runs_here": here.is_none(), "why": here,

@@ -58,16 +58,21 @@ fn threads(build: &BuildArgs) -> usize {
 }
 
 /// A compiler as the flags ask for, without the extents of dims.
-fn compiler(model: &ModelArgs, build: &BuildArgs, cache: &CacheArgs) -> Compiler {
-    let mut compiler = Compiler::new()
+fn compiler(model: &ModelArgs, build: &BuildArgs) -> Compiler {
+    let compiler = Compiler::new()
         .threads(threads(build))
         .egraph(!build.no_egraph)
         .wide(!build.no_wide)
         .limits(limits(model));
-    if let Some(folder) = &cache.cache {
-        compiler = compiler.cache(folder);
-    }
     model.dim.iter().fold(compiler, |compiler, (name, extent)| compiler.dim_range(name, *extent))
+}
+
+/// The compiler with the cache that the flags ask for.
+fn with_cache(compiler: Compiler, args: &CacheArgs) -> Compiler {
+    match &args.cache {
+        Some(folder) => compiler.cache(folder),
+        None => compiler,
+    }
 }
 
 /// Reads the tensors that the flags give, and tells the compiler the shapes that they settle.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use kiln::{ArtifactFile, Executable};
 
 use crate::args::{BuildArgs, CacheArgs, InputArgs, ModelArgs};
-use crate::commands::{compile, compiler, gather, model_name, open, threads};
+use crate::commands::{compile, compiler, gather, model_name, open, threads, with_cache};
 use crate::failure::Failure;
 use crate::input::{self, Inputs};
 use crate::term::Term;
@@ -39,7 +39,7 @@ pub fn ready(
         return loaded(file, &model.model, build, inputs, fallback, begin);
     }
     let (onnx, read) = open(model, term)?;
-    let compiler = compiler(model, build, cache);
+    let compiler = with_cache(compiler(model, build), cache);
     let (given, compiler) = gather(&onnx, inputs, fallback, &compiler)?;
     let (executable, compile) = compile(&onnx, &compiler, term)?;
     let inputs = given.complete(executable.inputs())?;
@@ -86,7 +86,8 @@ pub fn refuse_flags(
         None => Ok(()),
         Some((flag, _)) => {
             let name = model_name(&model.model);
-            let text = format!("{flag} is for models that are compiled, {name} is compiled already");
+            let text =
+                format!("{flag} is for models that are compiled, {name} is compiled already");
             Err(Failure::usage(text).help(format!("leave {flag} out, or give the .onnx file")))
         }
     }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::args::VerifyArgs;
 use crate::commands::locate::{Place, Probe, locate, probe};
-use crate::commands::{compile, compiler, gather, model_name, open, verify_artifact};
+use crate::commands::{compile, compiler, gather, model_name, open, verify_artifact, with_cache};
 use crate::failure::{Exit, Failure};
 use crate::input::Inputs;
 use crate::stats::{Difference, Tolerance};
@@ -36,7 +36,7 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
         return Err(Failure::usage(text));
     }
     let (model, _) = open(&args.model, term)?;
-    let compiler = compiler(&args.model, &args.build, &args.cache);
+    let compiler = with_cache(compiler(&args.model, &args.build), &args.cache);
     let (given, compiler) = gather(&model, &args.inputs, true, &compiler)?;
     let (executable, _) = compile(&model, &compiler, term)?;
     let inputs = given.complete(executable.inputs())?;

@@ -6,7 +6,7 @@ use kiln::error::sanitize;
 use kiln::graph::eval::{Value as Meaning, eval};
 use kiln::tensor::{Tensor, TensorView};
 
-use crate::args::{CacheArgs, ModelArgs, VerifyArgs};
+use crate::args::{ModelArgs, VerifyArgs};
 use crate::commands::ready::{loaded, opened, refuse_flags};
 use crate::commands::verify::{Row, report, row, stored};
 use crate::commands::{compiler, open};
@@ -24,7 +24,11 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     }
     // With the model at hand its flags mean something.
     let own = ModelArgs { model: args.model.model.clone(), ..ModelArgs::default() };
-    refuse_flags(if args.reference.is_some() { &own } else { &args.model }, &args.build, &args.cache)?;
+    refuse_flags(
+        if args.reference.is_some() { &own } else { &args.model },
+        &args.build,
+        &args.cache,
+    )?;
     let begin = Instant::now();
     let file = opened(&args.model.model, term)?;
     let model_hash = file.manifest.model_hash;
@@ -75,7 +79,7 @@ fn interpret(
         .iter()
         .filter_map(|port| inputs.named().into_iter().find(|(name, _)| *name == port.name))
         .collect();
-    let compiler = compiler(reference, &args.build, &CacheArgs::default());
+    let compiler = compiler(reference, &args.build);
     let graph = compiler.for_inputs(&model, &given)?.graph(&model)?;
     let tensor = |(name, _): &(String, _)| {
         let tensor = inputs.tensors.iter().find(|(input, _)| input == name);
