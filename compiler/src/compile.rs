@@ -1,5 +1,6 @@
 //! From a program of kernels to an executable: code, memory, and constants computed once.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use kiln_runtime::artifact::{Artifact, Constants};
@@ -10,9 +11,10 @@ use kiln_runtime::pool::Pool;
 use kiln_runtime::session::Executable;
 use kiln_runtime::tensor::{DType, TensorView, TensorViewMut};
 
-use crate::backend::cpu::Emitted;
+use crate::backend::cpu::{Cpu, Emitted, emit_all};
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::Graph;
+use crate::loops::ir::Loops;
 use crate::plan::kernels::{Launch, Program, Source};
 use crate::plan::memory::{ALIGN, Lifetime, assign};
 
@@ -142,6 +144,21 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
     plan.arena_bytes = layout.arena_bytes;
     run_once(load(emitted, plan, Constants::from_bytes(&[]), threads)?, &given, results)?;
     Ok(Folded { bytes: bytes.into(), places })
+}
+
+/// The kernels that constants hang on, as code of `here`, this machine: that of the others is
+/// missing, and nobody asks for it.
+pub fn emit_constants(program: &Program, here: &Cpu, verify: bool) -> Result<Emitted> {
+    let constant = program.launches.iter().filter(|l| l.constant);
+    let kernels: BTreeSet<usize> = constant.map(|l| l.kernel).collect();
+    let loops: Vec<Loops> = kernels.iter().map(|&k| program.kernels[k].clone()).collect();
+    let emitted = emit_all(&loops, here, verify, false)?;
+    let mut entries = vec![0; program.kernels.len()];
+    let mut sizes = entries.clone();
+    for (i, &k) in kernels.iter().enumerate() {
+        (entries[k], sizes[k]) = (emitted.entries[i], emitted.sizes[i]);
+    }
+    Ok(Emitted { entries, sizes, ..emitted })
 }
 
 /// Runs a plan whose ports are bytes.

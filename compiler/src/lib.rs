@@ -41,10 +41,12 @@ pub use package::{Form, Kind, Package, identifier};
 
 use std::path::PathBuf;
 
-use backend::cpu::{Cpu, emit_all};
+use backend::cpu::{Cpu, Emitted, emit_all};
 use error::Result;
 use graph::Graph;
 use graph::verify::verify;
+use kiln_runtime::artifact::Constants;
+use kiln_runtime::plan::Plan;
 use manifest::Hash;
 use plan::kernels::{Program, program};
 
@@ -54,6 +56,7 @@ pub struct Compiler {
     threads: usize,
     egraph: bool,
     wide: bool,
+    target: Option<Cpu>,
     verify_code: bool,
     limits: Limits,
     dims: Vec<(String, DimRange)>,
@@ -75,6 +78,7 @@ impl Compiler {
             threads: 1,
             egraph: true,
             wide: true,
+            target: None,
             verify_code: cfg!(debug_assertions),
             limits: Limits::default(),
             dims: Vec::new(),
@@ -97,6 +101,11 @@ impl Compiler {
     /// Whether vectors wider than 128 bits may be used.
     pub fn wide(self, wide: bool) -> Compiler {
         Compiler { wide, ..self }
+    }
+
+    /// The CPU that code is made for; by default the one that this runs on.
+    pub fn target(self, cpu: Cpu) -> Compiler {
+        Compiler { target: Some(cpu), ..self }
     }
 
     /// Whether the code generator's own verifier runs, which takes a third more time.
@@ -138,6 +147,15 @@ impl Compiler {
         Compiler { cache: Some(folder.into()), ..self }
     }
 
+    /// The CPU that code is made for.
+    pub fn cpu(&self) -> Cpu {
+        match (&self.target, self.wide) {
+            (None, wide) => Cpu::host(wide),
+            (Some(cpu), true) => cpu.clone(),
+            (Some(cpu), false) => cpu.clone().narrow(),
+        }
+    }
+
     /// Compiles a model for this machine. The whole pipeline, stage by stage.
     pub fn compile(&self, model: &Model) -> Result<Executable> {
         if self.cache.is_some() {
@@ -151,8 +169,10 @@ impl Compiler {
     /// The same, and what the [`cache`](Self::cache) did for it.
     pub fn compile_through_cache(&self, model: &Model) -> Result<(Executable, CacheUse)> {
         let Some(folder) = &self.cache else { return Ok((self.compile(model)?, CacheUse::Off)) };
+        let cpu = self.cpu();
+        cpu.must_run_here()?;
         let graph = self.graph(model)?;
-        let key = cache::key(&graph, self.egraph, &Cpu::host(self.wide));
+        let key = cache::key(&graph, self.egraph, &cpu);
         cache::compile(folder, &key, self.threads, |name| {
             let form = Form { kind: Kind::Shared, name: name.to_string(), weights: None };
             Ok(self.package_graph(&graph, model.hash(), &form)?.file)
@@ -177,15 +197,31 @@ impl Compiler {
 
     /// The loops of a graph of kernels.
     pub fn lower(&self, kernels: &Graph) -> Result<Program> {
-        program(&verify(kernels.clone())?, Cpu::host(self.wide).target())
+        program(&verify(kernels.clone())?, self.cpu().target())
     }
 
     /// The executable of a graph of kernels and its loops.
     pub fn emit(&self, kernels: &Graph, program: &Program) -> Result<Executable> {
-        let cpu = Cpu::host(self.wide);
+        let cpu = self.cpu();
+        cpu.must_run_here()?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
-        let (plan, constants) = compile::assemble(kernels, program, &emitted, self.threads)?;
+        let (plan, constants) = self.assemble(kernels, program, &emitted)?;
         compile::load(&emitted, plan, constants, self.threads)
+    }
+
+    /// The plan of a program and the constants that it reads.
+    fn assemble(
+        &self,
+        kernels: &Graph,
+        program: &Program,
+        emitted: &Emitted,
+    ) -> Result<(Plan, Constants)> {
+        let cpu = self.cpu();
+        if cpu.runs_here() {
+            return compile::assemble(kernels, program, emitted, self.threads);
+        }
+        let here = compile::emit_constants(program, &cpu.stand_in(), self.verify_code)?;
+        compile::assemble(kernels, program, &here, self.threads)
     }
 
     /// The executable of a graph of kernels.
@@ -201,9 +237,9 @@ impl Compiler {
     fn package_graph(&self, graph: &Graph, model_hash: Hash, form: &Form) -> Result<Package> {
         let kernels = self.optimise(graph)?;
         let program = self.lower(&kernels)?;
-        let cpu = Cpu::host(self.wide);
+        let cpu = self.cpu();
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
-        let (plan, constants) = compile::assemble(&kernels, &program, &emitted, self.threads)?;
+        let (plan, constants) = self.assemble(&kernels, &program, &emitted)?;
         let (plan, emitted, cpu) = (&plan, &emitted, &cpu);
         let contents = package::Contents { plan, emitted, constants, cpu, model_hash };
         package::package(contents, form, self.verify_code)
@@ -217,10 +253,10 @@ impl Compiler {
     /// The same from a graph on.
     pub fn stages_of(&self, graph: &Graph) -> Result<Stages> {
         let kernels = self.optimise(graph)?;
-        let cpu = Cpu::host(self.wide);
+        let cpu = self.cpu();
         let program = self.lower(&kernels)?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, true)?;
-        let (plan, _) = compile::assemble(&kernels, &program, &emitted, self.threads)?;
+        let (plan, _) = self.assemble(&kernels, &program, &emitted)?;
         Ok(Stages {
             graph: graph::text::print(graph),
             fused: graph::text::print(&kernels),

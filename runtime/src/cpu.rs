@@ -10,8 +10,10 @@ fn table() -> Vec<(&'static str, bool)> {
     table!(
         "sse3",
         "ssse3",
+        "cmpxchg16b",
         "sse4.1",
         "sse4.2",
+        "movbe",
         "popcnt",
         "avx",
         "avx2",
@@ -36,6 +38,16 @@ fn table() -> Vec<(&'static str, bool)> {
     Vec::new()
 }
 
+/// The names of all features.
+pub fn names() -> Vec<&'static str> {
+    table().into_iter().map(|(name, _)| name).collect()
+}
+
+/// Whether this processor has a feature; it has none without a name here.
+pub fn has(name: &str) -> bool {
+    table().contains(&(name, true))
+}
+
 /// The features that this processor has.
 pub fn host() -> Vec<&'static str> {
     table().into_iter().filter(|(_, present)| *present).map(|(name, _)| name).collect()
@@ -43,8 +55,7 @@ pub fn host() -> Vec<&'static str> {
 
 /// Those of the features that this processor lacks; one that has no name here is lacking.
 pub fn missing(required: &[String]) -> Vec<String> {
-    let host = host();
-    required.iter().filter(|name| !host.contains(&name.as_str())).cloned().collect()
+    required.iter().filter(|name| !has(name)).cloned().collect()
 }
 
 /// The triple of this machine.

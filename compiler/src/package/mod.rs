@@ -11,7 +11,8 @@ use kiln_runtime::artifact::Constants;
 use kiln_runtime::manifest::{self, Hash, Manifest, Weights};
 use kiln_runtime::plan::{Plan, Step};
 
-use crate::backend::cpu::{Cpu, Emitted};
+use crate::backend::cpu::target::System;
+use crate::backend::cpu::{Cpu, Emitted, cpuid};
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 
 /// What kind of file.
@@ -89,13 +90,14 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
     let Contents { constants, cpu, model_hash, .. } = contents;
     let (plan, emitted) = used(contents.plan, contents.emitted);
     let external = form.weights.is_some();
-    let features = cpu.required();
+    let features: Vec<String> = cpu.features.iter().map(|f| f.name.to_string()).collect();
     let about = about(cpu, &features, &model_hash);
+    let supported = cpuid::checks(cpu).map(|checks| cpuid::supported(&checks));
     let parts = driver::Parts {
         name: &form.name,
         plan: &plan,
         emitted: &emitted,
-        supported: None,
+        supported: supported.as_deref(),
         weights: constants.len(),
         external,
         about: &about,
@@ -113,7 +115,7 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
     };
     let manifest = manifest::encode(&Manifest {
         producer: env!("CARGO_PKG_VERSION").to_string(),
-        target: cpu.triple.clone(),
+        target: cpu.triple.name.to_string(),
         features,
         model_hash,
         name: form.name.clone(),
@@ -158,7 +160,7 @@ fn about(cpu: &Cpu, features: &[String], model_hash: &Hash) -> String {
         features => format!(", needs {}", features.join(" ")),
     };
     let (version, hash) = (env!("CARGO_PKG_VERSION"), manifest::hex(model_hash));
-    format!("Kiln {version}, {}{needs}, model {}", cpu.triple, &hash[..16])
+    format!("Kiln {version}, {}{needs}, model {}", cpu.triple.name, &hash[..16])
 }
 
 /// Writes the hash of the whole file into its manifest.
@@ -175,5 +177,5 @@ fn seal(file: &mut [u8], manifest: &[u8]) -> Packed<()> {
 }
 
 fn apple(cpu: &Cpu) -> bool {
-    cpu.triple.contains("apple")
+    cpu.triple.system == System::Darwin
 }

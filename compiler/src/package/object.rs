@@ -24,7 +24,7 @@ pub struct Code<'a> {
 /// Compiles the functions of a model around its kernels.
 pub fn code<'a>(parts: &Parts, cpu: &Cpu, verify: bool) -> Packed<Code<'a>> {
     // Functions that ask what the processor can do must run on every processor: no features.
-    let isa = target_isa(&cpu.triple, &[], verify).map_err(|e| failed(e.0))?;
+    let isa = target_isa(cpu.triple.name, &[], verify).map_err(|e| failed(e.0))?;
     let libcalls = cranelift_module::default_libcall_names();
     let builder = ObjectBuilder::new(isa, parts.name, libcalls).map_err(failed)?;
     let mut module = ObjectModule::new(builder);
