@@ -19,7 +19,8 @@ use kiln::DimRange;
     Give only files whose origin you trust. inspect checks a file and executes nothing of it.\n\n\
     EXIT CODES:\n  \
     0 ok, 1 other failure, 2 usage, 3 invalid or unsupported model, 4 results differ,\n  \
-    5 this machine cannot run it, 6 a limit was hit, 7 a file could not be read or written")]
+    5 this machine cannot run it, 6 a limit was hit, 7 a file could not be read or written,\n  \
+    130 interrupted")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
