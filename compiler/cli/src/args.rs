@@ -182,6 +182,13 @@ pub struct CompileArgs {
     /// without an output)
     #[arg(long, value_name = "WHAT")]
     pub emit: Option<Emit>,
+    /// Target to compile for, such as aarch64-unknown-linux-gnu (default: this machine)
+    #[arg(long, value_name = "TRIPLE")]
+    pub target: Option<String>,
+    /// What the CPU has: host, x86-64-v2, x86-64-v3, x86-64-v4, or features like +avx2,+fma
+    /// (default: host, and x86-64-v2 for another target)
+    #[arg(long, value_name = "CPU")]
+    pub cpu: Option<String>,
     /// What the functions of the library or object begin with (default: the name of the file)
     #[arg(long, value_name = "PREFIX")]
     pub name: Option<String>,

@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
+use kiln::backend::cpu::Cpu;
 use kiln::{Compiler, Form, Kind, Model, identifier};
 use serde_json::json;
 
@@ -20,8 +21,9 @@ pub fn run(args: &CompileArgs, term: &Term) -> Result<(), Failure> {
         return Err(Failure::usage(format!("--name {wrong:?} is no name for a function in C"))
             .help(format!("letters, digits and _, such as {}", identifier(wrong))));
     }
+    let cpu = Cpu::named(args.target.as_deref(), args.cpu.as_deref())?;
     let (model, _) = open(&args.model, term)?;
-    let compiler = compiler(&args.model, &args.build);
+    let compiler = compiler(&args.model, &args.build).target(cpu);
     let contents = match kind(emit) {
         Some(kind) => package(args, (emit, kind), &compiler, &model, term)?,
         None => {
