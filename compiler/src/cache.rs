@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
+use kiln_runtime::hash::hashes;
 use kiln_runtime::load::ArtifactFile;
 use kiln_runtime::manifest::{self, ArtifactError};
 use kiln_runtime::pool::Pool;
@@ -59,7 +60,6 @@ impl std::fmt::Display for CacheUse {
 
 /// The name of a compiled graph: equal names, equal code.
 pub(crate) fn key(graph: &Graph, egraph: bool, cpu: &Cpu) -> String {
-    let mut hasher = blake3::Hasher::new();
     let mut text = String::new();
     let compiler = (env!("CARGO_PKG_VERSION"), env!("KILN_SOURCE"));
     let emitter = (cranelift_codegen::VERSION, manifest::VERSION);
@@ -69,14 +69,11 @@ pub(crate) fn key(graph: &Graph, egraph: bool, cpu: &Cpu) -> String {
     for node in &graph.nodes {
         let _ = writeln!(text, "{node:?}");
     }
-    for constant in graph.constants.iter() {
-        let _ = writeln!(text, "{:?} {}", constant.ty, constant.bytes.len());
+    let constants: Vec<&[u8]> = graph.constants.iter().map(|c| &c.bytes[..]).collect();
+    for (constant, hash) in graph.constants.iter().zip(hashes(&constants)) {
+        let _ = writeln!(text, "{:?} {}", constant.ty, manifest::hex(&hash));
     }
-    hasher.update(&text.len().to_le_bytes()).update(text.as_bytes());
-    for constant in graph.constants.iter() {
-        hasher.update(&constant.bytes);
-    }
-    hasher.finalize().to_hex().to_string()
+    blake3::hash(text.as_bytes()).to_hex().to_string()
 }
 
 /// Takes the model of that name from the folder, or makes it and keeps it there. `make` gives the

@@ -9,6 +9,7 @@ use memmap2::{Mmap, MmapMut, MmapOptions};
 use crate::artifact::{Artifact, Constants};
 use crate::code::Code;
 use crate::cpu;
+use crate::hash::hashes;
 use crate::manifest::{self, ArtifactError, Hash, Manifest, Sections, Weights};
 use crate::pool::Pool;
 use crate::session::{Executable, Names};
@@ -155,7 +156,7 @@ fn weights(path: &Path, expected: usize, hash: &Hash) -> Result<Constants, Artif
         let what = "the file of weights";
         return Err(ArtifactError::Truncated { what, found: map.len(), expected });
     }
-    let found = *blake3::hash(&map).as_bytes();
+    let found = hashes(&[&map])[0];
     if found != *hash {
         let what = path.display().to_string();
         return Err(ArtifactError::Hash { what, found, expected: *hash });
