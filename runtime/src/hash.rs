@@ -82,8 +82,11 @@ fn blocks(part: &[u8]) -> impl Iterator<Item = Block<'_>> {
 
 fn values(blocks: Vec<Block<'_>>) -> Vec<Hash> {
     let bytes: usize = blocks.iter().map(|block| block.bytes.len()).sum();
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
-    let threads = threads.min(bytes / (BLOCKS_OF_THREAD * BLOCK)).max(1);
+    // The system is asked only where it matters: the answer takes longer than a small hash.
+    let threads = match (bytes / (BLOCKS_OF_THREAD * BLOCK)).min(MAX_THREADS) {
+        useful @ (0 | 1) => useful,
+        useful => useful.min(thread::available_parallelism().map_or(1, usize::from)),
+    };
     let next = AtomicUsize::new(0);
     let done = Mutex::new(vec![[0; 32]; blocks.len()]);
     let work = || {
