@@ -162,6 +162,9 @@ pub enum ArtifactError {
     /// The name of the external weights leads out of the folder.
     #[error("the weights are in `{0}`, expected the name of a file in the same folder")]
     FileName(String),
+    /// More memory than there are addresses.
+    #[error("the compiled model asks for {0} bytes of memory for intermediate values")]
+    Arena(usize),
     /// The plan names what is not there.
     #[error("the plan of the compiled model: {0}")]
     Plan(#[from] PlanError),
@@ -315,6 +318,10 @@ fn check(manifest: &Manifest, text_bytes: usize) -> Result<(), ArtifactError> {
         if found >= text_bytes {
             return Err(ArtifactError::Entry { index, found, expected: text_bytes });
         }
+    }
+    let arena = manifest.plan.arena_bytes;
+    if isize::try_from(arena).map_or(true, |bytes| bytes > isize::MAX / 2) {
+        return Err(ArtifactError::Arena(arena));
     }
     manifest.plan.check(manifest.entries.len(), manifest.weights.bytes())?;
     Ok(())

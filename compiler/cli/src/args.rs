@@ -152,7 +152,7 @@ pub struct BuildArgs {
 #[derive(Args, Clone, Debug, Default)]
 pub struct CacheArgs {
     /// Keep what is compiled in this folder, and take it from there the next time. Code is loaded
-    /// from it, so it must be private to you
+    /// from it, so it must be private to you. Its files may be removed at any time
     #[arg(long, value_name = "DIR", help_heading = "Compiler")]
     pub cache: Option<PathBuf>,
 }

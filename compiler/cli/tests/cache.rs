@@ -185,6 +185,34 @@ fn leftovers_of_ended_writers_are_removed_when_they_are_old() {
     assert_eq!((kept.len(), rest), (1, stay));
 }
 
+/// The library: many compilations at once, and shapes that come up one by one.
+#[test]
+fn specialisations_are_kept_as_well() {
+    let folder = Folder::new();
+    let cache = folder.path("cache");
+    let model = kiln::Model::open(shipped("digits.onnx"), &kiln::Limits::default());
+    let model = model.expect("the model");
+    let images = |batch: usize| {
+        let pixels: Vec<f32> = (0..batch * 64).map(|i| (i % 17) as f32).collect();
+        kiln::tensor::Tensor::from_slice(&[batch, 1, 8, 8], &pixels)
+    };
+    let run = |compiler: &kiln::Compiler| -> Vec<kiln::tensor::Tensor> {
+        let on_demand = compiler.on_demand(&model);
+        let run = |batch| on_demand.run(&[("image", images(batch).view())]).expect("a run");
+        [1, 3, 1, 2].map(|batch| run(batch).remove(0).1).to_vec()
+    };
+    let expected = run(&kiln::Compiler::new());
+    let cached = kiln::Compiler::new().cache(&cache);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| assert!(run(&cached) == expected));
+        }
+    });
+    let (kept, rest) = entries(&cache);
+    assert!(kept.len() == 3 && rest.is_empty(), "{kept:?} {rest:?}");
+    assert!(run(&cached) == expected);
+}
+
 fn start(cache: &str) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kiln"));
     command.args(arguments(&shipped("digits.onnx"), cache));
