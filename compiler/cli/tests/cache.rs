@@ -236,10 +236,10 @@ fn writers_at_once_leave_one_sound_entry() {
     }
 }
 
-/// `KILN_KILLS` is how many, for machines on which a thousand take long.
+/// `KILN_KILLS=1000` for all that is promised: half a minute on an idle machine.
 #[test]
 fn writers_that_are_killed_leave_no_bad_entry_and_block_nothing() {
-    let kills = std::env::var("KILN_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(1000);
+    let kills = std::env::var("KILN_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(250);
     let folder = Folder::new();
     let cache = folder.path("cache");
     let begin = Instant::now();
