@@ -135,7 +135,7 @@ mod tests {
     #[test]
     fn hashes_are_those_of_blake3() {
         let sizes = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK, 9 * BLOCK + 5];
-        let bytes: Vec<u8> = (0..9 * BLOCK + 5).map(|i| (i * 31 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..9 * BLOCK + 5).map(|i| ((i * 31) >> 3) as u8).collect();
         let parts: Vec<&[u8]> = sizes.iter().map(|&size| &bytes[..size]).collect();
         let expected: Vec<Hash> = parts.iter().map(|p| *blake3::hash(p).as_bytes()).collect();
         assert_eq!(hashes(&parts), expected);
