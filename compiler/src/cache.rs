@@ -6,9 +6,8 @@
 //! folder is private to its owner, or refused.
 
 use std::ffi::OsString;
-use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -60,20 +59,12 @@ impl std::fmt::Display for CacheUse {
 
 /// The name of a compiled graph: equal names, equal code.
 pub(crate) fn key(graph: &Graph, egraph: bool, cpu: &Cpu) -> String {
-    let mut text = String::new();
     let compiler = (env!("CARGO_PKG_VERSION"), env!("KILN_SOURCE"));
     let emitter = (cranelift_codegen::VERSION, manifest::VERSION);
-    // Debug forms have every field.
-    let _ = write!(text, "{compiler:?} {emitter:?} {egraph} {cpu:?} ");
-    let _ = write!(text, "{:?} {:?} {:?}", graph.inputs, graph.outputs, graph.bodies);
-    for node in &graph.nodes {
-        let _ = writeln!(text, "{node:?}");
-    }
+    let mut text = format!("{compiler:?} {emitter:?} {egraph} {cpu:?}\n{}\n", graph.describe());
     let constants: Vec<&[u8]> = graph.constants.iter().map(|c| &c.bytes[..]).collect();
-    for (constant, hash) in graph.constants.iter().zip(hashes(&constants)) {
-        let _ = writeln!(text, "{:?} {}", constant.ty, manifest::hex(&hash));
-    }
-    blake3::hash(text.as_bytes()).to_hex().to_string()
+    hashes(&constants).iter().for_each(|hash| text += &manifest::hex(hash));
+    manifest::hex(blake3::hash(text.as_bytes()).as_bytes())
 }
 
 /// Takes the model of that name from the folder, or makes it and keeps it there. `make` gives the
