@@ -128,9 +128,7 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
     let mut layout = Layout { places: vec![None; program.slots.len()], arena_bytes: 0 };
     let mut plan = Plan::default();
     let port = |slot: usize| {
-        let shape = vec![program.slots[slot].bytes];
-        let name = format!("constant {slot}");
-        Port { name, dtype: DType::U8, shape, lengths: Vec::new() }
+        Port::new(format!("constant {slot}"), DType::U8, &[program.slots[slot].bytes])
     };
     let mut given = Vec::new();
     for slot in slots(true).filter(|s| launches.iter().any(|l| l.slots.contains(s))) {

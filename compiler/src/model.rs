@@ -99,7 +99,7 @@ pub struct Model {
 impl Model {
     /// The blake3 hash of the model's file, without the files that it refers to.
     pub fn hash(&self) -> [u8; 32] {
-        *blake3::hash(&self.bytes).as_bytes()
+        kiln_runtime::hash::hashes(&[&self.bytes])[0]
     }
 
     /// Maps a file and reads its lists of nodes, inputs and outputs.

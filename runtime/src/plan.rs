@@ -46,6 +46,19 @@ pub const DIMS: usize = 16;
 pub type Dims = [i64; DIMS];
 
 impl Port {
+    /// A port whose extents are numbers.
+    pub fn new(name: impl Into<String>, dtype: DType, shape: &[usize]) -> Port {
+        Port { name: name.into(), dtype, shape: shape.to_vec(), lengths: Vec::new() }
+    }
+
+    /// Whether a tensor of that shape may do, as far as can be told without the lengths of dims.
+    pub fn admits(&self, shape: &[usize]) -> bool {
+        let admits = |(axis, (&found, &most)): (usize, (&usize, &usize))| {
+            found == most || found < most && self.lengths.iter().any(|l| l.axis == axis)
+        };
+        shape.len() == self.shape.len() && shape.iter().zip(&self.shape).enumerate().all(admits)
+    }
+
     /// The extents in a run, where the dims have these lengths.
     pub fn shape_for(&self, dims: &Dims) -> Vec<usize> {
         let mut shape = self.shape.clone();
@@ -217,6 +230,12 @@ impl fmt::Display for Port {
     }
 }
 
+impl fmt::Display for PlanDim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} to {}", self.name, self.least, self.most)
+    }
+}
+
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -242,7 +261,7 @@ impl fmt::Display for Step {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, dim) in self.dims.iter().enumerate() {
-            writeln!(f, "dim {index} {}: {}..={}", dim.name, dim.least, dim.most)?;
+            writeln!(f, "dim {index} {dim}")?;
         }
         for (index, port) in self.inputs.iter().enumerate() {
             writeln!(f, "input {index} {port}")?;

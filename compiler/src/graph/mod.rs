@@ -124,6 +124,15 @@ impl Graph {
         }
     }
 
+    /// Everything that the graph says, as text, but for the elements of constants: graphs with
+    /// equal texts and equal constants are equal.
+    pub fn describe(&self) -> String {
+        // All fields, so that none is forgotten. What is known again follows from the nodes.
+        let Graph { nodes, dims, inputs, outputs, constants, bodies, known: _ } = self;
+        let types: Vec<&Type> = constants.iter().map(|constant| &constant.ty).collect();
+        format!("{dims:?}\n{inputs:?}\n{outputs:?}\n{types:?}\n{bodies:?}\n{nodes:?}")
+    }
+
     /// The graph without nodes that no output needs; inputs stay.
     pub fn live(&self) -> Graph {
         let mut needed: Vec<bool> =

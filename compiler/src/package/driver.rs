@@ -329,7 +329,7 @@ impl Driver<'_> {
                 f.b.ins().return_(&[status]);
                 f.b.switch_to_block(next);
             }
-            f.leave(Status::UnsupportedCpu);
+            f.leave(Status::UnsupportedCpu as i64);
             Ok(())
         })
     }
