@@ -228,13 +228,9 @@ pub fn store_nest(
 }
 
 /// A kernel that computes every element of a node by itself.
-pub fn map(mut lower: Lower, root: usize) -> Lowering<Loops> {
+pub fn map(lower: Lower, root: usize) -> Lowering<Loops> {
     let ty = lower.ty(root).clone();
-    let out = lower.out(&ty);
-    let (index, vars) = lower.axes(&ty.shape)?;
-    let value = lower.value(root, &index)?;
-    let place = flatten(&index, &ty.shape);
-    Ok(store_nest(lower, vars, out, place, value))
+    super::boxes::store(lower, root, &ty, (0, 0))
 }
 
 /// Whether every element of the root asks for one element of the reduction.
