@@ -51,7 +51,7 @@ fn list(spans: impl IntoIterator<Item = Option<Span>>) -> Used {
 }
 
 /// Spans of all axes of a type.
-fn spans(ty: &Type) -> Vec<Option<Span>> {
+pub fn spans(ty: &Type) -> Vec<Option<Span>> {
     (0..ty.rank()).map(|a| span(ty, a)).collect()
 }
 

@@ -11,8 +11,8 @@ use super::index::{
 use super::ir::{
     Buffer, BufferId, Count, DIMS, Expr, Kind, Loops, Number, Param, Place, Range, Scope, Stmt, Var,
 };
-use super::nest;
 use super::rewrite::prune;
+use super::{boxes, nest};
 use crate::graph::eval::{Data, Value, reduce_identity};
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, Type};
 use crate::graph::used::{Span, span};
@@ -66,6 +66,9 @@ pub struct Lower<'a> {
     /// Nodes whose value is already at hand: demanded index (once known) and value.
     bound: Vec<Option<Bound>>,
     memo: Vec<(usize, Vec<Index>, Arc<Expr>)>,
+    /// Where a concatenation was read across its parts: a loop variable and its first value in the
+    /// next part.
+    crossing: Option<(Var, usize)>,
 }
 
 enum Bound {
@@ -94,7 +97,7 @@ pub fn lower(
         (0..body.nodes.len()).filter(|&n| matches!(body.nodes[n].op, Op::Reduce(..))).collect();
     let kernels = match &body.nodes[root].op {
         Op::Pad(borders) => vec![lower.pad(root, borders)?],
-        Op::Concat(axis) => concat(&lower, root, *axis as usize)?,
+        Op::Concat(axis) => concat(lower, root, *axis as usize)?,
         Op::Scatter(f) => lower.scatter(root, *f)?,
         Op::Scan(f, axis) => vec![lower.scan(root, *f, *axis as usize)?],
         _ if body.nodes[root].ty.numel() == 0 => Vec::new(),
@@ -141,7 +144,13 @@ impl<'a> Lower<'a> {
             ranges: Vec::new(),
             bound,
             memo: Vec::new(),
+            crossing: None,
         }
+    }
+
+    /// Where a value was refused because a concatenation is read across its parts.
+    pub fn crossing(&self) -> Option<(Var, usize)> {
+        self.crossing
     }
 
     /// Another kernel of the same body.
@@ -360,6 +369,7 @@ impl<'a> Lower<'a> {
             }
             Op::Cast(dtype) => Expr::Cast(*dtype, self.value(args[0], index)?),
             Op::Expand(_) => return self.repeated(args[0], index),
+            Op::Concat(axis) => return self.part(&args, *axis as usize, index),
             Op::Gather(axis) => {
                 let axis = *axis as usize;
                 let inner = axis + self.ty(args[1]).rank();
@@ -381,6 +391,34 @@ impl<'a> Lower<'a> {
                 }
             },
         }))
+    }
+
+    /// An element of a concatenation whose parts `args` are, where the index falls into one part
+    /// whatever the loop variables are.
+    fn part(&mut self, args: &[usize], axis: usize, index: &[Index]) -> Lowering<Arc<Expr>> {
+        let at = &index[axis];
+        let across = || Refused("a concatenation that is read across its parts".into());
+        // Where a part is in use in part, it is for the run to say where the next one begins.
+        let partial = args.iter().any(|&arg| span(self.ty(arg), axis).is_some());
+        if at.dynamic.is_some() || partial {
+            return Err(across());
+        }
+        let (low, high) = at.affine.range(&self.extents);
+        let mut start = 0;
+        for &arg in args {
+            let end = start + self.ty(arg).shape[axis] as i64;
+            if low >= start && high < end {
+                let mut from = index.to_vec();
+                from[axis] = scale(at, 1, -start);
+                return self.value(arg, &from);
+            }
+            if let ([(var, 1)], true) = (at.affine.terms.as_slice(), low < end) {
+                self.crossing = Some((*var, (end - at.affine.offset) as usize));
+                break;
+            }
+            start = end;
+        }
+        Err(across())
     }
 
     /// The operand index of a view.
@@ -574,27 +612,29 @@ fn runs(body: &[Stmt], var: Var) -> bool {
     })
 }
 
-/// One kernel for each operand, which copies it to its place.
-fn concat(parent: &Lower, root: usize, axis: usize) -> Lowering<Vec<Loops>> {
+/// One kernel that computes all parts, or where threads could not share its work (and where there
+/// are very many parts) one for each operand.
+fn concat(parent: Lower, root: usize, axis: usize) -> Lowering<Vec<Loops>> {
     let body = parent.body;
     let ty = &body.nodes[root].ty;
+    if ty.numel() > 0
+        && ty.shape[..axis].iter().product::<usize>() > 1
+        && let Ok(kernel) = nest::map(parent.fresh(), root)
+    {
+        return Ok(vec![kernel]);
+    }
     let (mut start, mut before) = (0, None);
     let mut kernels = Vec::new();
     for arg in &body.nodes[root].args {
         let piece = &body.nodes[arg.index()].ty;
         if piece.numel() > 0 {
             let mut lower = parent.fresh();
-            let out = lower.out(ty);
-            let (index, vars) = lower.axes_of(piece)?;
-            let value = lower.value(arg.index(), &index)?;
-            let mut to = index.clone();
-            to[axis] = scale(&to[axis], 1, start as i64);
+            let mut shift = Place::affine(Affine::constant(start as i64));
             if let Some(before) = before {
                 // What comes after a piece in use in part moves up to it.
-                to[axis] = add(&to[axis], &from_expr(lower.length(before, axis)));
+                shift = add(&shift, &from_expr(lower.length(before, axis)));
             }
-            let place = flatten(&to, &ty.shape);
-            kernels.push(nest::store_nest(lower, vars, out, place, value));
+            kernels.push(boxes::store(lower, arg.index(), ty, (axis, &shift))?);
         }
         match span(piece, axis) {
             None => start += piece.shape[axis],

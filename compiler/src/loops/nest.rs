@@ -7,7 +7,7 @@ use kiln_runtime::tensor::DType;
 
 use super::index::{Extents, Index, flatten};
 use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var};
-use super::lower::{Lower, Lowering, Refused, identity};
+use super::lower::{Lower, Lowering, Refused, identity, origin_place};
 use super::rewrite::{each_affine, rewrite, substitute};
 use crate::graph::Body;
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, UnaryFn};
@@ -233,13 +233,9 @@ pub fn store_nest(
 }
 
 /// A kernel that computes every element of a node by itself.
-pub fn map(mut lower: Lower, root: usize) -> Lowering<Loops> {
+pub fn map(lower: Lower, root: usize) -> Lowering<Loops> {
     let ty = lower.ty(root).clone();
-    let out = lower.out(&ty);
-    let (index, vars) = lower.axes_of(&ty)?;
-    let value = lower.value(root, &index)?;
-    let place = flatten(&index, &ty.shape);
-    Ok(store_nest(lower, vars, out, place, value))
+    super::boxes::store(lower, root, &ty, (0, &origin_place()))
 }
 
 /// Whether every element of the root asks for one element of the reduction.
