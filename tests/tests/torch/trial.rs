@@ -208,14 +208,15 @@ impl Trial {
     /// Compiles for other architectures, and runs what there is an emulator for.
     fn check_elsewhere(&self, graph: &Graph, wants: &[&Want]) -> Checked {
         let fail = |cpu: &Cpu, why: &dyn std::fmt::Display| {
-            Err(TestCaseError::fail(format!("{}: {why}", cpu.triple.name)))
+            TestCaseError::fail(format!("{}: {why}", cpu.triple.name))
         };
         for Emulator { cpu, .. } in emulators() {
-            emit_for(cpu.clone(), graph).or_else(|e| fail(&cpu, &e))?;
+            emit_for(cpu.clone(), graph).map_err(|e| fail(&cpu, &e))?;
         }
         for machine in machines() {
             let mut machine = machine.lock().unwrap_or_else(|e| e.into_inner());
-            let got = machine.run(graph, &self.inputs).or_else(|e| fail(machine.cpu(), &e))?;
+            let got = machine.run(graph, &self.inputs);
+            let got = got.map_err(|e| fail(machine.cpu(), &e))?;
             compare(machine.cpu().triple.name, &got, wants)?;
         }
         Ok(())
