@@ -9,7 +9,7 @@ use kiln::graph::op::Type;
 use kiln::graph::{Graph, NodeId, Origin};
 use kiln::tensor::{DType, Tensor};
 use kiln_tests::machines::{Emulator, emulators, machines};
-use kiln_tests::{compilers, emit_for, interpret, run_compiled};
+use kiln_tests::{compilers, emit_for, interpret, old_compiler, run_compiled};
 use proptest::test_runner::TestCaseError;
 use tch::Kind;
 
@@ -194,12 +194,14 @@ impl Trial {
         let mut graph = self.graph.clone();
         let mut kept = self.wants.iter();
         graph.outputs.retain(|_| kept.next().is_some_and(|w| !w.interpreted_only));
-        for (name, compiler) in compilers() {
+        let rare = rare(&graph);
+        let old = old_compiler().filter(|_| rare);
+        for (name, compiler) in compilers().into_iter().chain(old) {
             let got = run_compiled(&graph, &self.inputs, &compiler)
                 .map_err(|e| TestCaseError::fail(format!("{name}: {e}")))?;
             compare(name, &got, &compiled)?;
         }
-        if rare(&graph) {
+        if rare {
             self.check_elsewhere(&graph, &compiled)?;
         }
         Ok(())
