@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kiln_runtime::artifact::{Artifact, Constants};
 use kiln_runtime::code::Code;
 use kiln_runtime::memory::AlignedBytes;
-use kiln_runtime::plan::{Place, Plan, Port, Step};
+use kiln_runtime::plan::{Length, Place, Plan, Port, Step};
 use kiln_runtime::pool::Pool;
 use kiln_runtime::session::Executable;
 use kiln_runtime::tensor::{DType, TensorView, TensorViewMut};
@@ -14,6 +14,8 @@ use kiln_runtime::tensor::{DType, TensorView, TensorViewMut};
 use crate::backend::cpu::{Cpu, Emitted, emit_all};
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::Graph;
+use crate::graph::op::Type;
+use crate::graph::used::Span;
 use crate::loops::ir::Loops;
 use crate::plan::kernels::{Launch, Program, Source};
 use crate::plan::memory::{ALIGN, Lifetime, assign};
@@ -91,7 +93,7 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
     let launches: Vec<&Launch> = program.launches.iter().filter(|l| l.constant).collect();
     let raw = |slot: usize| match program.slots[slot].source {
         Source::Const(constant) => Some(&graph.constants[constant].bytes),
-        Source::Input(_) | Source::Made => None,
+        Source::Input(_) | Source::Dims | Source::Made => None,
     };
     let mut wanted = vec![false; program.slots.len()];
     for launch in program.launches.iter().filter(|l| !l.constant) {
@@ -126,8 +128,7 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
     let mut layout = Layout { places: vec![None; program.slots.len()], arena_bytes: 0 };
     let mut plan = Plan::default();
     let port = |slot: usize| {
-        let shape = vec![program.slots[slot].bytes];
-        Port { name: format!("constant {slot}"), dtype: DType::U8, shape }
+        Port::new(format!("constant {slot}"), DType::U8, &[program.slots[slot].bytes])
     };
     let mut given = Vec::new();
     for slot in slots(true).filter(|s| launches.iter().any(|l| l.slots.contains(s))) {
@@ -191,6 +192,17 @@ pub fn load(
     unsafe { Executable::new(artifact, Arc::new(pool)) }.map_err(|e| internal("the plan", e))
 }
 
+/// Which axes of a port are as long as dims.
+fn lengths(ty: &Type) -> Vec<Length> {
+    let length = |&(axis, span): &(u8, Span)| match span {
+        Span::Dim { dim, more } => {
+            Some(Length { axis: axis.into(), dim: dim.into(), more: more.into() })
+        }
+        Span::Mixed => None,
+    };
+    ty.used.iter().filter_map(length).collect()
+}
+
 /// The plan of a program and the constants that it reads, which `emitted` computes here.
 pub fn assemble(
     graph: &Graph,
@@ -201,8 +213,10 @@ pub fn assemble(
     let folded = fold(graph, program, emitted, threads)?;
     let mut layout = Layout { places: folded.places, arena_bytes: 0 };
     for (i, slot) in program.slots.iter().enumerate() {
-        if let Source::Input(input) = slot.source {
-            layout.places[i] = Some(Place::Input(input));
+        match slot.source {
+            Source::Input(input) => layout.places[i] = Some(Place::Input(input)),
+            Source::Dims => layout.places[i] = Some(Place::Dims),
+            Source::Const(_) | Source::Made => {}
         }
     }
     for (i, &slot) in program.outputs.iter().enumerate() {
@@ -210,12 +224,14 @@ pub fn assemble(
     }
     let launches: Vec<&Launch> = program.launches.iter().filter(|l| !l.constant).collect();
     place_in_arena(program, &launches, &mut layout);
-    let port = |name: &str, ty: &crate::graph::op::Type| Port {
+    let port = |name: &str, ty: &Type| Port {
         name: name.to_string(),
         dtype: ty.dtype,
         shape: ty.shape.to_vec(),
+        lengths: lengths(ty),
     };
     let plan = Plan {
+        dims: graph.dims.clone(),
         inputs: graph.inputs.iter().map(|(name, ty)| port(name, ty)).collect(),
         outputs: graph.outputs.iter().map(|(name, id)| port(name, graph.ty(*id))).collect(),
         steps: steps(program, |l| !l.constant, &layout),

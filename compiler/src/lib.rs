@@ -13,34 +13,42 @@
 //! The pipeline is [`Compiler::compile`]: import, optimise, lower, emit, assemble.
 
 pub mod backend;
+mod cache;
 mod compile;
 pub mod error;
 pub mod graph;
+mod load;
 pub mod loops;
 mod model;
 mod on_demand;
 pub mod onnx;
 mod package;
 pub mod plan;
+mod ranges;
 pub mod rules;
 
 #[cfg(test)]
 mod tests;
 
+pub use cache::CacheUse;
 pub use half;
+pub use kiln_runtime::load::ArtifactFile;
 pub use kiln_runtime::session::{Executable, Session};
-pub use kiln_runtime::{code, npz, tensor};
+pub use kiln_runtime::{code, manifest, npz, tensor};
+pub use load::{is_artifact, load, load_opened, open_artifact};
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
 pub use on_demand::OnDemand;
 pub use package::{Form, Kind, Package, identifier};
+
+use std::path::PathBuf;
 
 use backend::cpu::{Cpu, Emitted, emit_all};
 use error::Result;
 use graph::Graph;
 use graph::verify::verify;
 use kiln_runtime::artifact::Constants;
-use kiln_runtime::manifest::Hash;
 use kiln_runtime::plan::Plan;
+use manifest::Hash;
 use plan::kernels::{Program, program};
 
 /// How a model is compiled. Cheap to clone; every method gives a changed copy.
@@ -55,6 +63,7 @@ pub struct Compiler {
     dims: Vec<(String, DimRange)>,
     shapes: Vec<(String, Vec<usize>)>,
     values: Vec<(String, tensor::Tensor)>,
+    cache: Option<PathBuf>,
 }
 
 impl Default for Compiler {
@@ -76,6 +85,7 @@ impl Compiler {
             dims: Vec::new(),
             shapes: Vec::new(),
             values: Vec::new(),
+            cache: None,
         }
     }
 
@@ -132,6 +142,12 @@ impl Compiler {
         self
     }
 
+    /// Keeps what is compiled in this folder, and takes it from there the next time. Code is
+    /// loaded from it: it must belong to this user, and nobody else may write it.
+    pub fn cache(self, folder: impl Into<PathBuf>) -> Compiler {
+        Compiler { cache: Some(folder.into()), ..self }
+    }
+
     /// The CPU that code is made for.
     pub fn cpu(&self) -> Cpu {
         match (&self.target, self.wide) {
@@ -143,14 +159,48 @@ impl Compiler {
 
     /// Compiles a model for this machine. The whole pipeline, stage by stage.
     pub fn compile(&self, model: &Model) -> Result<Executable> {
+        if self.cache.is_some() {
+            return Ok(self.compile_through_cache(model)?.0);
+        }
         let graph = self.graph(model)?;
         let kernels = self.optimise(&graph)?;
         self.build(&kernels)
     }
 
+    /// The same, and what the [`cache`](Self::cache) did for it.
+    pub fn compile_through_cache(&self, model: &Model) -> Result<(Executable, CacheUse)> {
+        let Some(folder) = &self.cache else { return Ok((self.compile(model)?, CacheUse::Off)) };
+        let cpu = self.cpu();
+        cpu.must_run_here()?;
+        let graph = self.graph(model)?;
+        let key = cache::key(&graph, self.egraph, &cpu);
+        cache::compile(folder, &key, self.threads, |name| {
+            let form = Form { kind: Kind::Shared, name: name.to_string(), weights: None };
+            Ok(self.package_of(&graph, model.hash(), &form)?.file)
+        })
+    }
+
     /// The model, to be compiled for the shapes of the tensors that it is given.
     pub fn on_demand(&self, model: &Model) -> OnDemand {
         OnDemand::new(self.clone(), model.clone())
+    }
+
+    /// The same for all lengths of dims within their ranges (`dim_range`): one executable that
+    /// takes tensors of any of these shapes, in memory for the longest.
+    ///
+    /// # Errors
+    /// As [`compile`](Self::compile), and where a node needs the length of a dim as a number.
+    pub fn compile_ranges(&self, model: &Model) -> Result<Executable> {
+        self.build(&self.optimise(&self.graph_for_ranges(model)?)?)
+    }
+
+    /// The graph of a model for all lengths of dims within their ranges.
+    pub fn graph_for_ranges(&self, model: &Model) -> Result<Graph> {
+        if self.dims.iter().all(|(_, range)| range.least == range.most) {
+            return self.graph(model);
+        }
+        let dims = model.settle(&self.shapes, &self.dims)?;
+        model.import_ranges(&self.limits, dims, &self.dims, &self.values)
     }
 
     /// The graph of a model.
@@ -200,7 +250,7 @@ impl Compiler {
 
     /// A compiled model as a file that a program can load or link, with its C header.
     pub fn package(&self, model: &Model, form: &Form) -> Result<Package> {
-        self.package_of(&self.graph(model)?, model.hash(), form)
+        self.package_of(&self.graph_for_ranges(model)?, model.hash(), form)
     }
 
     /// The same from a graph on; the file says that it was made from a model of that hash.

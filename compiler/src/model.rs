@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use kiln_runtime::plan::{DIMS, PlanDim};
 use kiln_runtime::tensor::Tensor;
 use prost::Message;
 
@@ -12,6 +13,7 @@ use crate::graph::Graph;
 use crate::onnx::proto::tensor_shape_proto::{Dimension, dimension::Value as DimensionValue};
 use crate::onnx::proto::{ModelProto, TensorProto, ValueInfoProto};
 use crate::onnx::{self, ImportOptions};
+use crate::ranges;
 
 /// Limits on a model, checked before memory is taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,7 +99,7 @@ pub struct Model {
 impl Model {
     /// The blake3 hash of the model's file, without the files that it refers to.
     pub fn hash(&self) -> [u8; 32] {
-        *blake3::hash(&self.bytes).as_bytes()
+        kiln_runtime::hash::hashes(&[&self.bytes])[0]
     }
 
     /// Maps a file and reads its lists of nodes, inputs and outputs.
@@ -298,8 +300,51 @@ impl Model {
             shapes: shapes.to_vec(),
             folder: self.folder.clone(),
             values: values.to_vec(),
+            ranges: Vec::new(),
         };
         onnx::import(self.bytes.clone(), &options)
+    }
+
+    /// The graph of the model for all lengths of dims within their ranges.
+    pub(crate) fn import_ranges(
+        &self,
+        limits: &Limits,
+        settled: Vec<(String, usize)>,
+        ranges: &[(String, DimRange)],
+        values: &[(String, Tensor)],
+    ) -> Result<Graph> {
+        let dims: Vec<PlanDim> = ranges
+            .iter()
+            .filter(|(_, range)| range.least < range.most)
+            .map(|(name, r)| PlanDim { name: name.clone(), least: r.least, most: r.most })
+            .collect();
+        if let Some(empty) = dims.iter().find(|dim| dim.least == 0) {
+            let problem = Diagnostic::new("K0109", "a dim that may be 0 long");
+            let problem = problem.tensor(empty.name.clone()).expected("at least 1");
+            return Err(Error::new(ErrorKind::Usage, problem));
+        }
+        if dims.len() > DIMS {
+            let problem = Diagnostic::new("K0109", "too many dims with a range");
+            let problem = problem.expected(format!("{DIMS} at most"));
+            return Err(Error::new(ErrorKind::Usage, problem.found(dims.len().to_string())));
+        }
+        let import = |lengths: Vec<(String, usize)>| {
+            let fixed = settled.iter().filter(|s| !dims.iter().any(|dim| dim.name == s.0));
+            let bytes = usize::try_from(limits.max_bytes).unwrap_or(usize::MAX);
+            let options = ImportOptions {
+                limits: onnx::Limits { nodes: limits.max_nodes, bytes, ..onnx::Limits::default() },
+                dims: fixed.cloned().chain(lengths).collect(),
+                shapes: Vec::new(),
+                folder: self.folder.clone(),
+                values: values.to_vec(),
+                ranges: dims.clone(),
+            };
+            onnx::import(self.bytes.clone(), &options)
+        };
+        let most = dims.iter().map(|dim| (dim.name.clone(), dim.most)).collect();
+        let mut graph = import(most)?;
+        graph.dims = dims.clone();
+        ranges::prove(graph, &import(ranges::longer(&dims))?)
     }
 }
 

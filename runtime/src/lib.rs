@@ -8,6 +8,7 @@
 pub mod artifact;
 pub mod code;
 pub mod cpu;
+pub mod hash;
 pub mod load;
 pub mod manifest;
 pub mod memory;

@@ -4,16 +4,18 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::{Mmap, MmapOptions};
+use memmap2::{Mmap, MmapMut, MmapOptions};
 
 use crate::artifact::{Artifact, Constants};
 use crate::code::Code;
 use crate::cpu;
+use crate::hash::hashes;
 use crate::manifest::{self, ArtifactError, Hash, Manifest, Sections, Weights};
 use crate::pool::Pool;
 use crate::session::{Executable, Names};
 
 /// A compiled file whose manifest and hash were checked: it can be looked at, and loaded.
+#[derive(Debug)]
 pub struct ArtifactFile {
     map: Arc<Mmap>,
     /// What the file says of itself.
@@ -28,16 +30,30 @@ impl ArtifactFile {
     /// # Errors
     /// When the file cannot be read, is none that Kiln wrote, or is damaged.
     pub fn open(path: &Path) -> Result<ArtifactFile, ArtifactError> {
-        ArtifactFile::of(Arc::new(map(path, "the compiled model")?))
+        ArtifactFile::checked(map(&open(path, WHAT)?, path, WHAT)?)
     }
 
-    /// The same of a file that is mapped already.
+    /// The same of a file that is open already; `path` is its name in errors.
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub fn of(map: Arc<Mmap>) -> Result<ArtifactFile, ArtifactError> {
+    pub fn of(file: &File, path: &Path) -> Result<ArtifactFile, ArtifactError> {
+        ArtifactFile::checked(map(file, path, WHAT)?)
+    }
+
+    /// The same of bytes in memory, which are copied.
+    ///
+    /// # Errors
+    /// When there is no memory, the bytes are none that Kiln wrote, or are damaged.
+    pub fn from_bytes(bytes: &[u8]) -> Result<ArtifactFile, ArtifactError> {
+        let mut copy = MmapMut::map_anon(bytes.len().max(1)).map_err(ArtifactError::Code)?;
+        copy[..bytes.len()].copy_from_slice(bytes);
+        ArtifactFile::checked(copy.make_read_only().map_err(ArtifactError::Code)?)
+    }
+
+    fn checked(map: Mmap) -> Result<ArtifactFile, ArtifactError> {
         let (manifest, sections) = manifest::find(&map)?;
-        Ok(ArtifactFile { map, manifest, sections })
+        Ok(ArtifactFile { map: Arc::new(map), manifest, sections })
     }
 
     /// Size of the file.
@@ -113,16 +129,23 @@ impl Executable {
     }
 }
 
-/// Maps a file, with all of its pages: the hash reads them at once.
-fn map(path: &Path, what: &'static str) -> Result<Mmap, ArtifactError> {
+/// The file in messages.
+const WHAT: &str = "the compiled model";
+
+fn open(path: &Path, what: &'static str) -> Result<File, ArtifactError> {
     let fail = |error| ArtifactError::File { what, path: path.to_path_buf(), error };
-    let file = File::open(path).map_err(fail)?;
+    File::open(path).map_err(fail)
+}
+
+/// Maps a file, with all of its pages: the hash reads them at once.
+fn map(file: &File, path: &Path, what: &'static str) -> Result<Mmap, ArtifactError> {
+    let fail = |error| ArtifactError::File { what, path: path.to_path_buf(), error };
     if !file.metadata().map_err(fail)?.is_file() {
         return Err(fail(std::io::Error::other("not a regular file")));
     }
     // SAFETY: the map is read only; a file that is cut short while it is in use is outside of
     // what any reader of a mapping can guard against.
-    unsafe { MmapOptions::new().populate().map(&file) }.map_err(fail)
+    unsafe { MmapOptions::new().populate().map(file) }.map_err(fail)
 }
 
 /// Weights that lie in a file beside.
@@ -130,12 +153,13 @@ fn weights(path: &Path, expected: usize, hash: &Hash) -> Result<Constants, Artif
     if expected == 0 {
         return Ok(Constants::from_bytes(&[]));
     }
-    let map = map(path, "the weights of the compiled model")?;
+    let what = "the weights of the compiled model";
+    let map = map(&open(path, what)?, path, what)?;
     if map.len() != expected {
         let what = "the file of weights";
         return Err(ArtifactError::Truncated { what, found: map.len(), expected });
     }
-    let found = *blake3::hash(&map).as_bytes();
+    let found = hashes(&[&map])[0];
     if found != *hash {
         let what = path.display().to_string();
         return Err(ArtifactError::Hash { what, found, expected: *hash });

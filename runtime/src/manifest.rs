@@ -18,6 +18,8 @@ use std::path::PathBuf;
 use object::{Object, ObjectSection};
 use serde::{Deserialize, Serialize};
 
+pub use crate::hash::Hash;
+use crate::hash::hash_without;
 use crate::plan::{Plan, PlanError};
 use crate::session::Names;
 
@@ -37,9 +39,6 @@ const HASH: Range<usize> = 16..48;
 const HEADER_BYTES: usize = HASH.end;
 /// A payload larger than this is damage: a plan of a million steps is smaller.
 const MAX_PAYLOAD: usize = 1 << 28;
-
-/// A blake3 hash.
-pub type Hash = [u8; 32];
 
 /// What a compiled file says of itself.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -174,6 +173,9 @@ pub enum ArtifactError {
     /// The name of the external weights leads out of the folder.
     #[error("the weights are in `{0}`, expected the name of a file in the same folder")]
     FileName(String),
+    /// More memory than there are addresses.
+    #[error("the compiled model asks for {0} bytes of memory for intermediate values")]
+    Arena(usize),
     /// The plan names what is not there.
     #[error("the plan of the compiled model: {0}")]
     Plan(#[from] PlanError),
@@ -229,15 +231,8 @@ pub fn encode(manifest: &Manifest) -> Vec<u8> {
 /// When there is no manifest.
 pub fn seal(file: &mut [u8], at: usize) {
     assert_eq!(file[at..at + MAGIC.len()], MAGIC, "a manifest at byte {at}");
-    let hash = hash_without(file, at + HASH.start);
+    let hash = hash_without(file, at + HASH.start..at + HASH.end);
     file[at + HASH.start..at + HASH.end].copy_from_slice(&hash);
-}
-
-/// The hash of a file with zeros for the 32 bytes at `at`.
-fn hash_without(file: &[u8], at: usize) -> Hash {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&file[..at]).update(&[0; 32]).update(&file[at + 32..]);
-    *hasher.finalize().as_bytes()
 }
 
 /// Finds the manifest of a file, and checks all of it that does not depend on the machine.
@@ -322,7 +317,7 @@ fn payload(file: &[u8], section: Range<usize>) -> Result<&[u8], ArtifactError> {
         return Err(truncated("the manifest", rest.len(), len));
     }
     let expected: Hash = header[HASH].try_into().expect("32 bytes");
-    let found = hash_without(file, at + HASH.start);
+    let found = hash_without(file, at + HASH.start..at + HASH.end);
     if found != expected {
         return Err(ArtifactError::Hash { what: "the file".into(), found, expected });
     }
@@ -338,6 +333,10 @@ fn check(manifest: &Manifest, text_bytes: usize) -> Result<(), ArtifactError> {
             }
         }
         manifest.plan.check(entries.len(), manifest.weights.bytes())?;
+    }
+    let arena = manifest.plan.arena_bytes;
+    if isize::try_from(arena).map_or(true, |bytes| bytes > isize::MAX / 2) {
+        return Err(ArtifactError::Arena(arena));
     }
     Ok(())
 }

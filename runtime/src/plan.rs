@@ -11,11 +11,63 @@ pub struct Port {
     pub name: String,
     /// Element type.
     pub dtype: DType,
-    /// Extents, outermost first.
+    /// Extents, outermost first; the most that they may be where `lengths` has the axis.
     pub shape: Vec<usize>,
+    /// Axes whose extents a run decides.
+    pub lengths: Vec<Length>,
 }
 
+/// An axis that is as long as a dim of the model and some more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Length {
+    /// The axis.
+    pub axis: usize,
+    /// Index of the dim in [`Plan::dims`].
+    pub dim: usize,
+    /// How many more elements.
+    pub more: i64,
+}
+
+/// A dim of the model whose extent a run decides.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PlanDim {
+    /// Its name in the model.
+    pub name: String,
+    /// The least that it may be.
+    pub least: usize,
+    /// The most that it may be.
+    pub most: usize,
+}
+
+/// Dims that a plan may have.
+pub const DIMS: usize = 16;
+
+/// Lengths of all dims of a plan, in order; 0 where there are fewer.
+pub type Dims = [i64; DIMS];
+
 impl Port {
+    /// A port whose extents are numbers.
+    pub fn new(name: impl Into<String>, dtype: DType, shape: &[usize]) -> Port {
+        Port { name: name.into(), dtype, shape: shape.to_vec(), lengths: Vec::new() }
+    }
+
+    /// Whether a tensor of that shape may do, as far as can be told without the lengths of dims.
+    pub fn admits(&self, shape: &[usize]) -> bool {
+        let admits = |(axis, (&found, &most)): (usize, (&usize, &usize))| {
+            found == most || found < most && self.lengths.iter().any(|l| l.axis == axis)
+        };
+        shape.len() == self.shape.len() && shape.iter().zip(&self.shape).enumerate().all(admits)
+    }
+
+    /// The extents in a run, where the dims have these lengths.
+    pub fn shape_for(&self, dims: &Dims) -> Vec<usize> {
+        let mut shape = self.shape.clone();
+        for Length { axis, dim, more } in &self.lengths {
+            shape[*axis] = usize::try_from(dims[*dim] + more).unwrap_or(0);
+        }
+        shape
+    }
+
     /// Bytes of the tensor, or `None` where the product overflows.
     pub fn size_bytes(&self) -> Option<usize> {
         size_bytes(self.dtype, &self.shape)
@@ -33,6 +85,8 @@ pub enum Place {
     Arena(usize),
     /// A byte offset in the constants, which start on a cache line.
     Const(usize),
+    /// The lengths of the dims in this run.
+    Dims,
 }
 
 /// One launch of one kernel.
@@ -60,6 +114,8 @@ impl Step {
 /// Everything about a compiled model but its code and its constants.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, Default)]
 pub struct Plan {
+    /// Dims whose lengths a run decides, at most [`DIMS`].
+    pub dims: Vec<PlanDim>,
     /// What a run reads.
     pub inputs: Vec<Port>,
     /// What a run writes.
@@ -106,6 +162,9 @@ pub enum PlanError {
     /// The size of an input or output overflows.
     #[error("the size of `{0}` overflows")]
     Size(String),
+    /// An axis is as long as a dim that is not there, or the axis is not.
+    #[error("the extents of `{0}` depend on what is not there")]
+    Length(String),
 }
 
 impl Plan {
@@ -113,6 +172,15 @@ impl Plan {
     pub fn check(&self, entries: usize, constant_bytes: usize) -> Result<(), PlanError> {
         for port in self.inputs.iter().chain(&self.outputs) {
             port.size_bytes().ok_or_else(|| PlanError::Size(port.name.clone()))?;
+            let fits = |l: &Length| {
+                let most = |dim: &PlanDim| i128::try_from(dim.most).unwrap_or(i128::MAX);
+                let dim = self.dims.get(l.dim).map(|d| most(d) + i128::from(l.more));
+                let room = port.shape.get(l.axis).map(|&extent| extent as i128);
+                dim.zip(room).is_some_and(|(most, room)| most <= room)
+            };
+            if self.dims.len() > DIMS || !port.lengths.iter().all(fits) {
+                return Err(PlanError::Length(port.name.clone()));
+            }
         }
         for (index, step) in self.steps.iter().enumerate() {
             self.check_step(index, step, entries, constant_bytes)?;
@@ -141,6 +209,7 @@ impl Plan {
                 Place::Output(port) => (port < self.outputs.len(), self.outputs.len()),
                 Place::Arena(offset) => (offset <= self.arena_bytes, self.arena_bytes),
                 Place::Const(offset) => (offset <= constant_bytes, constant_bytes),
+                Place::Dims => (true, DIMS),
             };
             if !inside {
                 return Err(PlanError::Place { step: index, place, limit });
@@ -154,9 +223,16 @@ impl fmt::Display for Port {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}[", self.name, self.dtype)?;
         for (axis, extent) in self.shape.iter().enumerate() {
-            write!(f, "{}{extent}", if axis == 0 { "" } else { "," })?;
+            let up_to = if self.lengths.iter().any(|l| l.axis == axis) { "<=" } else { "" };
+            write!(f, "{}{up_to}{extent}", if axis == 0 { "" } else { "," })?;
         }
         f.write_str("]")
+    }
+}
+
+impl fmt::Display for PlanDim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} to {}", self.name, self.least, self.most)
     }
 }
 
@@ -167,6 +243,7 @@ impl fmt::Display for Place {
             Place::Output(port) => write!(f, "output {port}"),
             Place::Arena(offset) => write!(f, "arena+{offset}"),
             Place::Const(offset) => write!(f, "const+{offset}"),
+            Place::Dims => f.write_str("dims"),
         }
     }
 }
@@ -183,6 +260,9 @@ impl fmt::Display for Step {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, dim) in self.dims.iter().enumerate() {
+            writeln!(f, "dim {index} {dim}")?;
+        }
         for (index, port) in self.inputs.iter().enumerate() {
             writeln!(f, "input {index} {port}")?;
         }
@@ -202,8 +282,14 @@ mod tests {
     use super::*;
 
     fn plan() -> Plan {
-        let port = |name: &str| Port { name: name.into(), dtype: DType::F32, shape: vec![2, 3] };
+        let port = |name: &str| Port {
+            name: name.into(),
+            dtype: DType::F32,
+            shape: vec![2, 3],
+            lengths: Vec::new(),
+        };
         Plan {
+            dims: Vec::new(),
             inputs: vec![port("x")],
             outputs: vec![port("y")],
             steps: vec![Step {

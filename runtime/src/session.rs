@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use crate::artifact::Artifact;
 use crate::memory::AlignedBytes;
-use crate::plan::{Place, Plan, PlanError, Port};
+use crate::plan::{DIMS, Dims, Length, Place, Plan, PlanDim, PlanError, Port};
 use crate::pool::Pool;
-use crate::tensor::{DType, Tensor, TensorView, TensorViewMut};
+use crate::tensor::{DType, Tensor, TensorView, TensorViewMut, size_bytes};
 
 /// Why a run did not begin. A run that begins succeeds.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -56,6 +56,34 @@ pub enum RunError {
         found: Vec<usize>,
         /// The input or output.
         expected: Port,
+    },
+    /// An extent that the model was not compiled for.
+    #[error("axis {axis} of `{}` makes dim `{}` {found}, expected {} to {}", port.name, dim.name,
+        dim.least, dim.most)]
+    Range {
+        /// The axis.
+        axis: usize,
+        /// The length of the dim that it gives.
+        found: i64,
+        /// The dim.
+        dim: PlanDim,
+        /// The input.
+        port: Port,
+    },
+    /// Inputs that do not agree.
+    #[error("axis {axis} of `{}` makes dim `{dim}` {found}, an earlier input made it {before}",
+        port.name)]
+    Differ {
+        /// The axis.
+        axis: usize,
+        /// The length of the dim that it gives.
+        found: i64,
+        /// What an earlier input gave.
+        before: i64,
+        /// The dim.
+        dim: String,
+        /// The input.
+        port: Port,
     },
     /// A tensor with another number of bytes than its shape says.
     #[error("`{}` has {found} bytes, expected {expected_bytes} for {expected}", expected.name)]
@@ -156,8 +184,9 @@ impl Executable {
         inputs: &[TensorView<'_>],
         outputs: &mut [TensorViewMut<'_>],
     ) -> Result<(), RunError> {
-        check(self.plan(), inputs, outputs)?;
+        let dims = check(self.plan(), inputs, outputs)?;
         let mut scratch = self.take_scratch();
+        *scratch.dims = dims;
         self.0.launch(&mut scratch, inputs, outputs, None);
         self.put_scratch(scratch);
         Ok(())
@@ -172,8 +201,9 @@ impl Executable {
         inputs: &[TensorView<'_>],
         outputs: &mut [TensorViewMut<'_>],
     ) -> Result<Vec<(String, u64)>, RunError> {
-        check(self.plan(), inputs, outputs)?;
+        let dims = check(self.plan(), inputs, outputs)?;
         let mut scratch = self.take_scratch();
+        *scratch.dims = dims;
         let mut times = vec![0; self.plan().steps.len()];
         self.0.launch(&mut scratch, inputs, outputs, Some(&mut times));
         self.put_scratch(scratch);
@@ -235,7 +265,7 @@ impl Session {
         inputs: &[TensorView<'_>],
         outputs: &mut [TensorViewMut<'_>],
     ) -> Result<(), RunError> {
-        check(self.executable.plan(), inputs, outputs)?;
+        *self.scratch.dims = check(self.executable.plan(), inputs, outputs)?;
         self.executable.0.launch(&mut self.scratch, inputs, outputs, None);
         Ok(())
     }
@@ -256,6 +286,8 @@ impl Session {
 /// The memory of one run at a time.
 struct Scratch {
     arena: AlignedBytes,
+    /// Lengths of dims in this run.
+    dims: Box<Dims>,
     /// The arguments of all steps, one after the other.
     buffers: Vec<*mut u8>,
 }
@@ -272,13 +304,16 @@ impl Scratch {
         let mut arena = AlignedBytes::zeroed(artifact.plan.arena_bytes);
         let base = arena.bytes_mut().as_mut_ptr();
         let constants = artifact.constants.bytes().as_ptr().cast_mut();
+        let mut dims = Box::new([0; DIMS]);
+        let lengths: *mut u8 = dims.as_mut_ptr().cast();
         let places = artifact.plan.steps.iter().flat_map(|step| &step.buffers);
         let buffers = places.map(|&place| match place {
             Place::Input(_) | Place::Output(_) => std::ptr::null_mut(),
             Place::Arena(offset) => base.wrapping_add(offset),
             Place::Const(offset) => constants.wrapping_add(offset),
+            Place::Dims => lengths,
         });
-        Scratch { buffers: buffers.collect(), arena }
+        Scratch { buffers: buffers.collect(), arena, dims }
     }
 
     fn bind(&mut self, plan: &Plan, inputs: &[TensorView<'_>], outputs: &mut [TensorViewMut<'_>]) {
@@ -287,7 +322,7 @@ impl Scratch {
             match place {
                 Place::Input(port) => *buffer = inputs[port].bytes.as_ptr().cast_mut(),
                 Place::Output(port) => *buffer = outputs[port].bytes.as_mut_ptr(),
-                Place::Arena(_) | Place::Const(_) => {}
+                Place::Arena(_) | Place::Const(_) | Place::Dims => {}
             }
         }
     }
@@ -350,7 +385,9 @@ fn run_named(
     run_into: impl FnOnce(&[TensorView<'_>], &mut [TensorViewMut<'_>]) -> Result<(), RunError>,
 ) -> Result<Vec<(String, Tensor)>, RunError> {
     let views = by_port(plan, inputs)?;
-    let zeros = |port: &Port| (port.name.clone(), Tensor::zeros(port.dtype, &port.shape));
+    let dims = lengths(plan, &views)?;
+    let zeros =
+        |port: &Port| (port.name.clone(), Tensor::zeros(port.dtype, &port.shape_for(&dims)));
     let mut outputs: Vec<(String, Tensor)> = plan.outputs.iter().map(zeros).collect();
     let mut targets: Vec<_> = outputs.iter_mut().map(|(_, tensor)| tensor.view_mut()).collect();
     run_into(&views, &mut targets)?;
@@ -384,31 +421,70 @@ fn check(
     plan: &Plan,
     inputs: &[TensorView<'_>],
     outputs: &[TensorViewMut<'_>],
-) -> Result<(), RunError> {
+) -> Result<Dims, RunError> {
     check_count("inputs", inputs.len(), plan.inputs.len())?;
     check_count("outputs", outputs.len(), plan.outputs.len())?;
+    let dims = lengths(plan, inputs)?;
     for (port, view) in plan.inputs.iter().zip(inputs) {
-        check_port(port, view.dtype, view.shape, view.bytes.len())?;
+        check_port(port, &dims, view.dtype, view.shape, view.bytes.len())?;
     }
     for (port, view) in plan.outputs.iter().zip(outputs) {
-        check_port(port, view.dtype, view.shape, view.bytes.len())?;
+        check_port(port, &dims, view.dtype, view.shape, view.bytes.len())?;
     }
-    Ok(())
+    Ok(dims)
+}
+
+/// The lengths of dims that the shapes of inputs give. Does not allocate where they fit.
+fn lengths(plan: &Plan, inputs: &[TensorView<'_>]) -> Result<Dims, RunError> {
+    let mut dims = [0; DIMS];
+    let mut known = [false; DIMS];
+    for (port, view) in plan.inputs.iter().zip(inputs) {
+        for &Length { axis, dim, more } in &port.lengths {
+            let extent = *view.shape.get(axis).ok_or_else(|| RunError::Shape {
+                found: view.shape.to_vec(),
+                expected: port.clone(),
+            })?;
+            let found = i64::try_from(extent).unwrap_or(i64::MAX) - more;
+            let range = &plan.dims[dim];
+            if !usize::try_from(found).is_ok_and(|n| (range.least..=range.most).contains(&n)) {
+                let (dim, port) = (range.clone(), port.clone());
+                return Err(RunError::Range { axis, found, dim, port });
+            }
+            if known[dim] && dims[dim] != found {
+                let (before, dim, port) = (dims[dim], range.name.clone(), port.clone());
+                return Err(RunError::Differ { axis, found, before, dim, port });
+            }
+            (known[dim], dims[dim]) = (true, found);
+        }
+    }
+    Ok(dims)
 }
 
 fn check_count(what: &'static str, found: usize, expected: usize) -> Result<(), RunError> {
     if found == expected { Ok(()) } else { Err(RunError::Count { what, found, expected }) }
 }
 
-fn check_port(port: &Port, dtype: DType, shape: &[usize], bytes: usize) -> Result<(), RunError> {
+fn check_port(
+    port: &Port,
+    dims: &Dims,
+    dtype: DType,
+    shape: &[usize],
+    bytes: usize,
+) -> Result<(), RunError> {
     if dtype != port.dtype {
         return Err(RunError::DType { found: dtype, expected: port.clone() });
     }
-    if shape != port.shape {
+    let expected = |(axis, &most): (usize, &usize)| {
+        let length = port.lengths.iter().find(|l| l.axis == axis);
+        length.map_or(most as i64, |l| dims[l.dim] + l.more)
+    };
+    let fits = shape.len() == port.shape.len()
+        && port.shape.iter().enumerate().map(expected).eq(shape.iter().map(|&e| e as i64));
+    if !fits {
         return Err(RunError::Shape { found: shape.to_vec(), expected: port.clone() });
     }
     // `Plan::check` made sure that the size exists.
-    let expected_bytes = port.size_bytes().unwrap_or(usize::MAX);
+    let expected_bytes = size_bytes(dtype, shape).unwrap_or(usize::MAX);
     if bytes != expected_bytes {
         let expected = port.clone();
         return Err(RunError::Bytes { found: bytes, expected_bytes, expected });

@@ -13,7 +13,7 @@ const CODE: [u8; 100] = [0xc3; 100];
 const CONSTANTS: [u8; 128] = [1; 128];
 
 fn manifest() -> Manifest {
-    let port = |name: &str| Port { name: name.into(), dtype: DType::F32, shape: vec![2, 3] };
+    let port = |name: &str| Port::new(name, DType::F32, &[2, 3]);
     Manifest {
         producer: "kiln 0.1.0".into(),
         target: "x86_64-unknown-linux-gnu".into(),
@@ -21,6 +21,7 @@ fn manifest() -> Manifest {
         model_hash: [7; 32],
         name: "relu".into(),
         plan: Plan {
+            dims: Vec::new(),
             inputs: vec![port("x")],
             outputs: vec![port("y")],
             steps: vec![Step {
@@ -66,18 +67,23 @@ fn every_flipped_bit_and_every_cut_is_refused() {
     assert!(find(&file).is_ok());
 }
 
+/// Random numbers, the same on every run.
+fn random() -> impl FnMut() -> u64 {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    }
+}
+
 /// Changes of header and payload with a hash that is right again: nothing but the checks
 /// themselves stands between them and the loader.
 #[test]
 fn damage_with_a_right_hash_never_panics() {
     let encoded = encode(&manifest());
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut random = move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state
-    };
+    let mut random = random();
     for _ in 0..20_000 {
         let mut changed = encoded.clone();
         for _ in 0..1 + random() % 4 {
@@ -87,6 +93,30 @@ fn damage_with_a_right_hash_never_panics() {
         if let Ok((manifest, _)) = find(&sealed(BinaryFormat::Elf, &CODE, &changed, &CONSTANTS)) {
             let entries = manifest.entries.len();
             assert_eq!(manifest.plan.check(entries, manifest.weights.bytes()), Ok(()));
+        }
+    }
+}
+
+/// The same for the tables of the file around it.
+#[test]
+fn damaged_tables_with_a_right_hash_never_panic() {
+    let mut random = random();
+    for format in [BinaryFormat::Elf, BinaryFormat::MachO, BinaryFormat::Coff] {
+        let sound = sealed(format, &CODE, &encode(&manifest()), &CONSTANTS);
+        let at = file::offset(&sound, SECTION);
+        for _ in 0..10_000 {
+            let mut changed = sound.clone();
+            for _ in 0..1 + random() % 4 {
+                let byte = random() as usize % changed.len();
+                if !(at..at + MAGIC.len()).contains(&byte) {
+                    changed[byte] = random() as u8;
+                }
+            }
+            kiln_runtime::manifest::seal(&mut changed, at);
+            if let Ok((_, sections)) = find(&changed) {
+                assert!(sections.text.end <= changed.len());
+                assert!(sections.weights.is_none_or(|weights| weights.end <= changed.len()));
+            }
         }
     }
 }
@@ -121,6 +151,7 @@ fn errors_say_what_is_wrong() {
         text(&artifact(&manifest, &CODE, &CONSTANTS))
     };
     assert!(changed(&|m| m.entries[0] = 100).contains("kernel 0 starts at byte 100 of 100"));
+    assert!(changed(&|m| m.plan.arena_bytes = usize::MAX).contains("asks for 184467"));
     assert!(changed(&|m| m.plan.steps[0].kernel = 1).contains("runs kernel 1"));
     assert!(changed(&|m| m.weights = Weights::Inside { bytes: 129 }).contains("has 128 bytes"));
     for file in ["", "..", "a/b", "/etc/passwd"] {

@@ -52,6 +52,25 @@ static int32_t broken(void *context, void (*task)(void *, size_t), void *argumen
     return 1;
 }
 
+/* Lengths of the dims, where the model has some. */
+#ifdef DIMS
+static const int64_t lengths[] = {DIMS};
+#else
+static const int64_t lengths[] = {0};
+#endif
+
+/* Bytes of a tensor in this run. */
+static size_t size_of(const kiln_port *port)
+{
+    size_t most = 1, now = 1, axis;
+    for (axis = 0; axis < port->rank; axis++) {
+        const int64_t dim = port->dims[axis];
+        most *= (size_t)port->shape[axis];
+        now *= (size_t)(dim < 0 ? port->shape[axis] : lengths[dim] + port->more[axis]);
+    }
+    return most == 0 ? 0 : port->size / most * now;
+}
+
 static kiln_call call_of(const void *const *inputs, void *const *outputs, void *scratch)
 {
     kiln_call call;
@@ -61,6 +80,9 @@ static kiln_call call_of(const void *const *inputs, void *const *outputs, void *
     call.outputs = outputs;
     call.scratch = scratch;
     call.scratch_size = FN(_scratch_size)();
+#ifdef DIMS
+    call.dims = lengths;
+#endif
     return call;
 }
 
@@ -86,6 +108,22 @@ static int misuse(kiln_call right)
         call.scratch = NULL;
         if (FN(_run_with)(&call) != KILN_NULL_POINTER) return fail("no scratch", 0);
     }
+    if (FN(_dim_count)() > 0) {
+        int64_t wrong[MOST];
+        kiln_dim dim;
+        memcpy(wrong, lengths, sizeof lengths);
+        call = right;
+        call.dims = NULL;
+        if (FN(_run_with)(&call) != KILN_NULL_POINTER) return fail("no lengths", 0);
+        call.dims = wrong;
+        if (FN(_dim)(0, &dim) != KILN_OK) return fail("no dim", 0);
+        wrong[0] = dim.most + 1;
+        if (FN(_run_with)(&call) != KILN_DIM) return fail("too long", 0);
+        wrong[0] = dim.least - 1;
+        if (FN(_run_with)(&call) != KILN_DIM) return fail("too short", 0);
+        if (!strstr(FN(_status_text)(KILN_DIM), dim.name)) return fail("no name", KILN_DIM);
+    }
+    if (FN(_dim)(FN(_dim_count)(), NULL) != KILN_NULL_POINTER) return fail("no place", 0);
     if (FN(_input)(FN(_input_count)(), &port) != KILN_NO_SUCH_INDEX) return fail("index", 0);
     if (FN(_output)(SIZE_MAX, &port) != KILN_NO_SUCH_INDEX) return fail("index", 0);
     if (FN(_input)(0, NULL) != KILN_NULL_POINTER) return fail("no port", 0);
@@ -109,8 +147,8 @@ int main(int argc, char **argv)
         FILE *from = file(argv[1], "input", i, "rb");
         void *memory;
         if ((status = FN(_input)(i, &port)) != KILN_OK) return fail("an input", status);
-        memory = checked(malloc(port.size + 1));
-        if (fread(memory, 1, port.size + 1, from) != port.size) return fail(port.name, -1);
+        memory = checked(malloc(size_of(&port) + 1));
+        if (fread(memory, 1, size_of(&port) + 1, from) != size_of(&port)) return fail(port.name, -1);
         fclose(from);
         in[i] = memory;
     }
@@ -119,9 +157,9 @@ int main(int argc, char **argv)
         if ((status = FN(_output)(i, &port)) != KILN_OK) return fail("an output", status);
         for (axis = 0; axis < port.rank; axis++) elements *= (size_t)port.shape[axis];
         if (elements > port.size || port.name[0] == 0) return fail("an output", -1);
-        sizes[i] = port.size;
-        out[i] = checked(calloc(port.size + 1, 1));
-        again[i] = checked(calloc(port.size + 1, 1));
+        sizes[i] = size_of(&port);
+        out[i] = checked(calloc(sizes[i] + 1, 1));
+        again[i] = checked(calloc(sizes[i] + 1, 1));
     }
     /* One byte past: scratch may start anywhere. */
     scratch = (char *)checked(malloc(FN(_scratch_size)() + 1));
@@ -141,6 +179,8 @@ int main(int argc, char **argv)
         if (FN(_run_with)(&call) != KILN_BAD_WEIGHTS) return fail("weights out of line", 0);
         call.weights = memory;
     }
+    status = FN(_run_with)(&call);
+#elif defined(DIMS)
     status = FN(_run_with)(&call);
 #else
     status = FN(_run)(in, out, scratch + 1, FN(_scratch_size)());

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use kiln::tensor::{Tensor, TensorView};
-use kiln::{Compiler, Form, Kind, Limits, Model, Package};
+use kiln::{Compiler, Executable, Form, Kind, Limits, Model, Package};
 use kiln_tests::cases::{folders, name_of, read_case};
-use kiln_tests::{oracle, skip};
+use kiln_tests::{Random, oracle, skip};
 use object::elf::{DT_NEEDED, DT_TEXTREL, PF_W, PF_X, PT_LOAD};
 use object::read::elf::{Dyn, ElfFile64, ProgramHeader};
 use object::{Endianness, Object, ObjectSection, ObjectSymbol};
@@ -54,6 +54,7 @@ struct Work {
     folder: tempfile::TempDir,
     model: Model,
     expected: Vec<Vec<u8>>,
+    compiler: Compiler,
 }
 
 impl Work {
@@ -62,18 +63,24 @@ impl Work {
         let folder = tempfile::tempdir().expect("a folder");
         let data = read_case(case, case).expect("a stored case");
         let model = Model::open(case.join("model.onnx"), &Limits::default()).expect("a model");
-        let executable = Compiler::new().compile(&model).expect("a compiled model");
+        let mut work = Work { folder, model, expected: Vec::new(), compiler: Compiler::new() };
+        let executable = work.compiler.compile(&work.model).expect("a compiled model");
+        work.give(&executable, &data.inputs);
+        work
+    }
+
+    /// Writes down inputs, and what the model compiled in memory makes of them.
+    fn give(&mut self, executable: &Executable, inputs: &[Tensor]) {
         let names = executable.inputs().iter().map(|port| port.name.clone());
         let names: Vec<String> = names.collect();
         let inputs: Vec<(&str, TensorView)> =
-            names.iter().map(String::as_str).zip(data.inputs.iter().map(Tensor::view)).collect();
+            names.iter().map(String::as_str).zip(inputs.iter().map(Tensor::view)).collect();
         for (i, (_, input)) in inputs.iter().enumerate() {
-            let path = folder.path().join(format!("input_{i}.bin"));
+            let path = self.path(&format!("input_{i}.bin"));
             fs::write(path, input.bytes).expect("an input is written");
         }
         let outputs = executable.run(&inputs).expect("a run");
-        let expected = outputs.iter().map(|(_, t)| t.view().bytes.to_vec()).collect();
-        Work { folder, model, expected }
+        self.expected = outputs.iter().map(|(_, t)| t.view().bytes.to_vec()).collect();
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -82,7 +89,7 @@ impl Work {
 
     fn package(&self, kind: Kind, weights: Option<&str>) -> Package {
         let form = Form { kind, name: "net".into(), weights: weights.map(String::from) };
-        let package = Compiler::new().package(&self.model, &form).expect("a package");
+        let package = self.compiler.package(&self.model, &form).expect("a package");
         fs::write(self.path(&format!("net.{}", ending(kind))), &package.file).expect("a file");
         fs::write(self.path("net.h"), &package.header).expect("a header");
         if let (Some(name), Some(weights)) = (weights, &package.weights) {
@@ -93,12 +100,23 @@ impl Work {
 
     /// Builds the program of `aot/run.c` around a file, runs it and compares the outputs.
     fn check(&self, language: &Language, kind: Kind, weights: Option<&str>) -> String {
+        self.check_with(language, kind, weights, &[])
+    }
+
+    /// The same with more arguments for the compiler of the program.
+    fn check_with(
+        &self,
+        language: &Language,
+        kind: Kind,
+        weights: Option<&str>,
+        more: &[String],
+    ) -> String {
         let file = self.path(&format!("net.{}", ending(kind)));
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("aot/run.c");
         let program = self.path("program");
         let mut build = Command::new(language.command);
         build.args(language.flags).args(STRICT).arg("-I").arg(self.folder.path());
-        build.args(["-DNAME=net", "-DHEADER=\"net.h\""]);
+        build.args(["-DNAME=net", "-DHEADER=\"net.h\""]).args(more);
         if let Some(name) = weights {
             build.arg(format!("-DWEIGHTS=\"{}\"", self.path(name).display()));
         }
@@ -158,6 +176,32 @@ fn resnet_runs_in_every_form_from_c_and_cpp() {
 }
 
 #[test]
+fn one_file_serves_all_lengths_of_dims() {
+    let Some(models) = oracle("dynamic") else { return };
+    if !there(C.command) {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let model = Model::open(models.join("encoder/model.onnx"), &Limits::default());
+    let model = model.expect("a model");
+    let compiler = Compiler::new().dim_range("batch", 1..=4).dim_range("sequence", 1..=64);
+    let executable = compiler.compile_ranges(&model).expect("an executable");
+    let mut work = Work { folder, model, expected: Vec::new(), compiler };
+    work.package(Kind::Shared, None);
+    work.package(Kind::Object, None);
+    for (batch, sequence) in [(2, 17), (1, 1), (4, 64), (3, 40)] {
+        let mut random = Random::new(batch as u64);
+        let ids: Vec<i64> = (0..batch * sequence).map(|_| random.below(50) as i64).collect();
+        let ids = Tensor::from_slice(&[batch, sequence], &ids);
+        let mask = random.tensor(&[batch, sequence]);
+        work.give(&executable, &[ids, mask]);
+        let dims = [format!("-DDIMS={batch},{sequence}")];
+        work.check_with(&C, Kind::Shared, None, &dims);
+        work.check_with(&CPP, Kind::Object, None, &dims);
+    }
+}
+
+#[test]
 fn a_shared_library_needs_nothing_and_changes_nothing() {
     let Some(models) = oracle("models") else { return };
     let work = Work::new(&models.join("cnn_b1"));
@@ -187,6 +231,8 @@ fn a_shared_library_needs_nothing_and_changes_nothing() {
     let expected = [
         "abi_version",
         "about",
+        "dim",
+        "dim_count",
         "input",
         "input_count",
         "output",

@@ -15,9 +15,12 @@ use kiln::DimRange;
     kiln bench model.onnx --threads 2          latency of random inputs\n  \
     kiln verify model.onnx -i test_data_set_0  compare with the reference\n  \
     kiln compile model.onnx --emit loops       look at a stage\n\n\
+    COMPILED MODELS (.so, .o) ARE CODE: run, bench and verify execute them with your rights.\n  \
+    Give only files whose origin you trust. inspect checks a file and executes nothing of it.\n\n\
     EXIT CODES:\n  \
     0 ok, 1 other failure, 2 usage, 3 invalid or unsupported model, 4 results differ,\n  \
-    5 this machine cannot run it, 6 a limit was hit, 7 a file could not be read or written")]
+    5 this machine cannot run it, 6 a limit was hit, 7 a file could not be read or written,\n  \
+    130 interrupted")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -88,7 +91,7 @@ pub enum Command {
     Check(CheckArgs),
     /// Compile a model into a shared library, object or static library, or show a stage
     Compile(CompileArgs),
-    /// Compile a model in memory and run it
+    /// Compile a model in memory, or load a compiled one, and run it
     Run(RunArgs),
     /// Measure compile time, latency and memory
     Bench(BenchArgs),
@@ -115,9 +118,9 @@ pub enum Command {
 }
 
 /// The model and how far it may go.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub struct ModelArgs {
-    /// The model, an .onnx file
+    /// The model, an .onnx file; run, bench, inspect and verify also take compiled ones, .so or .o
     pub model: PathBuf,
     /// Extent of a named dimension of the inputs, or its range LEAST..MOST and what to compile for
     /// where no tensor settles it, such as batch=1..8@4; may be given several times
@@ -143,6 +146,15 @@ pub struct BuildArgs {
     /// Use 128-bit vectors only
     #[arg(long, help_heading = "Compiler")]
     pub no_wide: bool,
+}
+
+/// Where compiled models are kept.
+#[derive(Args, Clone, Debug, Default)]
+pub struct CacheArgs {
+    /// Keep what is compiled in this folder, and take it from there the next time. Code is loaded
+    /// from it, so it must be private to you. Its files may be removed at any time
+    #[arg(long, value_name = "DIR", help_heading = "Compiler")]
+    pub cache: Option<PathBuf>,
 }
 
 /// `kiln check`
@@ -241,6 +253,9 @@ pub struct RunArgs {
     pub build: BuildArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub cache: CacheArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub inputs: InputArgs,
     /// File for the outputs: .npz, with their names as keys, or .npy for a single one;
     /// without it, a summary goes to standard output
@@ -257,6 +272,9 @@ pub struct BenchArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub build: BuildArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub cache: CacheArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub inputs: InputArgs,
@@ -294,7 +312,13 @@ pub struct VerifyArgs {
     pub build: BuildArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub cache: CacheArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub inputs: InputArgs,
+    /// What to compare a compiled model with: the .onnx file that it was made of
+    #[arg(long = "model", value_name = "MODEL")]
+    pub reference: Option<PathBuf>,
     /// Relative difference that is allowed
     #[arg(long, value_name = "X", default_value_t = 1e-3)]
     pub rtol: f64,

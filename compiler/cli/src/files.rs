@@ -5,6 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use crate::failure::Failure;
+use crate::interrupt;
 
 /// The bytes of a file.
 pub fn read(path: &Path) -> Result<Vec<u8>, Failure> {
@@ -46,7 +47,10 @@ fn write_new(
         use std::os::unix::fs::PermissionsExt;
         builder.permissions(fs::Permissions::from_mode(0o666));
     }
-    let mut file = builder.tempfile_in(folder.unwrap_or(Path::new(".")))?;
+    let mut file = interrupt::guarded(|| {
+        let file = builder.tempfile_in(folder.unwrap_or(Path::new(".")))?;
+        Ok((file.path().to_path_buf(), file))
+    })?;
     let mut out = BufWriter::new(file.as_file_mut());
     contents(&mut out)?;
     out.flush()?;

@@ -83,8 +83,8 @@ impl Given {
                 }
             };
             let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
-            if dtype != port.dtype || shape != port.shape {
-                let found = Port { name: "given".into(), dtype, shape };
+            if dtype != port.dtype || !port.admits(&shape) {
+                let found = Port::new("given", dtype, &shape);
                 let text = format!("the tensor does not fit input {port}; {found}");
                 return Err(Failure::usage(text));
             }
@@ -288,12 +288,7 @@ mod tests {
     use super::*;
 
     fn ports() -> Vec<Port> {
-        let port = |name: &str, dtype, shape: &[usize]| Port {
-            name: name.into(),
-            dtype,
-            shape: shape.to_vec(),
-        };
-        vec![port("x", DType::F32, &[2, 3]), port("ids", DType::I64, &[4])]
+        vec![Port::new("x", DType::F32, &[2, 3]), Port::new("ids", DType::I64, &[4])]
     }
 
     fn load(ports: &[Port], args: &InputArgs, fallback: bool) -> Result<Inputs, Failure> {
@@ -319,7 +314,7 @@ mod tests {
     #[test]
     fn random_tensors_depend_on_the_seed_only() {
         for dtype in kiln::tensor::DTYPES {
-            let port = Port { name: "x".into(), dtype, shape: vec![1000] };
+            let port = Port::new("x", dtype, &[1000]);
             assert!(random(&port, 1, 0) == random(&port, 1, 0));
             assert!(random(&port, 1, 0) != random(&port, 2, 0), "{dtype}");
         }

@@ -5,6 +5,7 @@ mod commands;
 mod failure;
 mod files;
 mod input;
+mod interrupt;
 mod stats;
 mod term;
 

@@ -3,6 +3,7 @@
 use kiln_runtime::tensor::{DType, size_bytes};
 
 use super::op::{BinaryFn, Contract, Op, Shape, Type, UnaryFn};
+use super::used::used;
 
 /// What an operation asked for and what it got.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +49,7 @@ pub fn infer(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
         return misfit(format!("{:?} operands", arity(op)), format!("{}", args.len()));
     }
     let ty = infer_unchecked(op, args)?;
+    let ty = Type { used: used(op, args, &ty), ..ty };
     match size_bytes(ty.dtype, &ty.shape) {
         Some(_) => Ok(ty),
         None => misfit("a size that fits in memory", format!("{:?}", ty.shape)),
@@ -59,7 +61,7 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
         Op::Input(_) | Op::Const(_) | Op::Fused(_) => misfit("a type from outside", "none"),
         Op::Iota(shape, axis) => {
             ensure((*axis as usize) < shape.len(), "an axis of the shape", axis)?;
-            Ok(Type { dtype: DType::I64, shape: shape.clone() })
+            Ok(Type::of(DType::I64, shape.clone()))
         }
         Op::Unary(f) => unary(*f, args[0]),
         Op::Binary(f) => binary(*f, args[0], args[1]),
@@ -67,14 +69,14 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
             ensure(args[0].dtype == DType::Bool, "a bool condition", args[0].dtype)?;
             ensure(args[1].dtype == args[2].dtype, "two operands of one dtype", args[2].dtype)?;
             let shape = broadcast(&args[0].shape, &broadcast(&args[1].shape, &args[2].shape)?)?;
-            Ok(Type { dtype: args[1].dtype, shape })
+            Ok(Type::of(args[1].dtype, shape))
         }
-        Op::Cast(dtype) => Ok(Type { dtype: *dtype, shape: args[0].shape.clone() }),
+        Op::Cast(dtype) => Ok(Type::of(*dtype, args[0].shape.clone())),
         Op::Reshape(shape) => {
             let before: usize = args[0].numel();
             let after = shape.iter().try_fold(1usize, |p, &e| p.checked_mul(e));
             ensure(after == Some(before), &format!("{before} elements"), shape)?;
-            Ok(Type { dtype: args[0].dtype, shape: shape.clone() })
+            Ok(Type::of(args[0].dtype, shape.clone()))
         }
         Op::Permute(axes) => {
             let mut sorted = axes.clone();
@@ -83,13 +85,13 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
                 && axes.len() == args[0].rank();
             ensure(is_permutation, &format!("each of {} axes once", args[0].rank()), axes)?;
             let shape = axes.iter().map(|&a| args[0].shape[a as usize]).collect();
-            Ok(Type { dtype: args[0].dtype, shape })
+            Ok(Type::of(args[0].dtype, shape))
         }
         Op::Expand(shape) => {
             let fits = shape.len() == args[0].rank()
                 && args[0].shape.iter().zip(shape).all(|(&from, &to)| from == to || from == 1);
             ensure(fits, &format!("extents that {:?} repeats to", args[0].shape), shape)?;
-            Ok(Type { dtype: args[0].dtype, shape: shape.clone() })
+            Ok(Type::of(args[0].dtype, shape.clone()))
         }
         Op::Slice(axes) => slice(args[0], axes),
         Op::Pad(borders) => {
@@ -103,7 +105,7 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
                     None => return misfit("an extent that fits", format!("{borders:?}")),
                 }
             }
-            Ok(Type { dtype: args[0].dtype, shape })
+            Ok(Type::of(args[0].dtype, shape))
         }
         Op::Window(axes) => window(args[0], axes),
         Op::Concat(axis) => concat(args, *axis as usize),
@@ -116,7 +118,7 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
             let mut shape = Shape::from_slice(&args[0].shape[..axis]);
             shape.extend_from_slice(&args[1].shape);
             shape.extend_from_slice(&args[0].shape[axis + 1..]);
-            Ok(Type { dtype: args[0].dtype, shape })
+            Ok(Type::of(args[0].dtype, shape))
         }
         Op::Scatter(_) => {
             ensure(is_index(args[1].dtype), "i32 or i64 indices", args[1].dtype)?;
@@ -137,7 +139,7 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
             ensure(fits, "ascending axes of the operand", axes)?;
             let mut shape = args[0].shape.clone();
             axes.iter().for_each(|&a| shape[a as usize] = 1);
-            Ok(Type { dtype: args[0].dtype, shape })
+            Ok(Type::of(args[0].dtype, shape))
         }
         Op::Scan(_, axis) => {
             ensure((*axis as usize) < args[0].rank(), "an axis of the operand", axis)?;
@@ -190,7 +192,7 @@ fn binary(f: BinaryFn, x: &Type, y: &Type) -> Result<Type, Misfit> {
         _ => ensure(x.dtype != DType::Bool, "numbers", x.dtype)?,
     }
     let dtype = if f.is_comparison() { DType::Bool } else { x.dtype };
-    Ok(Type { dtype, shape: broadcast(&x.shape, &y.shape)? })
+    Ok(Type::of(dtype, broadcast(&x.shape, &y.shape)?))
 }
 
 /// The shape of a pointwise operation: one rank, extents equal or 1.
@@ -215,7 +217,7 @@ fn slice(x: &Type, axes: &[(i64, i64, usize)]) -> Result<Type, Misfit> {
         let fits = extent == 0 || (inside(start) && last.is_some_and(inside));
         ensure(fits, &format!("a range within {:?}", x.shape), axes)?;
     }
-    Ok(Type { dtype: x.dtype, shape: axes.iter().map(|a| a.2).collect() })
+    Ok(Type::of(x.dtype, axes.iter().map(|a| a.2).collect()))
 }
 
 fn window(x: &Type, axes: &[(usize, usize, usize)]) -> Result<Type, Misfit> {
@@ -233,7 +235,7 @@ fn window(x: &Type, axes: &[(usize, usize, usize)]) -> Result<Type, Misfit> {
         }
     }
     shape.extend(axes.iter().map(|a| a.0));
-    Ok(Type { dtype: x.dtype, shape })
+    Ok(Type::of(x.dtype, shape))
 }
 
 fn concat(args: &[&Type], axis: usize) -> Result<Type, Misfit> {

@@ -7,12 +7,14 @@ pub mod infer;
 pub mod op;
 pub mod scalar;
 pub mod text;
+pub mod used;
 pub mod verify;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use kiln_runtime::plan::PlanDim;
 use smallvec::SmallVec;
 
 use op::{Op, Type};
@@ -75,6 +77,8 @@ impl Body {
 pub struct Graph {
     /// Nodes; operands come before users.
     pub nodes: Vec<Node>,
+    /// Dims whose lengths a run decides; types speak of them by number.
+    pub dims: Vec<PlanDim>,
     /// Inputs with their names and types, in the order of the model.
     pub inputs: Vec<(String, Type)>,
     /// Outputs with their names, in the order of the model.
@@ -90,6 +94,7 @@ impl Graph {
     /// A graph without nodes, with the inputs and constants of another.
     pub fn empty_like(other: &Graph) -> Graph {
         Graph {
+            dims: other.dims.clone(),
             inputs: other.inputs.clone(),
             constants: other.constants.clone(),
             ..Graph::default()
@@ -117,6 +122,15 @@ impl Graph {
             Op::Const(index) => Some(&self.constants[index as usize]),
             _ => None,
         }
+    }
+
+    /// Everything that the graph says, as text, but for the elements of constants: graphs with
+    /// equal texts and equal constants are equal.
+    pub fn describe(&self) -> String {
+        // All fields, so that none is forgotten. What is known again follows from the nodes.
+        let Graph { nodes, dims, inputs, outputs, constants, bodies, known: _ } = self;
+        let types: Vec<&Type> = constants.iter().map(|constant| &constant.ty).collect();
+        format!("{dims:?}\n{inputs:?}\n{outputs:?}\n{types:?}\n{bodies:?}\n{nodes:?}")
     }
 
     /// The graph without nodes that no output needs; inputs stay.

@@ -7,6 +7,8 @@
 use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
+use super::used::Used;
+
 /// Extents, outermost first.
 pub type Shape = SmallVec<[usize; 6]>;
 /// A list of axes.
@@ -17,14 +19,21 @@ pub type Axes = SmallVec<[u8; 6]>;
 pub struct Type {
     /// Element type.
     pub dtype: DType,
-    /// Extents, outermost first.
+    /// Extents, outermost first: how much room there is.
     pub shape: Shape,
+    /// Axes of which a run uses the first elements only.
+    pub used: Used,
 }
 
 impl Type {
-    /// A type.
+    /// A type, in use whole.
     pub fn new(dtype: DType, shape: &[usize]) -> Type {
-        Type { dtype, shape: Shape::from_slice(shape) }
+        Type::of(dtype, Shape::from_slice(shape))
+    }
+
+    /// A type, in use whole.
+    pub fn of(dtype: DType, shape: Shape) -> Type {
+        Type { dtype, shape, used: Used::new() }
     }
 
     /// Number of axes.

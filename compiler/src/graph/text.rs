@@ -19,6 +19,7 @@ use smallvec::SmallVec;
 
 use super::eval::{Data, Value};
 use super::op::{Affine, Axes, BinaryFn, Composite, Contract, Op, ReduceFn, Shape, Type, UnaryFn};
+use super::used::{self, Span, Used};
 use super::{Args, Body, Constant, Graph, Node, NodeId};
 use crate::error::{Diagnostic, Error, ErrorKind, Result, sanitize};
 
@@ -30,9 +31,16 @@ fn list<T: std::fmt::Display>(items: impl IntoIterator<Item = T>) -> String {
     format!("[{}]", items.join(","))
 }
 
-/// A type, such as `f32[1,3]`.
+/// A type, such as `f32[1,3]`. `f32[512<d1]` has room for 512 elements and uses as many as dim 1
+/// says; `<d1+1` is one more, `<?` any.
 pub fn type_text(ty: &Type) -> String {
-    format!("{}{}", ty.dtype, list(&ty.shape))
+    let extent = |(axis, extent): (usize, &usize)| match used::span(ty, axis) {
+        None => extent.to_string(),
+        Some(Span::Mixed) => format!("{extent}<?"),
+        Some(Span::Dim { dim, more: 0 }) => format!("{extent}<d{dim}"),
+        Some(Span::Dim { dim, more }) => format!("{extent}<d{dim}{more:+}"),
+    };
+    format!("{}{}", ty.dtype, list(ty.shape.iter().enumerate().map(extent)))
 }
 
 fn affine_text(index: &Affine) -> String {
@@ -252,11 +260,28 @@ fn parse_number<T: std::str::FromStr>(word: &str) -> Parsed<T> {
 fn parse_type(word: &str) -> Parsed<Type> {
     let at = word.find('[').ok_or_else(|| format!("{word} is no type"))?;
     let dtype = DType::from_name(&word[..at]).ok_or_else(|| format!("{word} is no type"))?;
-    let shape: Shape = parse_list(&word[at..])?;
+    let (mut shape, mut used) = (Shape::new(), Used::new());
+    for (axis, item) in items(&word[at..])?.into_iter().enumerate() {
+        let (extent, span) = item.split_once('<').unwrap_or((item, ""));
+        shape.push(parse_number(extent)?);
+        if !span.is_empty() {
+            used.push((axis as u8, parse_span(span)?));
+        }
+    }
     match size_bytes(dtype, &shape) {
-        Some(_) => Ok(Type { dtype, shape }),
+        Some(_) => Ok(Type { used, ..Type::of(dtype, shape) }),
         None => Err(format!("{word} does not fit in memory")),
     }
+}
+
+fn parse_span(word: &str) -> Parsed<Span> {
+    if word == "?" {
+        return Ok(Span::Mixed);
+    }
+    let dim = word.strip_prefix('d').ok_or_else(|| format!("{word} is no dim"))?;
+    let digits = dim.find(|c: char| !c.is_ascii_digit()).unwrap_or(dim.len());
+    let more = if digits == dim.len() { 0 } else { parse_number(&dim[digits..])? };
+    Ok(Span::Dim { dim: parse_number(&dim[..digits])?, more })
 }
 
 fn items(word: &str) -> Parsed<Vec<&str>> {

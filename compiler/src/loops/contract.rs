@@ -14,6 +14,7 @@ use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, 
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
 use super::{nest, rewrite};
 use crate::graph::op::{Affine, BinaryFn, Op};
+use crate::graph::used::iteration;
 
 /// A contraction while it is lowered: everything as functions of the loop variables.
 struct Product {
@@ -62,12 +63,14 @@ fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product>
     let ty = lower.ty(root).clone();
     let cell = lower.register(node.ty.dtype, 1);
     let out = lower.out(&ty);
-    let (index, vars) = lower.axes(&ty.shape)?;
+    let (index, vars) = lower.axes_of(&ty)?;
     lower.bind_cell(contract, Expr::Load(cell, origin_place()));
     let result = lower.value(root, &index)?;
     let asked = lower.asked(contract).ok_or_else(|| Refused("a dead contraction".into()))?;
     let empty = spec.extents[spec.n_out..].contains(&0);
-    let (sums, summed) = lower.axes(&spec.extents[spec.n_out..])?;
+    let operands = [0, 1].map(|k: usize| lower.ty(node.args[k].index()));
+    let spans = iteration(spec, operands);
+    let (sums, summed) = lower.axes_in_use(&spec.extents[spec.n_out..], &spans[spec.n_out..])?;
     let point: Vec<Index> = asked.into_iter().chain(sums).collect();
     let mut operand = |k: usize| -> Lowering<Arc<Expr>> {
         if empty {
@@ -133,7 +136,7 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
 fn is_constant(lower: &Lower, buffer: BufferId) -> bool {
     match lower.buffers[buffer].param {
         Param::Arg(i) => lower.constant_args.get(i).copied().unwrap_or(false),
-        Param::Scratch(_) | Param::Out | Param::None => false,
+        Param::Scratch(_) | Param::Out | Param::Dims | Param::None => false,
     }
 }
 
@@ -205,6 +208,7 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
         let mut copy = lower.fresh();
         copy.buffers = lower.buffers.clone();
         copy.extents = lower.extents.clone();
+        copy.share_ranges(&lower);
         lowered.kernels.push(tile(copy, &product, roles, &summed, strip, panel)?);
     }
     Ok(())
@@ -300,9 +304,9 @@ fn tile(
     let lanes = lower.target.lanes;
     let (&n, outer) =
         product.vars.split_last().ok_or_else(|| Refused("a result without axes".into()))?;
-    let tile = lower.var(strip.tiles)?;
+    let tile = lower.piece(n, strip.tiles, strip.start, strip.width)?;
     let (vector, lane) = match strip.vectors {
-        0 => (lower.var(strip.width)?, lower.var(1)?),
+        0 => (lower.piece(n, strip.width, strip.start, 1)?, lower.var(1)?),
         q => (lower.var(q)?, lower.var(lanes)?),
     };
     let step = if strip.vectors == 0 { 1 } else { lanes as i64 };
@@ -332,10 +336,8 @@ fn tile(
     let body = rewrite::substitute(&body, n, &n_index);
     let mut vars: Vec<Var> = outer.to_vec();
     let mut sums = summed.to_vec();
-    let mut extents = std::mem::take(&mut lower.extents);
-    let body = nest::coalesce(&mut extents, &mut vars, body);
-    let body = nest::coalesce(&mut extents, &mut sums, body);
-    lower.extents = extents;
+    let body = nest::coalesce(&mut lower, &mut vars, body);
+    let body = nest::coalesce(&mut lower, &mut sums, body);
     let rows = rows_of(&body, &vars, n, roles);
     let vars: Vec<Var> = vars.into_iter().filter(|&v| Some(v) != rows).collect();
     let shape = Shape { vector, lane, scalar: strip.vectors == 0, rows };
@@ -393,7 +395,7 @@ fn row_tiles(
         if height == 0 || turns == 0 {
             continue;
         }
-        let (turn, row) = (lower.var(turns)?, lower.var(height)?);
+        let (turn, row) = (lower.piece(rows, turns, start, height)?, lower.var(height)?);
         let index = Affine {
             offset: start as i64,
             ..Affine::scaled(turn as usize, height as i64).plus(row as usize, 1)

@@ -5,7 +5,7 @@
 
 use kiln_runtime::tensor::DType;
 
-use super::ir::{BufferId, Expr, Loops, Place, Scope, Stmt};
+use super::ir::{BufferId, Count, Expr, Loops, Param, Place, Scope, Stmt, Var};
 use super::text::affine;
 use super::verify::typed;
 use crate::error::Diagnostic;
@@ -60,7 +60,7 @@ impl Run<'_> {
             match stmt {
                 // Whatever the kind: turns that run in any order, or at once, may run in order.
                 Stmt::For { var, extent, kind: _, body } => {
-                    for turn in 0..*extent {
+                    for turn in self.turns(*var, *extent)? {
                         self.vars[usize::from(*var)] = Some(turn);
                         self.block(body)?;
                     }
@@ -78,6 +78,21 @@ impl Run<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The turns of a loop that this run makes.
+    fn turns(&self, var: Var, extent: usize) -> Result<std::ops::Range<usize>, Diagnostic> {
+        let Some(range) = self.loops.range(var) else { return Ok(0..extent) };
+        let dims = self.loops.buffers.iter().position(|b| b.param == Param::Dims);
+        let Some(Data::Int(dims)) = dims.map(|at| &self.buffers[at]) else {
+            let what = format!("loop i{var} asks for dims that the kernel does not have");
+            return Err(Diagnostic::new("K0904", what).node(&self.loops.name));
+        };
+        let number = |bound: Count| {
+            let number = bound.of(|dim| dims.get(dim).map_or(0, |&d| d as i64));
+            usize::try_from(number).unwrap_or(0).min(extent)
+        };
+        Ok(range.from.map_or(0, number)..number(range.to))
     }
 
     fn affine(&self, index: &Affine) -> Result<i128, Diagnostic> {

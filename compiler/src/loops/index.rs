@@ -126,9 +126,9 @@ pub fn clamp(value: Expr, extent: usize) -> Expr {
 }
 
 /// An index from data as Gather reads it: negative ones count from the end.
-pub fn from_end(value: Expr, extent: usize) -> Expr {
+pub fn from_end(value: Expr, length: Expr) -> Expr {
     let negative = binary(BinaryFn::Lt, value.clone(), number(0));
-    let moved = binary(BinaryFn::Add, value.clone(), number(extent as i64));
+    let moved = binary(BinaryFn::Add, value.clone(), length);
     Expr::Select(Arc::new(negative), Arc::new(moved), Arc::new(value))
 }
 

@@ -38,8 +38,44 @@ pub enum Param {
     Scratch(usize),
     /// The result.
     Out,
+    /// How long the dims of the model are in this run: [`DIMS`] numbers.
+    Dims,
     /// No memory: a register buffer.
     None,
+}
+
+pub use kiln_runtime::plan::DIMS;
+
+/// A number of turns that the run decides: `(dims[dim] + add) / width * times`, at least 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Count {
+    /// Number of the dim.
+    pub dim: u8,
+    /// Added to it; the sum counts as 0 where it is less.
+    pub add: i64,
+    /// Divides that, at least 1; what is left over falls away.
+    pub width: i64,
+    /// Multiplies that, at least 1.
+    pub times: i64,
+}
+
+/// The turns of a loop that a run makes: of `0..extent`, those from `from` (or 0) to `to`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Range {
+    /// The loop variable.
+    pub var: Var,
+    /// The first one.
+    pub from: Option<Count>,
+    /// The first one that is not made any more.
+    pub to: Count,
+}
+
+impl Count {
+    /// The number for dims of these lengths.
+    pub fn of(&self, dims: impl Fn(usize) -> i64) -> i64 {
+        let sum = dims(self.dim as usize).saturating_add(self.add).max(0);
+        (sum / self.width).saturating_mul(self.times)
+    }
 }
 
 /// A flat array.
@@ -152,11 +188,18 @@ pub struct Loops {
     pub name: String,
     /// Its buffers.
     pub buffers: Vec<Buffer>,
+    /// Loops of which a run makes some turns only, by variable.
+    pub ranges: Vec<Range>,
     /// Its statements.
     pub body: Vec<Stmt>,
 }
 
 impl Loops {
+    /// Which turns a run makes of a loop; all where there is none.
+    pub fn range(&self, var: Var) -> Option<Range> {
+        self.ranges.iter().find(|r| r.var == var).copied()
+    }
+
     /// Extent of the collapsed outer parallel loops; 1 where there are none.
     pub fn parallel_extent(&self) -> usize {
         let mut extent = 1;

@@ -6,13 +6,16 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::index::{
-    Extents, Index, clamp, flatten, from_end, from_expr, inside, scale, to_expr, unflatten,
+    Extents, Index, add, clamp, flatten, from_end, from_expr, inside, scale, to_expr, unflatten,
 };
-use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
-use super::nest;
+use super::ir::{
+    Buffer, BufferId, Count, DIMS, Expr, Kind, Loops, Number, Param, Place, Range, Scope, Stmt, Var,
+};
 use super::rewrite::prune;
+use super::{boxes, nest};
 use crate::graph::eval::{Data, Value, reduce_identity};
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, Type};
+use crate::graph::used::{Span, span};
 use crate::graph::{Body, Constant};
 
 /// What a machine can do, as far as loops need to know.
@@ -56,9 +59,16 @@ pub struct Lower<'a> {
     pub buffers: Vec<Buffer>,
     /// Extents of the loop variables so far.
     pub extents: Extents,
+    /// Which part of a variable's axis is in use, where it is one of a value's axes.
+    spans: Vec<(Var, Span)>,
+    /// Turns of loops that the run decides.
+    ranges: Vec<Range>,
     /// Nodes whose value is already at hand: demanded index (once known) and value.
     bound: Vec<Option<Bound>>,
     memo: Vec<(usize, Vec<Index>, Arc<Expr>)>,
+    /// Where a concatenation was read across its parts: a loop variable and its first value in the
+    /// next part.
+    crossing: Option<(Var, usize)>,
 }
 
 enum Bound {
@@ -87,7 +97,7 @@ pub fn lower(
         (0..body.nodes.len()).filter(|&n| matches!(body.nodes[n].op, Op::Reduce(..))).collect();
     let kernels = match &body.nodes[root].op {
         Op::Pad(borders) => vec![lower.pad(root, borders)?],
-        Op::Concat(axis) => concat(&lower, root, *axis as usize)?,
+        Op::Concat(axis) => concat(lower, root, *axis as usize)?,
         Op::Scatter(f) => lower.scatter(root, *f)?,
         Op::Scan(f, axis) => vec![lower.scan(root, *f, *axis as usize)?],
         _ if body.nodes[root].ty.numel() == 0 => Vec::new(),
@@ -130,14 +140,28 @@ impl<'a> Lower<'a> {
             target,
             buffers: Vec::new(),
             extents: Vec::new(),
+            spans: Vec::new(),
+            ranges: Vec::new(),
             bound,
             memo: Vec::new(),
+            crossing: None,
         }
+    }
+
+    /// Where a value was refused because a concatenation is read across its parts.
+    pub fn crossing(&self) -> Option<(Var, usize)> {
+        self.crossing
     }
 
     /// Another kernel of the same body.
     pub fn fresh(&self) -> Lower<'a> {
         Lower::new(self.body, self.constants, self.scalars, self.constant_args, self.target)
+    }
+
+    /// Takes over which turns of loops the run decides.
+    pub fn share_ranges(&mut self, other: &Lower) {
+        self.spans = other.spans.clone();
+        self.ranges = other.ranges.clone();
     }
 
     /// The node that is written. A reshape of a dense result changes no byte of it.
@@ -179,15 +203,85 @@ impl<'a> Lower<'a> {
         Var::try_from(self.extents.len() - 1).map_err(|_| Refused("too many loops".into()))
     }
 
+    /// A new variable for some of the turns of another: turn `i` of it stands for turns from
+    /// `start + i * width` on, `width` of them. It makes as many as reach all that is in use.
+    pub fn piece(&mut self, of: Var, extent: usize, start: usize, width: usize) -> Lowering<Var> {
+        let var = self.var(extent)?;
+        if let Some(Span::Dim { dim, more }) = self.span(of) {
+            let (start, width) = (start as i64, width as i64);
+            let add = i64::from(more) - start + width - 1;
+            let to = Count { dim, add, width, times: 1 };
+            self.ranges.push(Range { var, from: None, to });
+        }
+        Ok(var)
+    }
+
+    /// Two variables for all turns of another whose axis is in use in part: whole groups of
+    /// `width`, and the turns that are left.
+    pub fn whole_and_rest(&mut self, of: Var, width: usize) -> Lowering<Option<(Var, Var)>> {
+        let Some(Span::Dim { dim, more }) = self.span(of) else { return Ok(None) };
+        let extent = self.extents[of as usize];
+        let (whole, rest) = (self.var(extent / width)?, self.var(extent)?);
+        let bound = |width, times| Count { dim, add: i64::from(more), width, times };
+        let width = width as i64;
+        self.ranges.push(Range { var: whole, from: None, to: bound(width, 1) });
+        let (from, to) = (Some(bound(width, width)), bound(1, 1));
+        self.ranges.push(Range { var: rest, from, to });
+        Ok(Some((whole, rest)))
+    }
+
+    /// Which part of a variable's axis is in use; none where all of it is.
+    pub fn span(&self, var: Var) -> Option<Span> {
+        self.spans.iter().find(|s| s.0 == var).map(|s| s.1)
+    }
+
+    /// The number of elements in use of an axis, as a value that is at most its extent.
+    pub fn length(&mut self, ty: &Type, axis: usize) -> Expr {
+        let extent = ty.shape[axis];
+        let number = |v: i64| Arc::new(Expr::Const(DType::I64, Number::Int(v.into())));
+        let Some(Span::Dim { dim, more }) = span(ty, axis) else {
+            return Expr::Const(DType::I64, Number::Int(extent as i128));
+        };
+        let dims = self.buffer(DType::I64, DIMS, Scope::Global, Param::Dims);
+        let place = Place::affine(Affine::constant(dim.into()));
+        let load = Arc::new(Expr::Load(dims, place));
+        let sum = Arc::new(Expr::Binary(BinaryFn::Add, load, number(more.into())));
+        let least = Arc::new(Expr::Binary(BinaryFn::Max, sum, number(0)));
+        Expr::Binary(BinaryFn::Min, least, number(extent as i64))
+    }
+
+    /// An index for each axis of a type, as [`axes`](Self::axes); loops over them run as far as
+    /// the axes are in use.
+    pub fn axes_of(&mut self, ty: &Type) -> Lowering<(Vec<Index>, Vec<Var>)> {
+        let spans: Vec<Option<Span>> = (0..ty.rank()).map(|axis| span(ty, axis)).collect();
+        self.axes_in_use(&ty.shape, &spans)
+    }
+
     /// An index for each axis of a shape: a new variable, or 0 where the extent is 1.
     pub fn axes(&mut self, shape: &[usize]) -> Lowering<(Vec<Index>, Vec<Var>)> {
+        self.axes_in_use(shape, &[])
+    }
+
+    /// The same with what is in use of each axis.
+    pub fn axes_in_use(
+        &mut self,
+        shape: &[usize],
+        spans: &[Option<Span>],
+    ) -> Lowering<(Vec<Index>, Vec<Var>)> {
         let mut vars = Vec::new();
         let mut index = Vec::new();
-        for &extent in shape {
+        for (axis, &extent) in shape.iter().enumerate() {
             index.push(match extent {
                 1 => origin_place(),
                 _ => {
                     let var = self.var(extent)?;
+                    if let Some(span) = spans.get(axis).copied().flatten() {
+                        self.spans.push((var, span));
+                        if let Span::Dim { dim, more } = span {
+                            let to = Count { dim, add: more.into(), width: 1, times: 1 };
+                            self.ranges.push(Range { var, from: None, to });
+                        }
+                    }
                     vars.push(var);
                     Place::affine(Affine::axis(var as usize))
                 }
@@ -275,14 +369,17 @@ impl<'a> Lower<'a> {
             }
             Op::Cast(dtype) => Expr::Cast(*dtype, self.value(args[0], index)?),
             Op::Expand(_) => return self.repeated(args[0], index),
+            Op::Concat(axis) => return self.part(&args, *axis as usize, index),
             Op::Gather(axis) => {
                 let axis = *axis as usize;
                 let inner = axis + self.ty(args[1]).rank();
                 let at = self.value(args[1], &index[axis..inner])?;
-                let extent = self.ty(args[0]).shape[axis];
+                let source = self.ty(args[0]);
+                let extent = source.shape[axis];
                 let at = Expr::Cast(DType::I64, at);
+                let length = self.length(source, axis);
                 let mut from = index[..axis].to_vec();
-                from.push(from_expr(clamp(from_end(at, extent), extent)));
+                from.push(from_expr(clamp(from_end(at, length), extent)));
                 from.extend_from_slice(&index[inner..]);
                 return self.value(args[0], &from);
             }
@@ -294,6 +391,34 @@ impl<'a> Lower<'a> {
                 }
             },
         }))
+    }
+
+    /// An element of a concatenation whose parts `args` are, where the index falls into one part
+    /// whatever the loop variables are.
+    fn part(&mut self, args: &[usize], axis: usize, index: &[Index]) -> Lowering<Arc<Expr>> {
+        let at = &index[axis];
+        let across = || Refused("a concatenation that is read across its parts".into());
+        // Where a part is in use in part, it is for the run to say where the next one begins.
+        let partial = args.iter().any(|&arg| span(self.ty(arg), axis).is_some());
+        if at.dynamic.is_some() || partial {
+            return Err(across());
+        }
+        let (low, high) = at.affine.range(&self.extents);
+        let mut start = 0;
+        for &arg in args {
+            let end = start + self.ty(arg).shape[axis] as i64;
+            if low >= start && high < end {
+                let mut from = index.to_vec();
+                from[axis] = scale(at, 1, -start);
+                return self.value(arg, &from);
+            }
+            if let ([(var, 1)], true) = (at.affine.terms.as_slice(), low < end) {
+                self.crossing = Some((*var, (end - at.affine.offset) as usize));
+                break;
+            }
+            start = end;
+        }
+        Err(across())
     }
 
     /// The operand index of a view.
@@ -331,9 +456,15 @@ impl<'a> Lower<'a> {
     }
 
     /// A kernel of the statements so far.
-    pub fn finish(self, body: Vec<Stmt>) -> Loops {
+    pub fn finish(mut self, body: Vec<Stmt>) -> Loops {
+        let mut ranges = std::mem::take(&mut self.ranges);
+        ranges.retain(|range| runs(&body, range.var));
+        ranges.sort_by_key(|range| range.var);
+        if !ranges.is_empty() {
+            self.buffer(DType::I64, DIMS, Scope::Global, Param::Dims);
+        }
         let (buffers, body) = prune(self.buffers, body);
-        Loops { name: String::new(), buffers, body }
+        Loops { name: String::new(), buffers, ranges, body }
     }
 
     /// Rows along the last axis: those in the border are filled, others copied between fills.
@@ -411,7 +542,8 @@ impl<'a> Lower<'a> {
         let out = self.out(&ty);
         let mut shape = ty.shape.clone();
         shape[axis] = 1;
-        let (mut index, outer) = self.axes(&shape)?;
+        let used = ty.used.iter().copied().filter(|u| u.0 as usize != axis).collect();
+        let (mut index, outer) = self.axes_of(&Type { shape, used, ..ty.clone() })?;
         let first = self.value(x, &index)?;
         let place = flatten(&index, &ty.shape);
         let mut body = vec![Stmt::Store { buffer: out, place, value: (*first).clone() }];
@@ -449,7 +581,8 @@ impl<'a> Lower<'a> {
         let update_shape = self.ty(z).shape.clone();
         let (index, vars) = self.axes(&update_shape)?;
         let at = self.value(y, &index[..1])?;
-        let at = from_end(Expr::Cast(DType::I64, at), ty.shape[0]);
+        let length = self.length(&ty, 0);
+        let at = from_end(Expr::Cast(DType::I64, at), length);
         // The place is read only where the index is inside; clamping keeps the checker happy.
         let mut to = vec![from_expr(clamp(at.clone(), ty.shape[0]))];
         to.extend_from_slice(&index[1..]);
@@ -470,25 +603,43 @@ impl<'a> Lower<'a> {
     }
 }
 
-/// One kernel for each operand, which copies it to its place.
-fn concat(parent: &Lower, root: usize, axis: usize) -> Lowering<Vec<Loops>> {
+/// Whether statements have a loop over a variable.
+fn runs(body: &[Stmt], var: Var) -> bool {
+    body.iter().any(|stmt| match stmt {
+        Stmt::For { var: v, body, .. } => *v == var || runs(body, var),
+        Stmt::If { then, other, .. } => runs(then, var) || runs(other, var),
+        Stmt::Store { .. } => false,
+    })
+}
+
+/// One kernel that computes all parts, or where threads could not share its work (and where there
+/// are very many parts) one for each operand.
+fn concat(parent: Lower, root: usize, axis: usize) -> Lowering<Vec<Loops>> {
     let body = parent.body;
     let ty = &body.nodes[root].ty;
-    let mut start = 0;
+    if ty.numel() > 0
+        && ty.shape[..axis].iter().product::<usize>() > 1
+        && let Ok(kernel) = nest::map(parent.fresh(), root)
+    {
+        return Ok(vec![kernel]);
+    }
+    let (mut start, mut before) = (0, None);
     let mut kernels = Vec::new();
     for arg in &body.nodes[root].args {
         let piece = &body.nodes[arg.index()].ty;
         if piece.numel() > 0 {
             let mut lower = parent.fresh();
-            let out = lower.out(ty);
-            let (index, vars) = lower.axes(&piece.shape)?;
-            let value = lower.value(arg.index(), &index)?;
-            let mut to = index.clone();
-            to[axis] = scale(&to[axis], 1, start as i64);
-            let place = flatten(&to, &ty.shape);
-            kernels.push(nest::store_nest(lower, vars, out, place, value));
+            let mut shift = Place::affine(Affine::constant(start as i64));
+            if let Some(before) = before {
+                // What comes after a piece in use in part moves up to it.
+                shift = add(&shift, &from_expr(lower.length(before, axis)));
+            }
+            kernels.push(boxes::store(lower, arg.index(), ty, (axis, &shift))?);
         }
-        start += piece.shape[axis];
+        match span(piece, axis) {
+            None => start += piece.shape[axis],
+            Some(_) => before = Some(piece),
+        }
     }
     Ok(kernels)
 }

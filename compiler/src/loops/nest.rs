@@ -7,10 +7,11 @@ use kiln_runtime::tensor::DType;
 
 use super::index::{Extents, Index, flatten};
 use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var};
-use super::lower::{Lower, Lowering, Refused, identity};
+use super::lower::{Lower, Lowering, Refused, identity, origin_place};
 use super::rewrite::{each_affine, rewrite, substitute};
 use crate::graph::Body;
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, UnaryFn};
+use crate::graph::used::{Span, span};
 
 /// Parallel loops are collapsed until there are at least this many pieces.
 const PIECES: usize = 64;
@@ -19,18 +20,19 @@ const BLOCK: usize = 8192;
 
 /// Joins neighbouring loops whose indices always move together: where every index has
 /// `coefficient(outer) == coefficient(inner) * extent(inner)`, one loop does for both.
-pub fn coalesce(extents: &mut Extents, vars: &mut Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
+pub fn coalesce(lower: &mut Lower, vars: &mut Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
     let mut body = body;
     let mut at = 1;
     while at < vars.len() {
         let (outer, inner) = (vars[at - 1] as usize, vars[at] as usize);
-        let extent = extents[inner] as i64;
-        let mut joint = true;
+        let extent = lower.extents[inner] as i64;
+        // Loops whose turns the run decides stay as they are.
+        let mut joint = [outer, inner].iter().all(|&v| lower.span(v as Var).is_none());
         each_affine(&body, &mut |a| {
             joint &= a.coefficient(outer) == a.coefficient(inner) * extent;
         });
         if joint {
-            extents[inner] *= extents[outer];
+            lower.extents[inner] *= lower.extents[outer];
             body = substitute(&body, outer as Var, &Affine::constant(0));
             vars.remove(at - 1);
             at = at.saturating_sub(1).max(1);
@@ -175,9 +177,12 @@ pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
         return scalar(body);
     }
     let (steps, rest) = (extent / lanes, extent % lanes);
-    let (Ok(lane), Ok(step), Ok(tail)) =
-        (lower.var(lanes), lower.var(steps), lower.var(rest.max(1)))
-    else {
+    // Lanes beyond what is in use compute what nobody reads.
+    let (Ok(lane), Ok(step), Ok(tail)) = (
+        lower.var(lanes),
+        lower.piece(var, steps, 0, lanes),
+        lower.piece(var, rest.max(1), steps * lanes, 1),
+    ) else {
         return scalar(body);
     };
     let index = Affine::scaled(step as usize, lanes as i64).plus(lane as usize, 1);
@@ -193,10 +198,10 @@ pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
 
 /// The nest of statements over the axes of the result.
 fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
-    let mut extents = std::mem::take(&mut lower.extents);
-    let mut body = coalesce(&mut extents, &mut vars, body);
-    lower.extents = extents;
-    if let [only] = vars[..] {
+    let mut body = coalesce(lower, &mut vars, body);
+    if let [only] = vars[..]
+        && lower.span(only).is_none()
+    {
         let n = lower.extents[only as usize];
         let fits = |b: &usize| n.is_multiple_of(*b) && b.is_multiple_of(lower.target.lanes);
         let block = (n > 2 * BLOCK).then(|| (BLOCK / 8..=BLOCK).rev().find(fits)).flatten();
@@ -228,13 +233,9 @@ pub fn store_nest(
 }
 
 /// A kernel that computes every element of a node by itself.
-pub fn map(mut lower: Lower, root: usize) -> Lowering<Loops> {
+pub fn map(lower: Lower, root: usize) -> Lowering<Loops> {
     let ty = lower.ty(root).clone();
-    let out = lower.out(&ty);
-    let (index, vars) = lower.axes(&ty.shape)?;
-    let value = lower.value(root, &index)?;
-    let place = flatten(&index, &ty.shape);
-    Ok(store_nest(lower, vars, out, place, value))
+    super::boxes::store(lower, root, &ty, (0, &origin_place()))
 }
 
 /// Whether every element of the root asks for one element of the reduction.
@@ -263,14 +264,16 @@ pub fn inline_reduce(mut lower: Lower, root: usize, reduce: usize) -> Lowering<L
     let dtype = lower.ty(reduce).dtype;
     let cell = lower.register(dtype, 1);
     let out = lower.out(&ty);
-    let (index, vars) = lower.axes(&ty.shape)?;
+    let (index, vars) = lower.axes_of(&ty)?;
     lower.bind_cell(reduce, Expr::Load(cell, Place::affine(Affine::default())));
     let result = lower.value(root, &index)?;
     let mut from = lower.asked(reduce).ok_or_else(|| Refused("a dead reduction".into()))?;
     let operand = lower.body.nodes[reduce].args[0].index();
-    let shape = &lower.ty(operand).shape;
-    let (summed, inner) =
-        lower.axes(&axes.iter().map(|&a| shape[a as usize]).collect::<Vec<_>>())?;
+    let of = lower.ty(operand);
+    let shape = &of.shape;
+    let extents: Vec<usize> = axes.iter().map(|&a| shape[a as usize]).collect();
+    let spans: Vec<Option<Span>> = axes.iter().map(|&a| span(of, a as usize)).collect();
+    let (summed, inner) = lower.axes_in_use(&extents, &spans)?;
     axes.iter().zip(summed).for_each(|(&a, i)| from[a as usize] = i);
     let start = identity(*f, dtype);
     if axes.iter().any(|&a| shape[a as usize] == 0) {
@@ -323,7 +326,9 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
     let Op::Reduce(_, axes) = &lower.body.nodes[reduces[0]].op else {
         return Err(Refused("a reduction".into()));
     };
-    let full = lower.ty(lower.body.nodes[reduces[0]].args[0].index()).shape.clone();
+    let operand = lower.ty(lower.body.nodes[reduces[0]].args[0].index()).clone();
+    let full = operand.shape.clone();
+    let spans: Vec<Option<Span>> = (0..full.len()).map(|a| span(&operand, a)).collect();
     let rank = full.len();
     let first = rank - axes.len();
     let trailing = axes.iter().enumerate().all(|(i, &a)| a as usize == first + i);
@@ -332,7 +337,7 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
     }
     let root_ty = lower.ty(root).clone();
     let out = lower.out(&root_ty);
-    let (outer, outer_vars) = lower.axes(&full[..first])?;
+    let (outer, outer_vars) = lower.axes_in_use(&full[..first], &spans[..first])?;
     let mut body = Vec::new();
     for (k, &reduce) in reduces.iter().enumerate() {
         let kept = keep_in_row(&lower, root, reduce, &reduces[k..]);
@@ -340,14 +345,14 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
             &mut lower,
             reduce,
             &outer,
-            &full[first..],
+            (&full[first..], &spans[first..]),
             kept.map(|n| (n, out)),
         )?);
     }
     let reduced = root_ty.numel() != full.iter().product::<usize>()
         || full[first..].iter().product::<usize>() == 1;
     let shape: Vec<usize> = if reduced { vec![1; rank - first] } else { full[first..].to_vec() };
-    let (inner, inner_vars) = lower.axes(&shape)?;
+    let (inner, inner_vars) = lower.axes_in_use(&shape, &spans[first..])?;
     let index: Vec<Index> = outer.iter().chain(&inner).cloned().collect();
     if root_ty.rank() != rank {
         return Err(Refused("a row of another rank than its reductions".into()));
@@ -382,9 +387,7 @@ fn keep_in_row(lower: &Lower, root: usize, reduce: usize, later: &[usize]) -> Op
 
 /// Statements over the axes of a row.
 fn pass(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
-    let mut extents = std::mem::take(&mut lower.extents);
-    let body = coalesce(&mut extents, &mut vars, body);
-    lower.extents = extents;
+    let body = coalesce(lower, &mut vars, body);
     match vars.pop() {
         None => body,
         Some(inner) => {
@@ -399,13 +402,13 @@ fn reduce_pass(
     lower: &mut Lower,
     reduce: usize,
     outer: &[Index],
-    shape: &[usize],
+    (shape, spans): (&[usize], &[Option<Span>]),
     keep: Option<(usize, BufferId)>,
 ) -> Lowering<Vec<Stmt>> {
     let Op::Reduce(f, _) = lower.body.nodes[reduce].op else {
         return Err(Refused("a reduction".into()));
     };
-    let (inner, mut vars) = lower.axes(shape)?;
+    let (inner, mut vars) = lower.axes_in_use(shape, spans)?;
     let index: Vec<Index> = outer.iter().chain(&inner).cloned().collect();
     let operand = lower.body.nodes[reduce].args[0].index();
     let ty = lower.ty(operand).clone();
@@ -420,9 +423,7 @@ fn reduce_pass(
         step.push(Stmt::Store { buffer, place, value: (*value).clone() });
     }
     step.push(Stmt::Store { buffer: cell, place: zero.clone(), value: update });
-    let mut extents = std::mem::take(&mut lower.extents);
-    let step = coalesce(&mut extents, &mut vars, step);
-    lower.extents = extents;
+    let step = coalesce(lower, &mut vars, step);
     let mut out = vec![Stmt::Store { buffer: cell, place: zero, value: start.clone() }];
     match vars.pop() {
         None => out.extend(step),
@@ -449,7 +450,8 @@ fn reduce_lanes(
         return Ok(wrap(&lower.extents, outer, body, 0));
     }
     let steps = extent / lanes;
-    let unroll = if steps >= 8 { 4 } else { 1 };
+    let partial = lower.whole_and_rest(last, lanes)?;
+    let unroll = if steps >= 8 && partial.is_none() { 4 } else { 1 };
     let wide = lower.register(lower.buffers[cell].dtype, unroll * lanes);
     let (lane, copy) = (lower.var(lanes)?, lower.var(unroll)?);
     let at = Affine::scaled(copy as usize, lanes as i64).plus(lane as usize, 1);
@@ -464,7 +466,10 @@ fn reduce_lanes(
     };
     let (main, left) = (steps / unroll, steps % unroll);
     let mut body = Vec::new();
-    let turn = lower.var(main)?;
+    let turn = match partial {
+        Some((whole, _)) => whole,
+        None => lower.var(main)?,
+    };
     let stride = (unroll * lanes) as i64;
     let index = at.clone().plus(turn as usize, stride);
     let inside = vec![each(vec![vector(at_place(&index, &at))])];
@@ -480,7 +485,10 @@ fn reduce_lanes(
         body.push(Stmt::For { var: turn, extent: left, kind: Kind::Serial, body: inside });
     }
     let rest = extent % lanes;
-    if rest > 0 {
+    if let Some((_, tail)) = partial {
+        let inside = substitute(&step, last, &Affine::axis(tail as usize));
+        body.push(Stmt::For { var: tail, extent, kind: Kind::Serial, body: inside });
+    } else if rest > 0 {
         let tail = lower.var(rest)?;
         let index = Affine { offset: (steps * lanes) as i64, ..Affine::axis(tail as usize) };
         let inside = substitute(&step, last, &index);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::ir::{Buffer, BufferId, Expr, Place, Stmt, Var};
+use super::ir::{Buffer, BufferId, Expr, Param, Place, Stmt, Var};
 use crate::graph::op::Affine;
 
 /// Calls a function with every affine index of statements.
@@ -161,7 +161,9 @@ pub fn substitute(body: &[Stmt], var: Var, by: &Affine) -> Vec<Stmt> {
 pub fn prune(buffers: Vec<Buffer>, body: Vec<Stmt>) -> (Vec<Buffer>, Vec<Stmt>) {
     let mut look = Rewrite::new(&Affine::clone);
     look.block(&body);
-    let met = look.met;
+    let mut met = look.met;
+    // Loops ask for it without a load.
+    met.extend(buffers.iter().position(|b| b.param == Param::Dims));
     if met.len() == buffers.len() {
         return (buffers, body);
     }

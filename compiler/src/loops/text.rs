@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::ir::{Buffer, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
+use super::ir::{Buffer, Count, Expr, Kind, Loops, Number, Param, Place, Range, Scope, Stmt, Var};
 use super::verify::typed;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
@@ -34,13 +34,22 @@ pub fn print(loops: &Loops) -> String {
             (Scope::Global, Param::Arg(k)) => format!("arg {k}"),
             (Scope::Global, Param::Scratch(k)) => format!("scratch {k}"),
             (Scope::Global, Param::Out) => "out".to_string(),
+            (Scope::Global, Param::Dims) => "dims".to_string(),
             (Scope::Global, Param::None) => "none".to_string(),
         };
         let _ = writeln!(text, "  b{i} : {}[{}] {owner}", buffer.dtype, buffer.len);
     }
+    for Range { var, from, to } in &loops.ranges {
+        let from = from.map_or(String::new(), |from| format!("from {} ", bound_text(from)));
+        let _ = writeln!(text, "  turns i{var} : {from}to {}", bound_text(*to));
+    }
     block(&loops.body, 1, &mut text);
     text.push_str("}\n");
     text
+}
+
+fn bound_text(Count { dim, add, width, times }: Count) -> String {
+    format!("(d{dim} + {add}) / {width} * {times}")
 }
 
 fn block(body: &[Stmt], depth: usize, text: &mut String) {
@@ -218,8 +227,12 @@ fn kernels(cursor: &mut Cursor) -> Parsed<Vec<Loops>> {
         while digits(cursor.peek(), 'b').is_some() && is_buffer(cursor) {
             buffers.push(buffer(cursor, buffers.len())?);
         }
+        let mut ranges = Vec::new();
+        while cursor.peek() == "turns" {
+            ranges.push(turns(cursor)?);
+        }
         let body = statements(cursor, &buffers)?;
-        let kernel = Loops { name, buffers, body };
+        let kernel = Loops { name, buffers, ranges, body };
         if let Err(unfit) = typed(&kernel) {
             cursor.at = start;
             return Err(unfit.0);
@@ -284,16 +297,45 @@ fn buffer(cursor: &mut Cursor, next: usize) -> Parsed<Buffer> {
     let len = cursor.number("length")?;
     cursor.expect("]")?;
     let known = |word: &str| {
-        ["register", "arg", "scratch", "out", "none"].into_iter().find(|known| *known == word)
+        ["register", "arg", "scratch", "out", "dims", "none"]
+            .into_iter()
+            .find(|known| *known == word)
     };
     let (scope, param) = match cursor.one("kind of buffer", known)? {
         "register" => (Scope::Register, Param::None),
         "arg" => (Scope::Global, Param::Arg(cursor.number("number")?)),
         "scratch" => (Scope::Global, Param::Scratch(cursor.number("number")?)),
         "out" => (Scope::Global, Param::Out),
+        "dims" => (Scope::Global, Param::Dims),
         _ => (Scope::Global, Param::None),
     };
     Ok(Buffer { dtype, len, scope, param })
+}
+
+/// `turns i3 : from (d1 + 0) / 8 * 8 to (d1 + 0) / 1 * 1`
+fn turns(cursor: &mut Cursor) -> Parsed<Range> {
+    cursor.expect("turns")?;
+    let var = cursor.numbered('i', "loop variable")?;
+    cursor.expect(":")?;
+    let from = if cursor.eat("from") { Some(bound(cursor)?) } else { None };
+    cursor.expect("to")?;
+    Ok(Range { var, from, to: bound(cursor)? })
+}
+
+fn bound(cursor: &mut Cursor) -> Parsed<Count> {
+    cursor.expect("(")?;
+    let dim = cursor.numbered('d', "dim")?;
+    cursor.expect("+")?;
+    let add = cursor.number("number")?;
+    cursor.expect(")")?;
+    cursor.expect("/")?;
+    let width = cursor.number("number of elements")?;
+    cursor.expect("*")?;
+    let times = cursor.number("number of times")?;
+    match width > 0 && times > 0 {
+        true => Ok(Count { dim, add, width, times }),
+        false => Err("a bound of no width".into()),
+    }
 }
 
 /// Statements up to the end of their block.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::ir::{Expr, Kind, Loops, Number, Place, Stmt, Var};
+use super::ir::{Expr, Kind, Loops, Number, Param, Place, Range as Turns, Stmt, Var};
 use crate::graph::infer::infer;
 use crate::graph::op::{Affine, BinaryFn, Op, Type};
 use crate::graph::text::op_text;
@@ -18,6 +18,14 @@ pub struct Unproven(pub String);
 /// Checks a kernel.
 pub fn verify(loops: &Loops) -> Result<(), Unproven> {
     typed(loops)?;
+    let dims = loops.buffers.iter().find(|b| b.param == Param::Dims);
+    let room = dims.map_or(0, |b| if b.dtype == DType::I64 { b.len } else { 0 });
+    for Turns { var, from, to } in &loops.ranges {
+        for bound in from.iter().chain([to]) {
+            let fits = (bound.dim as usize) < room && bound.width > 0 && bound.times > 0;
+            unless(fits, || format!("loop i{var} turns {bound:?} times, of {room} dims"))?;
+        }
+    }
     let mut check = Check { loops, ranges: HashMap::new() };
     check.block(&loops.body, true)
 }

@@ -22,12 +22,14 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use kiln_runtime::plan::PlanDim;
 use kiln_runtime::tensor::size_bytes;
 use prost::Message;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::op::{Shape, Type};
 use crate::graph::{Graph, NodeId, Origin};
+use crate::ranges::in_use;
 use call::Call;
 use proto::tensor_shape_proto::{Dimension, dimension::Value as DimensionValue};
 use proto::{ModelProto, NodeProto, ValueInfoProto, type_proto};
@@ -66,6 +68,8 @@ pub struct ImportOptions {
     pub folder: Option<PathBuf>,
     /// Inputs that are constants for this compilation.
     pub values: Vec<(String, kiln_runtime::tensor::Tensor)>,
+    /// Dims that `dims` gives the greatest length of: runs decide theirs.
+    pub ranges: Vec<PlanDim>,
 }
 
 /// Reads a model. Weights stay slices of `bytes`.
@@ -218,10 +222,19 @@ impl Import<'_> {
             None => self.extents(tensor)?,
         };
         match size_bytes(dtype, &extents) {
-            Some(_) => Ok(Type { dtype, shape: extents }),
+            Some(_) => Ok(self.in_use(Type::of(dtype, extents), tensor)),
             None => Err(Diagnostic::new("K0105", "an input too large for memory")
                 .found(format!("{extents:?}"))),
         }
+    }
+
+    /// The type of an input with the axes that are as long as dims with a range.
+    fn in_use(&self, ty: Type, tensor: &type_proto::Tensor) -> Type {
+        let dims = tensor.shape.iter().flat_map(|shape| &shape.dim).enumerate();
+        dims.fold(ty, |ty, (axis, dim)| match &dim.value {
+            Some(DimensionValue::DimParam(name)) => in_use(ty, axis, name, &self.options.ranges),
+            Some(DimensionValue::DimValue(_)) | None => ty,
+        })
     }
 
     fn extents(&self, tensor: &type_proto::Tensor) -> std::result::Result<Shape, Diagnostic> {

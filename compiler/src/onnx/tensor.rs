@@ -72,7 +72,7 @@ impl Files {
                 .expected(format!("{size} for {dtype}{:?}", shape.as_slice()))
                 .found(bytes.len().to_string()));
         }
-        Ok(Constant { ty: Type { dtype, shape }, bytes })
+        Ok(Constant { ty: Type::of(dtype, shape), bytes })
     }
 
     fn external(&mut self, tensor: &TensorProto, size: usize) -> Result<Bytes, Diagnostic> {

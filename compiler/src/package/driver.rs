@@ -13,7 +13,7 @@ use cranelift_module::{DataDescription, DataId, FuncId, Linkage, Module, ModuleE
 use cranelift_object::ObjectModule;
 use kiln_runtime::plan::{Place, Plan, Port, Step};
 
-use super::header::{ABI_VERSION, Call, Status, type_code};
+use super::header::{ABI_VERSION, Call, FIRST_DIM, Status, dim_text, type_code};
 use crate::backend::cpu::Emitted;
 
 /// Places in memory that every kernel may count on.
@@ -77,14 +77,20 @@ impl Tables {
         self.add(&bytes, 8)
     }
 
-    /// Five words for each port: offsets of name and shape, rank, size and type.
+    /// Seven words for each port: offsets of name, shape, dims and what is added to these, then
+    /// rank, size and type.
     fn ports(&mut self, ports: &[Port]) -> i64 {
         let mut words = Vec::new();
         for port in ports {
             let name = self.text(&port.name);
             let shape = self.words(port.shape.iter().map(|&e| e as i64));
+            let (mut dims, mut more) = (vec![-1; port.shape.len()], vec![0; port.shape.len()]);
+            for length in &port.lengths {
+                (dims[length.axis], more[length.axis]) = (length.dim as i64, length.more);
+            }
+            let (dims, more) = (self.words(dims), self.words(more));
             let size = port.size_bytes().unwrap_or(usize::MAX);
-            words.extend([name, shape, port.shape.len() as i64, size as i64]);
+            words.extend([name, shape, dims, more, port.shape.len() as i64, size as i64]);
             words.push(type_code(port.dtype));
         }
         self.words(words)
@@ -165,15 +171,19 @@ impl Body<'_> {
 
     /// Leaves the function with a status where a condition holds.
     fn leave_if(&mut self, condition: Value, status: Status) {
+        self.leave_if_code(condition, status as i64);
+    }
+
+    fn leave_if_code(&mut self, condition: Value, code: i64) {
         let (leave, stay) = (self.b.create_block(), self.b.create_block());
         self.b.ins().brif(condition, leave, &[], stay, &[]);
         self.b.switch_to_block(leave);
-        self.leave(status);
+        self.leave(code);
         self.b.switch_to_block(stay);
     }
 
-    fn leave(&mut self, status: Status) {
-        let status = self.b.ins().iconst(types::I32, status as i64);
+    fn leave(&mut self, code: i64) {
+        let status = self.b.ins().iconst(types::I32, code);
         self.b.ins().return_(&[status]);
     }
 
@@ -319,7 +329,7 @@ impl Driver<'_> {
                 f.b.ins().return_(&[status]);
                 f.b.switch_to_block(next);
             }
-            f.leave(Status::UnsupportedCpu);
+            f.leave(Status::UnsupportedCpu as i64);
             Ok(())
         })
     }
@@ -347,6 +357,7 @@ impl Driver<'_> {
             let most = plan.steps.iter().map(|s| s.buffers.len()).max().unwrap_or(0);
             let buffers = f.slot(most * 8);
             let work = f.slot(32);
+            let dims = this.dims(f);
             let task = this.reference(f, task);
             for step in &plan.steps {
                 for (i, place) in step.buffers.iter().enumerate() {
@@ -355,13 +366,14 @@ impl Driver<'_> {
                         Place::Output(port) => outputs[port],
                         Place::Arena(offset) => f.b.ins().iadd_imm_s(arena, offset as i64),
                         Place::Const(offset) => f.b.ins().iadd_imm_s(weights, offset as i64),
+                        Place::Dims => dims,
                     };
                     f.store(pointer, buffers, i as i32 * 8);
                 }
                 let kernel = this.reference(f, kernels[step.kernel]);
                 launch(f, step, kernel, task, (pool, buffers, work));
             }
-            f.leave(Status::Ok);
+            f.leave(Status::Ok as i64);
             Ok(())
         })
     }
@@ -432,6 +444,24 @@ impl Driver<'_> {
         f.b.ins().band_imm_s(arena, -ALIGN)
     }
 
+    /// The lengths of dims, checked; null where the model has none.
+    fn dims(&mut self, f: &mut Body) -> Value {
+        let call = f.params[0];
+        if self.parts.plan.dims.is_empty() {
+            return f.number(0);
+        }
+        let dims = f.load(call, Call::DIMS);
+        f.leave_if_null(dims);
+        for (i, dim) in self.parts.plan.dims.iter().enumerate() {
+            let length = f.load(dims, i as i32 * 8);
+            let above = f.b.ins().iadd_imm_s(length, -(dim.least as i64));
+            let most = f.number((dim.most - dim.least) as i64);
+            let outside = f.b.ins().icmp(IntCC::UnsignedGreaterThan, above, most);
+            f.leave_if_code(outside, FIRST_DIM + i as i64);
+        }
+        dims
+    }
+
     /// Constants that the caller hands in.
     fn external_weights(&mut self, f: &mut Body) -> Value {
         if self.parts.weights == 0 {
@@ -451,7 +481,7 @@ impl Driver<'_> {
 
     /// `int32_t NAME_run(inputs, outputs, scratch, scratch_size)`
     fn run_simple(&mut self, run: FuncId) -> Built<()> {
-        if self.parts.external {
+        if self.parts.external || !self.parts.plan.dims.is_empty() {
             return Ok(());
         }
         let params = [POINTER; 4];
@@ -482,6 +512,7 @@ impl Driver<'_> {
             ("abi_version", types::I32, i64::from(ABI_VERSION)),
             ("input_count", types::I64, plan.inputs.len() as i64),
             ("output_count", types::I64, plan.outputs.len() as i64),
+            ("dim_count", types::I64, plan.dims.len() as i64),
             ("scratch_size", types::I64, scratch_bytes(plan)),
             ("weights_size", types::I64, self.parts.weights as i64),
         ];
@@ -502,8 +533,14 @@ impl Driver<'_> {
         self.status_text(&mut tables)?;
         for (name, ports) in [("input", &plan.inputs), ("output", &plan.outputs)] {
             let table = tables.ports(ports);
-            self.port(name, table, ports.len())?;
+            self.row(name, table, ports.len(), (7, 4))?;
         }
+        let mut words = Vec::new();
+        for dim in &plan.dims {
+            words.extend([tables.text(&dim.name), dim.least as i64, dim.most as i64]);
+        }
+        let table = tables.words(words);
+        self.row("dim", table, plan.dims.len(), (3, 1))?;
         let mut data = DataDescription::new();
         data.define(tables.bytes.into_boxed_slice());
         data.set_align(8);
@@ -515,6 +552,11 @@ impl Driver<'_> {
     fn status_text(&mut self, tables: &mut Tables) -> Built<()> {
         let texts: Vec<i64> = Status::ALL.iter().map(|s| tables.text(s.text())).collect();
         let unknown = tables.text("no status of a compiled model");
+        let dims = self.parts.plan.dims.iter().map(|dim| tables.text(&dim_text(dim)));
+        let dims: Vec<i64> = dims.collect();
+        let mut texts = texts;
+        texts.resize(FIRST_DIM as usize, unknown);
+        texts.extend(dims);
         let count = texts.len() as i64;
         let table = tables.words(texts.into_iter().chain([unknown]));
         let name = ("status_text", Linkage::Export);
@@ -533,8 +575,15 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// `int32_t NAME_input(size_t index, kiln_port *port)`
-    fn port(&mut self, name: &str, table: i64, count: usize) -> Built<()> {
+    /// `int32_t NAME_input(size_t index, kiln_port *port)` and the like: copies a row of a table,
+    /// of so many words, the first of which are offsets of what pointers are to lead to.
+    fn row(
+        &mut self,
+        name: &str,
+        table: i64,
+        count: usize,
+        (words, pointers): (i32, i32),
+    ) -> Built<()> {
         let params = [types::I64, POINTER];
         self.function((name, Linkage::Export), &params, &[types::I32], |this, f| {
             let (index, port) = (f.params[0], f.params[1]);
@@ -543,14 +592,14 @@ impl Driver<'_> {
             let outside = f.b.ins().icmp(IntCC::UnsignedGreaterThanOrEqual, index, count);
             f.leave_if(outside, Status::Index);
             let base = this.address(f, this.tables);
-            let row = f.b.ins().imul_imm_s(index, 40);
+            let row = f.b.ins().imul_imm_s(index, i64::from(words) * 8);
             let row = f.b.ins().iadd(base, row);
-            for word in 0..5 {
+            for word in 0..words {
                 let value = f.load(row, table as i32 + word * 8);
-                let value = if word < 2 { f.b.ins().iadd(base, value) } else { value };
+                let value = if word < pointers { f.b.ins().iadd(base, value) } else { value };
                 f.store(value, port, word * 8);
             }
-            f.leave(Status::Ok);
+            f.leave(Status::Ok as i64);
             Ok(())
         })?;
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use kiln_runtime::plan::{Plan, Port};
+use kiln_runtime::plan::{Length, Plan, PlanDim, Port};
 use kiln_runtime::tensor::DType;
 
 use super::driver::scratch_bytes;
@@ -30,8 +30,19 @@ impl Call {
     pub const WEIGHTS_SIZE: i32 = 48;
     /// Threads of the caller.
     pub const POOL: i32 = 56;
+    /// Lengths of the model's dims.
+    pub const DIMS: i32 = 64;
     /// Size of the whole.
-    pub const SIZE: i32 = 64;
+    pub const SIZE: i32 = 72;
+}
+
+/// The status that says that the first dim is out of its range; those of other dims follow.
+pub const FIRST_DIM: i64 = 100;
+
+/// What the status of a dim says to people.
+pub fn dim_text(dim: &PlanDim) -> String {
+    let PlanDim { name, least, most } = dim;
+    format!("dim `{name}` is not within {least} and {most}, for which the model was compiled")
 }
 
 /// What a function of a compiled model returns.
@@ -126,7 +137,11 @@ fn comment(text: &str) -> String {
 }
 
 fn port(out: &mut String, name: &str, side: &str, index: usize, port: &Port) {
-    let shape: Vec<String> = port.shape.iter().map(usize::to_string).collect();
+    let mut shape: Vec<String> = port.shape.iter().map(usize::to_string).collect();
+    for Length { axis, dim, more } in &port.lengths {
+        shape[*axis] =
+            if *more == 0 { format!("dim {dim}") } else { format!("dim {dim} + {more}") };
+    }
     let (_, _, element) = TYPES[type_code(port.dtype) as usize];
     let (bytes, elements) = (port.size_bytes().unwrap_or(0), port.shape.iter().product::<usize>());
     let (text, shape) = (comment(&port.name), shape.join(", "));
@@ -162,19 +177,29 @@ fn common(out: &mut String) {
 enum kiln_type {{
 {types}}};
 
-/* What functions return. */
+/* What functions return; KILN_DIM + N where the length of dim N is out of its range. */
 enum kiln_status {{
 {statuses}}};
+#define KILN_DIM {FIRST_DIM}
 
 /* An input or output: a dense tensor, outermost axis first. */
 typedef struct kiln_port {{
     const char *name;     /* in the model, UTF-8 */
-    const int64_t *shape; /* rank extents */
+    const int64_t *shape; /* rank extents; the most where the axis has a dim */
+    const int64_t *dims;  /* rank indices of the dims that the axes are as long as; or -1 */
+    const int64_t *more;  /* rank numbers of elements by which axes are longer than their dims */
     size_t rank;
-    size_t size;          /* bytes */
+    size_t size;          /* bytes; the most where there are dims */
     int32_t type;         /* enum kiln_type */
     int32_t reserved;
 }} kiln_port;
+
+/* A dim of the model whose length each run decides. */
+typedef struct kiln_dim {{
+    const char *name; /* in the model, UTF-8 */
+    int64_t least;
+    int64_t most;
+}} kiln_dim;
 
 /* Threads of the caller. run calls task(argument, index) once for every index below count, on any
    threads, and returns 0 when all of them are done. */
@@ -195,6 +220,7 @@ typedef struct kiln_call {{
     const void *weights;       /* only for models whose weights lie in a file beside */
     size_t weights_size;
     const kiln_pool *pool;     /* or null: one thread */
+    const int64_t *dims;       /* lengths of the dims, in order; only for models that have some */
 }} kiln_call;
 #endif
 
@@ -215,6 +241,12 @@ pub fn header(name: &str, plan: &Plan, about: &str, external: Option<(&str, usiz
         comment(about)
     );
     common(&mut out);
+    for (index, dim) in plan.dims.iter().enumerate() {
+        let PlanDim { name: text, least, most } = dim;
+        let (text, prefix) = (comment(text), name.to_uppercase());
+        _ = writeln!(out, "/* dim {index}: \"{text}\", {least} to {most} */");
+        _ = writeln!(out, "#define {prefix}_DIM_{index}_MOST {most}\n");
+    }
     for (side, ports) in [("input", &plan.inputs), ("output", &plan.outputs)] {
         for (index, p) in ports.iter().enumerate() {
             port(&mut out, name, side, index, p);
@@ -226,6 +258,7 @@ pub fn header(name: &str, plan: &Plan, about: &str, external: Option<(&str, usiz
     let scratch = scratch_bytes(plan);
     _ = writeln!(out, "#define {}_SCRATCH_SIZE {scratch}\n", name.to_uppercase());
     match external {
+        None if !plan.dims.is_empty() => {}
         None => {
             _ = write!(
                 out,
@@ -255,7 +288,9 @@ pub fn header(name: &str, plan: &Plan, about: &str, external: Option<(&str, usiz
          int32_t {name}_input(size_t index, kiln_port *port);\n\
          int32_t {name}_output(size_t index, kiln_port *port);\n\
          size_t {name}_input_count(void);\n\
-         size_t {name}_output_count(void);\n\n\
+         size_t {name}_output_count(void);\n\
+         int32_t {name}_dim(size_t index, kiln_dim *dim);\n\
+         size_t {name}_dim_count(void);\n\n\
          /* Sizes in bytes; the version of this interface that the code was made for. */\n\
          size_t {name}_scratch_size(void);\n\
          size_t {name}_weights_size(void);\n\

@@ -63,7 +63,9 @@ fn run(
             Source::Const(i) if needed[slot] && memory.is_none() => {
                 *memory = Some(Value::from_constant(&graph.constants[i]).data);
             }
-            Source::Input(_) | Source::Const(_) | Source::Made => {}
+            // Without a caller, dims are as long as they may be.
+            Source::Dims if needed[slot] => *memory = Some(longest(graph)),
+            Source::Input(_) | Source::Const(_) | Source::Dims | Source::Made => {}
         }
     }
     for launch in chosen.iter().rev() {
@@ -92,4 +94,10 @@ fn run(
         })
     };
     wanted.iter().map(value).collect()
+}
+
+fn longest(graph: &Graph) -> Data {
+    let mut dims: Vec<i128> = graph.dims.iter().map(|dim| dim.most as i128).collect();
+    dims.resize(loops::ir::DIMS, 0);
+    Data::Int(dims)
 }

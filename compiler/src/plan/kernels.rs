@@ -5,11 +5,12 @@ use std::collections::HashMap;
 
 use kiln_runtime::tensor::DType;
 
+use super::border::{Way, border};
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
-use crate::graph::op::{Op, Type};
+use crate::graph::op::Op;
 use crate::graph::verify::Verified;
-use crate::graph::{Args, Body, Graph, Node, NodeId};
-use crate::loops::ir::{Loops, Number, Param, Scope};
+use crate::graph::{Graph, NodeId};
+use crate::loops::ir::{DIMS, Loops, Number, Param, Scope};
 use crate::loops::lower::{Lowered, Target, lower, one_number};
 
 /// Where a value comes from.
@@ -19,6 +20,8 @@ pub enum Source {
     Input(usize),
     /// Constant of that number.
     Const(usize),
+    /// The lengths of dims.
+    Dims,
     /// Written by kernels.
     Made,
 }
@@ -69,6 +72,7 @@ pub fn program(graph: &Verified<Graph>, target: Target) -> Result<Program> {
         target,
         program: Program::default(),
         known: HashMap::new(),
+        dims: None,
         problems: Vec::new(),
     };
     for id in graph.ids() {
@@ -90,6 +94,8 @@ struct Build<'a> {
     target: Target,
     program: Program,
     known: HashMap<[u8; 32], usize>,
+    /// The slot of the dims' lengths, once a kernel asks for it.
+    dims: Option<usize>,
     problems: Vec<Diagnostic>,
 }
 
@@ -103,7 +109,18 @@ impl Build<'_> {
         let node = self.graph.node(id);
         let bytes = node.ty.size_bytes();
         match &node.op {
-            Op::Input(i) => self.slot(Source::Input(*i as usize), bytes, false),
+            Op::Input(i) => {
+                let given = self.slot(Source::Input(*i as usize), bytes, false);
+                if node.ty.used.is_empty() {
+                    return given;
+                }
+                let inside = self.slot(Source::Made, bytes, false);
+                match border(&node.ty, Way::In, self.target) {
+                    Ok(kernel) => self.copy(kernel, given, inside),
+                    Err(refused) => self.problems.push(Diagnostic::new("K0602", refused.0)),
+                }
+                inside
+            }
             Op::Const(i) => self.slot(Source::Const(*i as usize), bytes, true),
             Op::Reshape(_) => self.program.values[node.args[0].index()],
             Op::Fused(body) => {
@@ -160,6 +177,7 @@ impl Build<'_> {
             .map(|&(dtype, len)| self.slot(Source::Made, len * DType::bytes(dtype), false))
             .collect();
         for kernel in lowered.kernels {
+            let dims = self.dims_of(&kernel);
             let slots: Vec<usize> = kernel
                 .buffers
                 .iter()
@@ -167,6 +185,7 @@ impl Build<'_> {
                 .map(|b| match b.param {
                     Param::Arg(i) => self.program.values[node.args[i].index()],
                     Param::Scratch(i) => scratch[i],
+                    Param::Dims => dims,
                     Param::Out | Param::None => out,
                 })
                 .collect();
@@ -185,7 +204,7 @@ impl Build<'_> {
 
     /// The number of a kernel; equal ones (but for their names) are kept once.
     fn kernel(&mut self, kernel: Loops) -> usize {
-        let text = format!("{:?}{:?}", kernel.buffers, kernel.body);
+        let text = format!("{:?}{:?}{:?}", kernel.buffers, kernel.ranges, kernel.body);
         let key = *blake3::hash(text.as_bytes()).as_bytes();
         if let Err(unproven) = crate::loops::verify::verify(&kernel) {
             let problem = Diagnostic::new("K0603", "a kernel could read or write out of bounds");
@@ -203,7 +222,8 @@ impl Build<'_> {
     /// that are output twice are copied.
     fn output(&mut self, id: NodeId) -> Result<usize> {
         let slot = self.program.values[id.index()];
-        let own = self.program.slots[slot].source == Source::Made
+        let own = self.graph.ty(id).used.is_empty()
+            && self.program.slots[slot].source == Source::Made
             && !self.program.slots[slot].constant
             && !self.program.outputs.contains(&slot);
         if own {
@@ -212,19 +232,42 @@ impl Build<'_> {
         let ty = self.graph.ty(id).clone();
         let out = self.slot(Source::Made, ty.size_bytes(), false);
         if ty.numel() > 0 {
-            let kernel = copy_kernel(&ty, self.target)?;
-            let name = "copy".to_string();
-            let kernel = self.kernel(kernel);
-            let slots = kernel_slots(&self.program.kernels[kernel], slot, out);
-            self.program.launches.push(Launch { kernel, name, slots, constant: false });
+            let kernel = border(&ty, Way::Out, self.target)
+                .map_err(|e| Error::new(ErrorKind::Model, Diagnostic::new("K0602", e.0)))?;
+            self.copy(kernel, slot, out);
         }
         Ok(out)
     }
-}
 
-fn kernel_slots(kernel: &Loops, from: usize, to: usize) -> Vec<usize> {
-    let global = kernel.buffers.iter().filter(|b| b.scope == Scope::Global);
-    global.map(|b| if b.param == Param::Out { to } else { from }).collect()
+    /// Launches a kernel of one argument.
+    fn copy(&mut self, kernel: Loops, from: usize, to: usize) {
+        let dims = self.dims_of(&kernel);
+        let name = kernel.name.clone();
+        let kernel = self.kernel(kernel);
+        let buffers = self.program.kernels[kernel].buffers.iter();
+        let slot = |param| match param {
+            Param::Out => to,
+            Param::Dims => dims,
+            Param::Arg(_) | Param::Scratch(_) | Param::None => from,
+        };
+        let global = buffers.filter(|b| b.scope == Scope::Global);
+        let slots = global.map(|b| slot(b.param)).collect();
+        self.program.launches.push(Launch { kernel, name, slots, constant: false });
+    }
+
+    /// The slot of the dims' lengths, made where a kernel asks for it.
+    fn dims_of(&mut self, kernel: &Loops) -> usize {
+        let asks = kernel.buffers.iter().any(|b| b.param == Param::Dims);
+        match self.dims {
+            Some(slot) => slot,
+            None if asks => {
+                let slot = self.slot(Source::Dims, DIMS * 8, false);
+                self.dims = Some(slot);
+                slot
+            }
+            None => 0,
+        }
+    }
 }
 
 /// The slot that a kernel writes: of its result, or of its scratch where it only packs.
@@ -234,14 +277,4 @@ pub fn written_slot(kernel: &Loops, slots: &[usize]) -> Option<usize> {
     let out = global.iter().position(|p| *p == Param::Out);
     let scratch = || global.iter().position(|p| matches!(p, Param::Scratch(_)));
     out.or_else(scratch).map(|at| slots[at])
-}
-
-fn copy_kernel(ty: &Type, target: Target) -> Result<Loops> {
-    let input = Node { op: Op::Input(0), args: Args::new(), ty: ty.clone(), origin: "copy".into() };
-    let body = Body { nodes: vec![input] };
-    let lowered = lower(&body, &[], (&[None], &[false]), target, "copy")
-        .map_err(|refused| Error::new(ErrorKind::Model, Diagnostic::new("K0602", refused.0)))?;
-    lowered.kernels.into_iter().next().ok_or_else(|| {
-        Error::new(ErrorKind::Model, Diagnostic::new("K0602", "a copy without a kernel"))
-    })
 }

@@ -1,5 +1,6 @@
 //! From a graph of kernels to code, an order of launches and places in memory.
 
+pub mod border;
 pub mod eval;
 pub mod kernels;
 pub mod memory;

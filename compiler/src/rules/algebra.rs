@@ -24,7 +24,7 @@ fn number(egraph: &Egg, id: Id) -> Option<f64> {
 }
 
 /// The operands of a function with one constant: the value, then the constant.
-fn with_constant(egraph: &Egg, node: &ENode, f: BinaryFn) -> Option<(Id, Id)> {
+pub(super) fn with_constant(egraph: &Egg, node: &ENode, f: BinaryFn) -> Option<(Id, Id)> {
     if node.op != Op::Binary(f) {
         return None;
     }
@@ -72,7 +72,7 @@ pub(super) fn square(egraph: &mut Egg, node: &ENode) -> Option<Id> {
 
 /// Whether a class is a constant of the model. Rules that make constants take only such ones:
 /// where x = x * 1, constants made of made ones would never end.
-fn is_given(egraph: &Egg, id: Id) -> bool {
+pub(super) fn is_given(egraph: &Egg, id: Id) -> bool {
     egraph[id].nodes.iter().any(|n| matches!(n.op, Op::Const(_)))
 }
 

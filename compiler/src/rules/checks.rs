@@ -240,6 +240,22 @@ impl Random {
         self.graph.add(Op::Concat(rank as u8 - 1), &parts, &"both".into())
     }
 
+    /// Scores of queries with keys that two heads share.
+    fn grouped(&mut self, x: NodeId) -> Added {
+        let shape = self.shape(x);
+        let (outer, inner) = shape.split_at(shape.len() - 2);
+        let own: usize = outer.iter().product();
+        let (m, n) = (inner[0], inner[1]);
+        let origin = "grouped".into();
+        let apart = self.graph.reshape(x, &[own, 1, m, n], &origin)?;
+        let spread = self.graph.expand(apart, &[own, 2, m, n], &origin)?;
+        let keys = self.graph.reshape(spread, &[2 * own, m, n], &origin)?;
+        let queries = self.graph.unary(UnaryFn::Tanh, keys, &origin)?;
+        let queries = self.graph.binary_number(BinaryFn::Mul, queries, 2.0, &origin)?;
+        let keys = self.graph.permute(keys, &[0, 2, 1], &origin)?;
+        self.graph.matmul(queries, keys, &origin)
+    }
+
     fn matmul(&mut self, x: NodeId) -> Added {
         let shape = self.shape(x);
         let rank = shape.len();
@@ -254,6 +270,9 @@ impl Random {
         }
         if self.rng.below(4) == 0 {
             return self.siblings(x);
+        }
+        if self.rng.below(4) == 0 {
+            return self.grouped(x);
         }
         let mut weight = vec![1; rank];
         weight[rank - 2] = shape[rank - 1];

@@ -4,11 +4,16 @@ use kiln_runtime::tensor::DType;
 
 use crate::graph::Node;
 use crate::graph::op::{BinaryFn, Op, Type, UnaryFn};
+use crate::graph::used::span;
 
 /// Operations of a body at most.
 pub const MAX_OPS: usize = 48;
 /// Arguments of a body at most.
 pub const MAX_ARGS: usize = 12;
+/// Parts that concatenations of a body cut the result into at most.
+const MAX_PARTS: usize = 8;
+/// Elements that one thread may well compute alone.
+const FEW: usize = 1 << 14;
 /// Elements of a row that is reduced within a kernel at most.
 const MAX_ROW: usize = 65_536;
 
@@ -61,13 +66,26 @@ pub fn classify(nodes: &[Node]) -> Option<Kind> {
     }
     let mut contracts = Vec::new();
     let mut reduces = Vec::new();
+    let mut concats = Vec::new();
     for &n in &members {
         match &nodes[n].op {
             Op::Contract(_) => contracts.push(n),
             Op::Reduce(..) => reduces.push(n),
+            Op::Concat(axis) => concats.push((n, *axis as usize)),
             op if is_pointwise(op) || is_view(op) || matches!(op, Op::Gather(_)) => {}
             _ => return None,
         }
+    }
+    if !concats.is_empty() {
+        let parts: usize = concats.iter().map(|c| nodes[c.0].args.len()).product();
+        let map = contracts.is_empty() && reduces.is_empty() && parts <= MAX_PARTS;
+        // Where a part is in use in part, only the run knows where the next one begins.
+        let known = |c: &(usize, usize)| {
+            nodes[c.0].args.iter().all(|a| span(&nodes[a.index()].ty, c.1).is_none())
+        };
+        let fits =
+            map && body.is_map() && concats.iter().all(|c| known(c) && body.is_parted(c.0, c.1));
+        return fits.then_some(Kind::Map);
     }
     match (contracts.as_slice(), reduces.as_slice()) {
         ([], []) => body.is_map().then_some(Kind::Map),
@@ -101,8 +119,68 @@ impl Body<'_> {
 
     /// No element may be computed again for several results, unless it is only moved.
     fn is_map(&self) -> bool {
-        let root = self.ty(self.nodes.len() - 1).numel();
-        self.members().all(|n| !is_pointwise(self.op(n)) || self.ty(n).numel() >= root)
+        // How many elements of a node are asked for: of the parts of a concatenation, so many as
+        // they have of it.
+        let mut asked = vec![0u128; self.nodes.len()];
+        let numel = |n: usize| self.ty(n).numel() as u128;
+        if let Some(root) = asked.last_mut() {
+            *root = numel(self.nodes.len() - 1);
+        }
+        for n in (0..self.nodes.len()).rev() {
+            for a in self.args(n) {
+                let share = match self.op(n) {
+                    Op::Concat(_) => asked[n] * numel(a) / numel(n).max(1),
+                    _ => asked[n],
+                };
+                asked[a] = asked[a].max(share);
+            }
+        }
+        self.members().all(|n| !is_pointwise(self.op(n)) || numel(n) >= asked[n])
+    }
+
+    /// Whether the parts of a concatenation are parts of the result, along an axis with others
+    /// before it, which threads share.
+    fn is_parted(&self, concat: usize, axis: usize) -> bool {
+        let mut root = self.nodes.len() - 1;
+        while let (Op::Reshape(_), true) = (self.op(root), root > concat) {
+            root = self.nodes[root].args[0].index();
+        }
+        let mut axes: Vec<Option<usize>> = vec![None; root + 1];
+        let Some(first) = axes.get_mut(concat) else { return false };
+        *first = Some(axis);
+        for n in concat + 1..=root {
+            for a in self.args(n) {
+                let Some(below) = axes[a] else { continue };
+                let Some(axis) = self.axis_above(n, a, below) else { return false };
+                if axes[n].is_some_and(|known| known != axis) {
+                    return false;
+                }
+                axes[n] = Some(axis);
+            }
+        }
+        let ty = self.ty(root);
+        axes[root].is_some_and(|axis| {
+            let outer: usize = ty.shape[..axis].iter().product();
+            root == concat || outer > 1 || ty.numel() <= FEW
+        })
+    }
+
+    /// The axis of a node that an axis of its operand is, where it is one.
+    fn axis_above(&self, node: usize, operand: usize, axis: usize) -> Option<usize> {
+        let (from, to) = (&self.ty(operand).shape, &self.ty(node).shape);
+        match self.op(node) {
+            Op::Permute(axes) => axes.iter().position(|&a| a as usize == axis),
+            // Where axes are joined, an index of the operand is no sum of indices.
+            Op::Reshape(_) if only_splits(from, to) => {
+                let after = |shape: &[usize], d: usize| shape[d + 1..].iter().product::<usize>();
+                let same = |d: &usize| to[*d] == from[axis] && after(to, *d) == after(from, axis);
+                (0..to.len()).find(same)
+            }
+            Op::Slice(ranges) => (ranges[axis].1 == 1).then_some(axis),
+            Op::Expand(_) | Op::Concat(_) => Some(axis),
+            op if is_pointwise(op) && from[axis] == to[axis] => Some(axis),
+            _ => None,
+        }
     }
 
     /// Members that hang on `node`, itself included.

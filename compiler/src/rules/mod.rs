@@ -6,6 +6,7 @@ pub mod bodies;
 mod checks;
 pub mod choices;
 pub mod constants;
+mod contract;
 pub mod cost;
 pub mod cuts;
 pub mod extract;

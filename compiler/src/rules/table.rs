@@ -12,10 +12,15 @@ use super::algebra::{
     add_zero, bounds_meet, constants_meet, neutral_number, scale_into_contract, scale_past_shift,
     square,
 };
+use super::contract::{
+    contract_absorbs_expand, contract_absorbs_join, contract_absorbs_permute,
+    contract_absorbs_split, contract_channels_last, contract_drops_unit_axes,
+    contract_shares_heads, scale_out_of_contract,
+};
 use super::lang::{ENode, Egg};
 use super::siblings::{merge_siblings, pointwise_past_split};
 use super::{Budget, Fired};
-use crate::graph::op::{Affine, Axes, Contract, Op, Shape};
+use crate::graph::op::{Axes, Op, Shape};
 
 /// How a rule treats floating point results.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,12 +80,18 @@ pub static RULES: &[Rule] = rules! {
     "contract-absorbs-split" Exact contract_absorbs_split;
     // contract(join(x), y) = contract'(x, y), the joined axis of the sum split in two
     "contract-absorbs-join" Reassociating contract_absorbs_join;
+    // contract(expand(x), y) = contract'(x, y): what repeats is read again
+    "contract-absorbs-expand" Exact contract_absorbs_expand;
+    // contract(join(expand(x)), y) = join(contract'(expand(x), y)): heads that share keys
+    "contract-shares-heads" Exact contract_shares_heads;
     // Result axes of extent 1 that a reshape drops need not be there.
     "contract-drops-unit-axes" Exact contract_drops_unit_axes;
     // A contraction with constant weights may have its channels last.
     "contract-channels-last" Exact contract_channels_last;
     // s * contract(x, w) = contract(x, s * w): batch norms and scales go into weights.
     "scale-into-contract" Reassociating scale_into_contract;
+    // contract(s * x, y) = s * contract(x, y) for a number s, where neither is constant
+    "scale-out-of-contract" Reassociating scale_out_of_contract;
     // x * 1 = x, x / 1 = x, x - 0 = x
     "neutral-number" Exact neutral_number;
     // x + 0 = x (the sign of a zero may differ)
@@ -180,7 +191,7 @@ pub(super) fn find<T>(egraph: &Egg, id: Id, pick: impl Fn(&ENode) -> Option<T>) 
 }
 
 /// The permutation of a class, and what it permutes.
-fn permutation(egraph: &Egg, id: Id) -> Option<(Axes, Id)> {
+pub(super) fn permutation(egraph: &Egg, id: Id) -> Option<(Axes, Id)> {
     find(egraph, id, |n| match &n.op {
         Op::Permute(axes) => Some((axes.clone(), n.args[0])),
         _ => None,
@@ -188,7 +199,7 @@ fn permutation(egraph: &Egg, id: Id) -> Option<(Axes, Id)> {
 }
 
 /// What a class is a reshape of.
-fn reshaped(egraph: &Egg, id: Id) -> Option<Id> {
+pub(super) fn reshaped(egraph: &Egg, id: Id) -> Option<Id> {
     find(egraph, id, |n| matches!(n.op, Op::Reshape(_)).then(|| n.args[0]))
 }
 
@@ -196,7 +207,7 @@ pub(super) fn shape(egraph: &Egg, id: Id) -> Shape {
     egraph[id].data.ty.shape.clone()
 }
 
-fn inverse(axes: &[u8]) -> Axes {
+pub(super) fn inverse(axes: &[u8]) -> Axes {
     let mut inverse = Axes::from_elem(0, axes.len());
     axes.iter().enumerate().for_each(|(i, &a)| inverse[a as usize] = i as u8);
     inverse
@@ -211,7 +222,7 @@ pub(super) fn add(egraph: &mut Egg, op: Op, args: &[Id]) -> Id {
 }
 
 /// x with its axes in an order; x itself where the order changes nothing.
-fn permuted(egraph: &mut Egg, axes: &[u8], x: Id) -> Id {
+pub(super) fn permuted(egraph: &mut Egg, axes: &[u8], x: Id) -> Id {
     match is_identity(axes) {
         true => x,
         false => add(egraph, Op::Permute(Axes::from_slice(axes)), &[x]),
@@ -438,192 +449,4 @@ fn pool_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     }
     let y = permuted(egraph, &inverse(&axes), class);
     Some(permuted(egraph, &axes, y))
-}
-
-/// A contraction with another operand and map.
-fn with_operand(
-    egraph: &mut Egg,
-    node: &ENode,
-    at: usize,
-    x: Id,
-    map: SmallVec<[Affine; 4]>,
-) -> Option<Id> {
-    let Op::Contract(contract) = &node.op else { return None };
-    let mut contract = contract.clone();
-    contract.maps[at] = map;
-    let mut args = node.args.clone();
-    args[at] = x;
-    Some(add(egraph, Op::Contract(contract), &args))
-}
-
-fn contract_absorbs_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
-    let Op::Contract(contract) = &node.op else { return None };
-    let at = (0..2).find(|&k| permutation(egraph, node.args[k]).is_some())?;
-    let (axes, x) = permutation(egraph, node.args[at])?;
-    let back = inverse(&axes);
-    let map = back.iter().map(|&a| contract.maps[at][a as usize].clone()).collect();
-    with_operand(egraph, node, at, x, map)
-}
-
-fn contract_absorbs_split(egraph: &mut Egg, node: &ENode) -> Option<Id> {
-    let Op::Contract(contract) = &node.op else { return None };
-    for at in 0..2 {
-        let to = shape(egraph, node.args[at]);
-        let Some(x) = reshaped(egraph, node.args[at]) else { continue };
-        let from = shape(egraph, x);
-        if to.contains(&0) {
-            continue;
-        }
-        let Some(parts) = split_of(&from, &to) else { continue };
-        // The index of a split axis is the flat index of its parts.
-        let mut d = 0;
-        let mut map = SmallVec::new();
-        for part in parts {
-            let mut index = Affine::default();
-            for &extent in &part {
-                let scaled = index
-                    .terms
-                    .iter()
-                    .fold(Affine::default(), |sum, t| sum.plus(t.0 as usize, t.1 * extent as i64));
-                let inner = &contract.maps[at][d];
-                let offset = index.offset * extent as i64 + inner.offset;
-                let sum = inner.terms.iter().fold(scaled, |s, t| s.plus(t.0 as usize, t.1));
-                index = Affine { offset, ..sum };
-                d += 1;
-            }
-            map.push(index);
-        }
-        return with_operand(egraph, node, at, x, map);
-    }
-    None
-}
-
-fn contract_drops_unit_axes(egraph: &mut Egg, node: &ENode) -> Option<Id> {
-    let Op::Reshape(to) = &node.op else { return None };
-    let (contract, args) = find(egraph, node.args[0], |n| match &n.op {
-        Op::Contract(c) => Some((c.clone(), n.args.clone())),
-        _ => None,
-    })?;
-    let (out, summed) = contract.extents.split_at(contract.n_out);
-    if to.len() >= out.len() {
-        return None;
-    }
-    // Which result axes stay: in order, those that match, unit axes that do not match go.
-    let mut kept = Vec::new();
-    let mut want = to.iter().peekable();
-    for (axis, &extent) in out.iter().enumerate() {
-        let left = out.len() - axis;
-        if want.peek() == Some(&&extent) && (extent != 1 || want.len() == left) {
-            kept.push(axis);
-            want.next();
-        } else if extent != 1 {
-            return None;
-        }
-    }
-    if want.next().is_some() {
-        return None;
-    }
-    let all: Vec<usize> = kept.iter().copied().chain(out.len()..contract.extents.len()).collect();
-    let place = |axis: usize| match all.iter().position(|&a| a == axis) {
-        Some(at) => Affine::axis(at),
-        None => Affine::constant(0),
-    };
-    let maps =
-        [0, 1].map(|k: usize| contract.maps[k].iter().map(|a| a.substitute(&place)).collect());
-    let extents = kept.iter().map(|&a| out[a]).chain(summed.iter().copied()).collect();
-    let smaller = Contract { extents, n_out: kept.len(), maps };
-    Some(add(egraph, Op::Contract(Box::new(smaller)), &args))
-}
-
-fn contract_channels_last(egraph: &mut Egg, node: &ENode) -> Option<Id> {
-    let Op::Contract(contract) = &node.op else { return None };
-    let weight = (0..2).find(|&k| egraph[node.args[k]].data.constant)?;
-    if egraph[node.args[1 - weight]].data.constant {
-        return None;
-    }
-    let uses = |operand: usize, axis: usize| {
-        contract.maps[operand].iter().any(|a| a.coefficient(axis) != 0)
-    };
-    // The channel: the last axis along which the weights vary and the other operand does not, or
-    // (depthwise) along which both do.
-    let n = contract.n_out;
-    let long = |axis: &usize| contract.extents[*axis] > 1;
-    let channel = (0..n)
-        .rev()
-        .filter(long)
-        .find(|&a| uses(weight, a) && !uses(1 - weight, a))
-        .or_else(|| (0..n).rev().filter(long).find(|&a| uses(weight, a)))?;
-    if channel + 1 == n {
-        return None;
-    }
-    let order: Axes = (0..n).filter(|&a| a != channel).chain([channel]).map(|a| a as u8).collect();
-    let place = |axis: usize| match order.iter().position(|&o| o as usize == axis) {
-        Some(at) => Affine::axis(at),
-        None => Affine::axis(axis),
-    };
-    let maps =
-        [0, 1].map(|k: usize| contract.maps[k].iter().map(|a| a.substitute(&place)).collect());
-    let extents = order
-        .iter()
-        .map(|&a| contract.extents[a as usize])
-        .chain(contract.extents[n..].iter().copied())
-        .collect();
-    let last = Contract { extents, n_out: n, maps };
-    let y = add(egraph, Op::Contract(Box::new(last)), &node.args);
-    Some(permuted(egraph, &inverse(&order), y))
-}
-
-fn contract_absorbs_join(egraph: &mut Egg, node: &ENode) -> Option<Id> {
-    let Op::Contract(contract) = &node.op else { return None };
-    for at in 0..2 {
-        let to = shape(egraph, node.args[at]);
-        let Some(x) = reshaped(egraph, node.args[at]) else { continue };
-        let from = shape(egraph, x);
-        if from.contains(&0) || from.len() <= to.len() {
-            continue;
-        }
-        let Some(parts) = split_of(&to, &from) else { continue };
-        // One axis is joined of several, and it is an axis of the sum.
-        let mut joined = parts.iter().enumerate().filter(|(_, p)| p.len() > 1);
-        let (Some((d, part)), None) = (joined.next(), joined.next()) else { continue };
-        let Some(axis) = contract.maps[at][d].as_axis() else { continue };
-        if axis < contract.n_out || contract.extents[axis] != to[d] {
-            continue;
-        }
-        // The axis becomes as many as there are parts.
-        let more = part.len() - 1;
-        let renamed = |a: usize| {
-            if a < axis {
-                Affine::axis(a)
-            } else if a > axis {
-                Affine::axis(a + more)
-            } else {
-                let mut step = 1;
-                let mut index = Affine::default();
-                for (k, &extent) in part.iter().enumerate().rev() {
-                    index = index.plus(axis + k, step);
-                    step *= extent as i64;
-                }
-                index
-            }
-        };
-        let mut extents = Shape::from_slice(&contract.extents[..axis]);
-        extents.extend(part.iter().copied());
-        extents.extend_from_slice(&contract.extents[axis + 1..]);
-        let mut maps = [0, 1].map(|k: usize| {
-            contract.maps[k]
-                .iter()
-                .map(|i| i.substitute(&renamed))
-                .collect::<SmallVec<[Affine; 4]>>()
-        });
-        maps[at].remove(d);
-        for k in 0..part.len() {
-            maps[at].insert(d + k, Affine::axis(axis + k));
-        }
-        let split = Contract { extents, n_out: contract.n_out, maps };
-        let mut args = node.args.clone();
-        args[at] = x;
-        return Some(add(egraph, Op::Contract(Box::new(split)), &args));
-    }
-    None
 }

@@ -41,7 +41,7 @@ fn grow(graph: &mut Graph, random: &mut Random, values: &[NodeId]) -> Option<Nod
     let x = values[random.below(values.len())];
     let shape = graph.ty(x).shape.to_vec();
     let rank = shape.len();
-    match random.below(15) {
+    match random.below(17) {
         0 if random.below(3) == 0 => graph.binary_number(BinaryFn::Pow, x, 2.0, &o).ok(),
         0 => graph.unary(UnaryFn::Neg, x, &o).ok(),
         1 => graph.binary_number(BinaryFn::Max, x, 0.0, &o).ok(),
@@ -102,11 +102,27 @@ fn grow(graph: &mut Graph, random: &mut Random, values: &[NodeId]) -> Option<Nod
             graph.matmul(x, w, &o).ok()
         }
         14 => siblings(graph, random, x),
+        15 => grouped(graph, x),
         _ => {
             let y = values[random.below(values.len())];
             graph.binary(BinaryFn::Add, x, y, &o).ok()
         }
     }
+}
+
+/// Products of queries with keys that two heads share.
+fn grouped(graph: &mut Graph, x: NodeId) -> Option<NodeId> {
+    let o: Origin = "n".into();
+    let shape = graph.ty(x).shape.to_vec();
+    let [m, n] = *shape.last_chunk::<2>()?;
+    let own = shape[..shape.len() - 2].iter().product();
+    let apart = graph.reshape(x, &[own, 1, m, n], &o).ok()?;
+    let spread = graph.expand(apart, &[own, 2, m, n], &o).ok()?;
+    let keys = graph.reshape(spread, &[2 * own, m, n], &o).ok()?;
+    let queries = graph.unary(UnaryFn::Tanh, keys, &o).ok()?;
+    let queries = graph.binary_number(BinaryFn::Mul, queries, 0.5, &o).ok()?;
+    let keys = graph.permute(keys, &[0, 2, 1], &o).ok()?;
+    graph.matmul(queries, keys, &o).ok()
 }
 
 /// Products of one value with several weights, each shifted and bounded, side by side.

@@ -30,7 +30,7 @@ pub const N: usize = 1000;
 
 /// `y = (a + b) + 0.5` in two steps through the arena, each in `chunks` chunks.
 pub fn executable(threads: usize, chunks: i64) -> Executable {
-    let port = |name: &str| Port { name: name.into(), dtype: DType::F32, shape: vec![10, N / 10] };
+    let port = |name: &str| Port::new(name, DType::F32, &[10, N / 10]);
     let step = |name: &str, buffers| Step {
         name: name.into(),
         kernel: 0,
@@ -39,6 +39,7 @@ pub fn executable(threads: usize, chunks: i64) -> Executable {
         chunks,
     };
     let plan = Plan {
+        dims: Vec::new(),
         inputs: vec![port("a"), port("b")],
         outputs: vec![port("y")],
         steps: vec![

@@ -7,7 +7,8 @@ use kiln::tensor::{Tensor, TensorViewMut};
 use serde_json::json;
 
 use crate::args::BenchArgs;
-use crate::commands::{compile, compiler, gather, model_name, open};
+use crate::commands::model_name;
+use crate::commands::ready::{Ready, ready};
 use crate::failure::Failure;
 use crate::input::Inputs;
 use crate::stats::{peak_rss_mb, percentile};
@@ -18,11 +19,8 @@ const MAX_RUNS: usize = 1 << 22;
 
 /// Measures and prints.
 pub fn run(args: &BenchArgs, term: &Term) -> Result<(), Failure> {
-    let (model, load) = open(&args.model, term)?;
-    let compiler = compiler(&args.model, &args.build);
-    let (given, compiler) = gather(&model, &args.inputs, true, &compiler)?;
-    let (executable, compiled) = compile(&model, &compiler, term)?;
-    let inputs = given.complete(executable.inputs())?;
+    let ready = ready(&args.model, &args.build, &args.cache, &args.inputs, true, term)?;
+    let Ready { executable, inputs, read: load, compile } = ready;
     let mut outputs = zeros(&executable);
     term.during("warm up", Some(args.warmup), || {
         measure(&executable, &inputs, &mut outputs, args.warmup)
@@ -34,14 +32,16 @@ pub fn run(args: &BenchArgs, term: &Term) -> Result<(), Failure> {
     let ms = |time: Duration| time.as_nanos() as f64 / 1e6;
     let (threads, rss) = (executable.pool().threads(), peak_rss_mb());
     let mut value = json!({
-        "model": model_name(&args.model.model), "threads": threads, "compile_ms": ms(compiled),
+        "model": model_name(&args.model.model), "threads": threads, "compile_ms": compile.map(ms),
         "load_ms": ms(load), "runs": times.len(), "min_ms": ms(percentile(&times, 0)),
     });
-    let mut lines = vec![
-        ("read".to_string(), milliseconds(load)),
-        ("compile".to_string(), milliseconds(compiled)),
-        ("min".to_string(), milliseconds(percentile(&times, 0))),
-    ];
+    let mut lines = match compile {
+        Some(compile) => vec![("read", milliseconds(load)), ("compile", milliseconds(compile))],
+        None => vec![("load", milliseconds(load))],
+    };
+    lines.push(("min", milliseconds(percentile(&times, 0))));
+    let mut lines: Vec<(String, String)> =
+        lines.into_iter().map(|(name, figure)| (name.to_string(), figure)).collect();
     for &percent in &args.percentiles {
         let time = percentile(&times, percent);
         value[format!("p{percent}_ms")] = json!(ms(time));

@@ -6,12 +6,15 @@ use kiln::error::sanitize;
 use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
-use crate::commands::{model_name, open};
+use crate::commands::{inspect_artifact, model_name, open};
 use crate::failure::Failure;
 use crate::term::{Term, bytes};
 
 /// Prints inputs, outputs, operators and sizes.
 pub fn run(args: &InspectArgs, term: &Term) -> Result<(), Failure> {
+    if kiln::is_artifact(&args.model.model) {
+        return inspect_artifact::run(&args.model.model, term);
+    }
     let (model, _) = open(&args.model, term)?;
     let mut ops: BTreeMap<String, usize> = BTreeMap::new();
     for node in model.nodes() {

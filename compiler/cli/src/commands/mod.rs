@@ -6,20 +6,23 @@ pub mod compile;
 pub mod doctor;
 pub mod explain;
 pub mod inspect;
+pub mod inspect_artifact;
 pub mod locate;
 pub mod ops;
+pub mod ready;
 pub mod run;
 pub mod shell;
 pub mod verify;
+pub mod verify_artifact;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kiln::error::sanitize;
 use kiln::tensor::TensorView;
-use kiln::{Compiler, Executable, Limits, Model};
+use kiln::{CacheUse, Compiler, Executable, Limits, Model};
 
-use crate::args::{BuildArgs, InputArgs, ModelArgs};
+use crate::args::{BuildArgs, CacheArgs, InputArgs, ModelArgs};
 use crate::failure::Failure;
 use crate::input::{self, Given};
 use crate::term::Term;
@@ -38,22 +41,38 @@ fn limits(args: &ModelArgs) -> Limits {
 
 /// Reads a model, and says how long that took.
 fn open(args: &ModelArgs, term: &Term) -> Result<(Model, Duration), Failure> {
+    if kiln::is_artifact(&args.model) {
+        let text = format!("{} is a compiled model", model_name(&args.model));
+        return Err(Failure::usage(text).help("this needs the .onnx file"));
+    }
     let begin = Instant::now();
     let limits = limits(args);
     let model = term.during("read", None, || Model::open(&args.model, &limits))?;
     Ok((model, begin.elapsed()))
 }
 
+/// The number of threads that the flags ask for.
+fn threads(build: &BuildArgs) -> usize {
+    let all = || std::thread::available_parallelism().map_or(1, usize::from);
+    if build.threads == 0 { all() } else { build.threads }
+}
+
 /// A compiler as the flags ask for, without the extents of dims.
 fn compiler(model: &ModelArgs, build: &BuildArgs) -> Compiler {
-    let all = || std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = if build.threads == 0 { all() } else { build.threads };
     let compiler = Compiler::new()
-        .threads(threads)
+        .threads(threads(build))
         .egraph(!build.no_egraph)
         .wide(!build.no_wide)
         .limits(limits(model));
     model.dim.iter().fold(compiler, |compiler, (name, extent)| compiler.dim_range(name, *extent))
+}
+
+/// The compiler with the cache that the flags ask for.
+fn with_cache(compiler: Compiler, args: &CacheArgs) -> Compiler {
+    match &args.cache {
+        Some(folder) => compiler.cache(folder),
+        None => compiler,
+    }
 }
 
 /// Reads the tensors that the flags give, and tells the compiler the shapes that they settle.
@@ -82,7 +101,11 @@ fn compile(
     term: &Term,
 ) -> Result<(Executable, Duration), Failure> {
     let begin = Instant::now();
-    let executable = term.during("compile", None, || compiler.compile(model))?;
+    let compiled = term.during("compile", None, || compiler.compile_through_cache(model))?;
+    let (executable, cache) = compiled;
+    if cache != CacheUse::Off {
+        term.detail(format_args!("cache: {}", sanitize(&cache.to_string())));
+    }
     Ok((executable, begin.elapsed()))
 }
 

@@ -1,4 +1,4 @@
-//! `kiln run`: compiles a model in memory and runs it once.
+//! `kiln run`: compiles a model in memory, or loads a compiled one, and runs it once.
 
 use std::path::Path;
 use std::time::Instant;
@@ -9,7 +9,8 @@ use kiln::tensor::{Tensor, TensorView};
 use serde_json::{Value, json};
 
 use crate::args::RunArgs;
-use crate::commands::{compile, compiler, gather, model_name, open};
+use crate::commands::model_name;
+use crate::commands::ready::ready;
 use crate::failure::Failure;
 use crate::files;
 use crate::stats::values;
@@ -17,11 +18,8 @@ use crate::term::{Term, milliseconds};
 
 /// Runs the model and writes its outputs, or a summary of them.
 pub fn run(args: &RunArgs, term: &Term) -> Result<(), Failure> {
-    let (model, _) = open(&args.model, term)?;
-    let compiler = compiler(&args.model, &args.build);
-    let (given, compiler) = gather(&model, &args.inputs, false, &compiler)?;
-    let (executable, _) = compile(&model, &compiler, term)?;
-    let inputs = given.complete(executable.inputs())?;
+    let ready = ready(&args.model, &args.build, &args.cache, &args.inputs, false, term)?;
+    let (executable, inputs) = (ready.executable, ready.inputs);
     let begin = Instant::now();
     let outputs = executable.run(&inputs.named());
     let outputs = outputs.map_err(|error| Failure::usage(error.to_string()))?;
@@ -67,8 +65,7 @@ fn figures(values: &[f64]) -> (f64, f64, f64, usize) {
 }
 
 fn port(name: &str, tensor: &Tensor) -> String {
-    let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
-    Port { name: sanitize(name), dtype, shape }.to_string()
+    Port::new(sanitize(name), tensor.dtype(), tensor.shape()).to_string()
 }
 
 fn summary(name: &str, tensor: &Tensor) -> String {

@@ -7,25 +7,36 @@ use serde_json::{Value, json};
 
 use crate::args::VerifyArgs;
 use crate::commands::locate::{Place, Probe, locate, probe};
-use crate::commands::{compile, compiler, gather, model_name, open};
+use crate::commands::{compile, compiler, gather, model_name, open, verify_artifact, with_cache};
 use crate::failure::{Exit, Failure};
 use crate::input::Inputs;
 use crate::stats::{Difference, Tolerance};
 use crate::term::Term;
 
 /// One comparison of one output.
-struct Row {
-    name: String,
-    against: &'static str,
-    elements: usize,
-    difference: Difference,
+pub struct Row {
+    /// The output.
+    pub name: String,
+    /// What it is compared with.
+    pub against: &'static str,
+    /// Number of its elements.
+    pub elements: usize,
+    /// What came out.
+    pub difference: Difference,
 }
 
 /// Compares and prints; fails with [`Exit::Mismatch`] when anything differs.
 pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     let tolerance = Tolerance { rtol: args.rtol, atol: args.atol };
+    if kiln::is_artifact(&args.model.model) {
+        return verify_artifact::run(args, term);
+    }
+    if args.reference.is_some() {
+        let text = "--model is what a compiled model is compared with, and this is no compiled one";
+        return Err(Failure::usage(text));
+    }
     let (model, _) = open(&args.model, term)?;
-    let compiler = compiler(&args.model, &args.build);
+    let compiler = with_cache(compiler(&args.model, &args.build), &args.cache);
     let (given, compiler) = gather(&model, &args.inputs, true, &compiler)?;
     let (executable, _) = compile(&model, &compiler, term)?;
     let inputs = given.complete(executable.inputs())?;
@@ -63,7 +74,8 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     if wrong { Err(Failure::said(Exit::Mismatch)) } else { Ok(()) }
 }
 
-fn row(
+/// Compares an output.
+pub fn row(
     name: &str,
     against: &'static str,
     found: &Tensor,
@@ -75,7 +87,7 @@ fn row(
 }
 
 /// Comparisons with the files `output_K.pb`: by name where they have one, else by number.
-fn stored(found: &[(String, Tensor)], inputs: &Inputs, tolerance: Tolerance) -> Vec<Row> {
+pub fn stored(found: &[(String, Tensor)], inputs: &Inputs, tolerance: Tolerance) -> Vec<Row> {
     let mut rows = Vec::new();
     for (index, (name, expected)) in inputs.expected.iter().enumerate() {
         let named = found.iter().find(|(output, _)| output == name).or_else(|| found.get(index));
@@ -86,7 +98,8 @@ fn stored(found: &[(String, Tensor)], inputs: &Inputs, tolerance: Tolerance) -> 
     rows
 }
 
-fn report(
+/// Prints all comparisons.
+pub fn report(
     args: &VerifyArgs,
     rows: &[Row],
     kernels: Option<&Probe>,

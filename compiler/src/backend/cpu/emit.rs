@@ -11,7 +11,9 @@ use kiln_runtime::tensor::DType;
 
 use super::math;
 use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
-use crate::loops::ir::{BufferId, Expr, Kind, Loops, Number, Place, Scope, Stmt, Var};
+use crate::loops::ir::{
+    BufferId, Count, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var,
+};
 
 /// How an element is read.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -59,6 +61,15 @@ pub trait Machine {
         extent: usize,
         carried: &[Self::Value],
     ) -> (Self::Int, Vec<Self::Value>);
+    /// A number of turns that the run decides, at most `extent`; `dims` has the lengths of dims.
+    fn count(&mut self, dims: BufferId, count: Count, extent: usize) -> Emitted<Self::Value>;
+    /// Starts a loop from one count (or 0) to another, which may be no turn at all.
+    fn range_begin(
+        &mut self,
+        from: Option<&Self::Value>,
+        to: &Self::Value,
+        carried: &[Self::Value],
+    ) -> Emitted<(Self::Int, Vec<Self::Value>)>;
     /// Ends the innermost loop; returns the carried values after it.
     fn loop_end(&mut self, next: &[Self::Value]) -> Vec<Self::Value>;
     /// Starts the loop from `begin` to `end`.
@@ -205,7 +216,25 @@ pub fn emit<M: Machine>(loops: &Loops, machine: &mut M) -> Emitted<()> {
         turn = quotient;
         limit /= extent;
     }
+    // Threads share out all turns; those that this run does not make are passed over.
+    let mut guards = 0;
+    for &(var, extent) in &outer {
+        if let Some(range) = loops.range(var) {
+            let (index, _) = emit.resolve(&Affine::axis(var.into()));
+            let terms = emit.terms(&index, 1);
+            let index = emit.machine.index(&terms, index.offset)?;
+            let to = emit.count(range.to, extent)?;
+            let made = emit.machine.binary(BinaryFn::Lt, DType::I64, &index, &to)?;
+            emit.machine.branch_begin(&made)?;
+            guards += 1;
+        }
+    }
+    emit.forget();
     emit.block(body)?;
+    for _ in 0..guards {
+        emit.machine.branch_else();
+        emit.machine.branch_end();
+    }
     emit.machine.parallel_end();
     Ok(())
 }
@@ -253,7 +282,9 @@ impl<M: Machine> Emit<'_, M> {
                     self.known.clear();
                     Ok(())
                 }
-                Kind::Serial | Kind::Parallel if *extent == 1 => {
+                Kind::Serial | Kind::Parallel
+                    if *extent == 1 && self.loops.range(*var).is_none() =>
+                {
                     self.known.clear();
                     self.vars.insert(*var, Bound::Number(0));
                     self.block(body)
@@ -283,7 +314,14 @@ impl<M: Machine> Emit<'_, M> {
             self.cells.keys().copied().filter(|k| assigned[k.0]).collect();
         carried.sort_unstable();
         let before: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
-        let (int, inside) = self.machine.loop_begin(extent, &before);
+        let (int, inside) = match self.loops.range(var) {
+            None => self.machine.loop_begin(extent, &before),
+            Some(range) => {
+                let from = range.from.map(|from| self.count(from, extent)).transpose()?;
+                let to = self.count(range.to, extent)?;
+                self.machine.range_begin(from.as_ref(), &to, &before)?
+            }
+        };
         self.set_cells(&carried, inside);
         self.vars.insert(var, Bound::Int(int));
         self.forget();
@@ -293,6 +331,13 @@ impl<M: Machine> Emit<'_, M> {
         self.set_cells(&carried, after);
         self.forget();
         Ok(())
+    }
+
+    /// A number of turns that the run decides, at most `extent`.
+    fn count(&mut self, count: Count, extent: usize) -> Emitted<M::Value> {
+        let dims = self.loops.buffers.iter().position(|b| b.param == Param::Dims);
+        let dims = dims.ok_or_else(|| Unsupported("turns of dims that are not there".into()))?;
+        self.machine.count(dims, count, extent)
     }
 
     fn set_cells(&mut self, keys: &[(BufferId, i64)], values: Vec<M::Value>) {

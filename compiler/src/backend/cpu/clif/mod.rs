@@ -21,7 +21,7 @@ use smallvec::SmallVec;
 
 use super::emit::{Access, Bits, Emitted, Machine, Unsupported, emit};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
-use crate::loops::ir::{BufferId, Loops, Number};
+use crate::loops::ir::{BufferId, Count, Loops, Number};
 
 /// Bytes and texts of one function.
 #[derive(Clone, Debug, Default)]
@@ -109,7 +109,7 @@ enum Val {
 }
 
 enum Open {
-    Loop { header: Block, exit: Block, turn: Value, extent: usize, carried: Vec<Val> },
+    Loop { header: Block, exit: Block, turn: Value, end: Value, carried: Vec<Val> },
     Parallel { header: Block, exit: Block, turn: Value },
     Branch { other: Block, exit: Block },
 }
@@ -171,6 +171,37 @@ fn args(values: &[Value]) -> Vec<BlockArg> {
 }
 
 impl Clif<'_> {
+    /// Starts a loop from one value to another; `perhaps` there is no turn.
+    fn begin(
+        &mut self,
+        from: Value,
+        end: Value,
+        carried: &[Val],
+        perhaps: bool,
+    ) -> (Value, Vec<Val>) {
+        let (header, exit) = (self.b.create_block(), self.b.create_block());
+        let before = flat(carried);
+        let turn = self.b.append_block_param(header, types::I64);
+        for &v in &before {
+            let ty = self.b.func.dfg.value_type(v);
+            self.b.append_block_param(header, ty);
+            self.b.append_block_param(exit, ty);
+        }
+        let mut all = vec![from];
+        all.extend(&before);
+        match perhaps {
+            false => self.b.ins().jump(header, &args(&all)),
+            true => {
+                let some = self.b.ins().icmp(IntCC::SignedLessThan, from, end);
+                self.b.ins().brif(some, header, &args(&all), exit, &args(&before))
+            }
+        };
+        self.b.switch_to_block(header);
+        let inside = like(carried, &self.b.block_params(header)[1..]);
+        self.open.push(Open::Loop { header, exit, turn, end, carried: carried.to_vec() });
+        (turn, inside)
+    }
+
     fn memory() -> MemFlagsData {
         MemFlagsData::new().with_notrap()
     }
@@ -228,30 +259,47 @@ impl Machine for Clif<'_> {
     type Address = (Value, i32);
 
     fn loop_begin(&mut self, extent: usize, carried: &[Val]) -> (Value, Vec<Val>) {
-        let (header, exit) = (self.b.create_block(), self.b.create_block());
         let zero = self.b.ins().iconst(types::I64, 0);
-        let before = flat(carried);
-        let turn = self.b.append_block_param(header, types::I64);
-        for &v in &before {
-            let ty = self.b.func.dfg.value_type(v);
-            self.b.append_block_param(header, ty);
-            self.b.append_block_param(exit, ty);
-        }
-        let mut all = vec![zero];
-        all.extend(before);
-        self.b.ins().jump(header, &args(&all));
-        self.b.switch_to_block(header);
-        let inside = like(carried, &self.b.block_params(header)[1..]);
-        self.open.push(Open::Loop { header, exit, turn, extent, carried: carried.to_vec() });
-        (turn, inside)
+        let end = self.b.ins().iconst(types::I64, extent as i64);
+        self.begin(zero, end, carried, false)
+    }
+
+    fn count(&mut self, dims: BufferId, count: Count, extent: usize) -> Emitted<Val> {
+        let base = self.bases[dims].ok_or_else(|| Unsupported("dims in registers".into()))?;
+        let at = i32::from(count.dim) * 8;
+        let length = self.b.ins().load(types::I64, Self::memory(), base, at);
+        let number = |this: &mut Self, v: i64| this.b.ins().iconst(types::I64, v);
+        let sum = self.b.ins().iadd_imm_s(length, count.add);
+        let zero = number(self, 0);
+        let sum = self.b.ins().smax(sum, zero);
+        let width = number(self, count.width);
+        let whole = if count.width == 1 { sum } else { self.b.ins().udiv(sum, width) };
+        let times = number(self, count.times);
+        let turns = if count.times == 1 { whole } else { self.b.ins().imul(whole, times) };
+        let most = number(self, extent as i64);
+        Ok(Val::One(self.b.ins().umin(turns, most)))
+    }
+
+    fn range_begin(
+        &mut self,
+        from: Option<&Val>,
+        to: &Val,
+        carried: &[Val],
+    ) -> Emitted<(Value, Vec<Val>)> {
+        let from = match from {
+            Some(from) => self.one(from)?,
+            None => self.b.ins().iconst(types::I64, 0),
+        };
+        let to = self.one(to)?;
+        Ok(self.begin(from, to, carried, true))
     }
 
     fn loop_end(&mut self, next: &[Val]) -> Vec<Val> {
-        let Some(Open::Loop { header, exit, turn, extent, carried }) = self.open.pop() else {
+        let Some(Open::Loop { header, exit, turn, end, carried }) = self.open.pop() else {
             unreachable!("loops end in the order in which they begin")
         };
         let after = self.b.ins().iadd_imm_s(turn, 1);
-        let more = self.b.ins().icmp_imm_s(IntCC::SignedLessThan, after, extent as i64);
+        let more = self.b.ins().icmp(IntCC::SignedLessThan, after, end);
         let values = flat(next);
         let mut all = vec![after];
         all.extend(&values);

@@ -3,10 +3,11 @@
 use iced_x86::{Code, OpKind};
 use regalloc2::{RegClass, VReg};
 
-use super::ssa::Arg;
+use super::lanes::Val;
+use super::ssa::{Arg, Ask};
 use super::{Open, Wide};
 use crate::backend::cpu::emit::{Emitted, Unsupported};
-use crate::loops::ir::BufferId;
+use crate::loops::ir::{BufferId, Count};
 
 /// A loop variable, by the number of its loop, or what is computed of the parallel one.
 ///
@@ -36,6 +37,8 @@ pub enum Span {
     Extent(usize),
     /// From one register to another.
     Range(VReg, VReg),
+    /// The same, perhaps without a turn; the second is less than the number.
+    Perhaps(VReg, VReg, i64),
 }
 
 /// A loop with its counters.
@@ -177,6 +180,51 @@ impl Wide {
         Ok(sum)
     }
 
+    /// A number of turns that the run decides.
+    pub fn turns_of(&mut self, dims: BufferId, count: Count, extent: usize) -> Emitted<Val> {
+        // Within the parallel loop it hangs on nothing inside.
+        let block = if self.head != self.body { self.head } else { self.current };
+        let Count { dim, add, width, times } = count;
+        let address = self.place(dims, &[], i64::from(dim) * 8)?;
+        let args = [Arg::Gpr(0), address.operand(1)];
+        let registers = address.registers();
+        let length = self.code.make(block, RegClass::Int, Code::Mov_r64_rm64, &args, &registers);
+        let add = self.int(block, add);
+        let sum = self.sum(block, length, add);
+        let zero = self.int(block, 0);
+        let sum = self.greater(block, sum, zero);
+        // The most that still gives `extent`: it bounds what is divided.
+        let most = (extent as i64 / times + 1).saturating_mul(width) - 1;
+        let number = self.int(block, most);
+        let sum = self.less(block, sum, number);
+        let whole = self.quotient(block, sum, width as usize, most as usize + 1)?;
+        let turns = self.times(block, whole, times);
+        let number = self.int(block, extent as i64);
+        let turns = self.less(block, turns, number);
+        self.homes.insert(turns, block);
+        Ok(Val::Int(turns, extent as i64 + 1))
+    }
+
+    /// The less of two integers.
+    fn less(&mut self, block: usize, x: VReg, y: VReg) -> VReg {
+        let first = self.code.ask(block, Ask::Lt, x, y);
+        self.chosen(block, first, x, y)
+    }
+
+    /// The greater of two integers.
+    fn greater(&mut self, block: usize, x: VReg, y: VReg) -> VReg {
+        let first = self.code.ask(block, Ask::Lt, y, x);
+        self.chosen(block, first, x, y)
+    }
+
+    /// x where `first` is 1, y where it is 0: y + (x - y) * first
+    fn chosen(&mut self, block: usize, first: VReg, x: VReg, y: VReg) -> VReg {
+        let args = [Arg::Gpr(0), Arg::Gpr(2)];
+        let ahead = self.code.change(block, Code::Sub_r64_rm64, &args, &[x, y], 1);
+        let ahead = self.code.change(block, Code::Imul_r64_rm64, &args, &[ahead, first], 1);
+        self.sum(block, y, ahead)
+    }
+
     /// The address of `sum of int * factor + offset` in a buffer.
     pub fn place(
         &mut self,
@@ -249,6 +297,7 @@ impl Wide {
             Int::Loop(id) => match self.loops[id].span {
                 Span::Extent(extent) => i64::try_from(extent).ok(),
                 Span::Range(..) => Some(self.turns),
+                Span::Perhaps(_, _, limit) => Some(limit - 1),
             },
             Int::Value(x) => self.limits.get(&x).copied(),
         }

@@ -27,11 +27,11 @@ use regalloc2::{RegClass, VReg};
 use self::address::{Address, Counted, Int, Span};
 use self::isa::Level;
 use self::lanes::Val;
-use self::ssa::{Arg, Builder, Test};
+use self::ssa::{Arg, Ask, Builder, Test};
 use super::clif::Compiled;
 use super::emit::{Access, Bits, Emitted, Machine, Unsupported, emit};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
-use crate::loops::ir::{BufferId, Loops, Number, Scope};
+use crate::loops::ir::{BufferId, Count, Loops, Number, Scope};
 
 /// Compiles a kernel for AVX2 (8 lanes) or AVX-512 (16).
 pub fn compile(loops: &Loops, lanes: usize, texts: bool) -> Emitted<Compiled> {
@@ -149,7 +149,8 @@ impl Wide {
     }
 
     /// Ends the innermost loop: its counters step, and one of them decides.
-    fn end(&mut self, next: Vec<VReg>) {
+    /// Returns what it carried, as it is after the loop.
+    fn end(&mut self, next: Vec<VReg>) -> Vec<VReg> {
         let Some(Open::Loop(id, mut first)) = self.open.pop() else {
             unreachable!("loops end in the order in which they begin")
         };
@@ -157,7 +158,8 @@ impl Wide {
         let Counted { before, header, span, ref counters } = self.loops[id];
         let counters = counters.clone();
         let latch = self.current;
-        let mut again = next;
+        let mut again = next.clone();
+        let entered = first.clone();
         let mut decisive = driver;
         // The deciding counter steps last, next to its test.
         for &(step, counter) in counters.iter().rev() {
@@ -167,7 +169,7 @@ impl Wide {
         for &(step, _) in counters.iter() {
             first.push(match span {
                 Span::Extent(_) => self.int(before, 0),
-                Span::Range(begin, _) => self.times(before, begin, step),
+                Span::Range(begin, _) | Span::Perhaps(begin, ..) => self.times(before, begin, step),
             });
         }
         let at = again.len() - counters.len();
@@ -180,16 +182,31 @@ impl Wide {
                     Err(_) => (Test::Differ, vec![decisive, self.int(before, last)]),
                 }
             }
-            Span::Range(_, end) => {
+            Span::Range(_, end) | Span::Perhaps(_, end, _) => {
                 (Test::Differ, vec![decisive, self.times(before, end, driving_step)])
             }
         };
-        self.code.jump(before, header, &first);
-        // Only jumps carry values: the way back is a block of its own.
-        let (back, exit) = (self.code.block(), self.code.block());
+        // Only jumps carry values: ways in and back are blocks of their own.
+        let Span::Perhaps(begin, end, _) = span else {
+            self.code.jump(before, header, &first);
+            let (back, exit) = (self.code.block(), self.code.block());
+            self.code.branch(latch, test, &uses, back, exit);
+            self.code.jump(back, header, &again);
+            self.current = exit;
+            return next;
+        };
+        let some = self.code.ask(before, Ask::Lt, begin, end);
+        let (enter, skip) = (self.code.block(), self.code.block());
+        self.code.branch(before, Test::NonZero, &[some], enter, skip);
+        self.code.jump(enter, header, &first);
+        let (back, exit, after) = (self.code.block(), self.code.block(), self.code.block());
+        let carried = next.iter().map(|r| self.code.param(after, r.class())).collect();
         self.code.branch(latch, test, &uses, back, exit);
         self.code.jump(back, header, &again);
-        self.current = exit;
+        self.code.jump(exit, after, &next);
+        self.code.jump(skip, after, &entered);
+        self.current = after;
+        carried
     }
 }
 
@@ -213,9 +230,32 @@ impl Machine for Wide {
         (Int::Loop(id), inside)
     }
 
+    fn count(&mut self, dims: BufferId, count: Count, extent: usize) -> Emitted<Val> {
+        self.turns_of(dims, count, extent)
+    }
+
+    fn range_begin(
+        &mut self,
+        from: Option<&Val>,
+        to: &Val,
+        carried: &[Val],
+    ) -> Emitted<(Int, Vec<Val>)> {
+        let before = carried.iter().map(|v| self.register(v)).collect();
+        let from = match from {
+            Some(from) => self.register(from),
+            None => self.int(self.current, 0),
+        };
+        let Val::Int(to, limit) = *to else {
+            return Err(Unsupported("a loop to what is no count".into()));
+        };
+        let (id, inside) = self.begin(Span::Perhaps(from, to, limit), before);
+        let inside = carried.iter().zip(inside).map(|(v, r)| v.like(r)).collect();
+        Ok((Int::Loop(id), inside))
+    }
+
     fn loop_end(&mut self, next: &[Val]) -> Vec<Val> {
         let registers: Vec<VReg> = next.iter().map(|v| self.register(v)).collect();
-        self.end(registers.clone());
+        let registers = self.end(registers);
         let carries = |open: &Open| matches!(open, Open::Loop(_, carried) if !carried.is_empty());
         let last = !self.open.iter().any(carries);
         let after = registers.into_iter().map(|r| if last { self.parted(r) } else { r });

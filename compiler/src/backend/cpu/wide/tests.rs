@@ -55,6 +55,7 @@ fn pressing(count: usize, turns: usize, lanes: usize) -> Loops {
             buffer(lanes * count, Scope::Global, Param::Out),
             buffer(count, Scope::Register, Param::None),
         ],
+        ranges: Vec::new(),
         body: vec![vector(read), sums, vector(write)],
     }
 }
@@ -79,7 +80,7 @@ fn model(
         .zip(buffers)
         .map(|(b, data)| match b.param {
             Param::Arg(_) => Lent::Read(bytemuck::cast_slice(data)),
-            Param::Scratch(_) | Param::Out | Param::None => {
+            Param::Scratch(_) | Param::Out | Param::Dims | Param::None => {
                 Lent::Write(bytemuck::cast_slice_mut(data))
             }
         })
@@ -154,7 +155,7 @@ fn kernel(lens: [usize; 2], body: Vec<Stmt>) -> Loops {
         buffer(lens[1], Scope::Global, Param::Out),
         buffer(32, Scope::Register, Param::None),
     ];
-    Loops { name: "k".into(), buffers, body }
+    Loops { name: "k".into(), buffers, ranges: Vec::new(), body }
 }
 
 fn two(f: BinaryFn, x: Expr, y: Expr) -> Expr {

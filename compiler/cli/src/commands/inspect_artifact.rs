@@ -1,0 +1,69 @@
+//! `kiln inspect` of a compiled model: what it is for, and what it consists of.
+
+use std::path::Path;
+
+use kiln::error::sanitize;
+use kiln::manifest::{Weights, hex};
+use kiln::plan::Port;
+use serde_json::{Value, json};
+
+use crate::commands::model_name;
+use crate::commands::ready::opened;
+use crate::failure::Failure;
+use crate::term::{Term, bytes};
+
+/// Prints what the file says of itself. Nothing of it runs.
+pub fn run(path: &Path, term: &Term) -> Result<(), Failure> {
+    let file = opened(path, term)?;
+    let (manifest, name) = (&file.manifest, model_name(path));
+    let plan = &manifest.plan;
+    let here = file.check_machine().err().map(|error| sanitize(&error.to_string()));
+    let ports = |ports: &[Port]| -> Vec<String> {
+        ports.iter().map(|port| sanitize(&port.to_string())).collect()
+    };
+    let (inputs, outputs) = (ports(&plan.inputs), ports(&plan.outputs));
+    let (size, text_size) = (file.file_bytes() as u64, file.sections.text.len() as u64);
+    let weights = manifest.weights.bytes() as u64;
+    let beside = match &manifest.weights {
+        Weights::Inside { .. } => None,
+        Weights::External { file, .. } => Some(sanitize(file)),
+    };
+    let features: Vec<String> = manifest.features.iter().map(|name| sanitize(name)).collect();
+    let (producer, target) = (sanitize(&manifest.producer), sanitize(&manifest.target));
+    let (prefix, hash) = (sanitize(&manifest.name), hex(&manifest.model_hash));
+    let place = beside.as_ref().map_or(String::new(), |file| format!(" in {file}"));
+    let mut text = format!("{name}\n");
+    inputs.iter().for_each(|port| text += &format!("input     {port}\n"));
+    outputs.iter().for_each(|port| text += &format!("output    {port}\n"));
+    let dims: Vec<String> = plan.dims.iter().map(|dim| sanitize(&dim.to_string())).collect();
+    dims.iter().for_each(|dim| text += &format!("dim       {dim}\n"));
+    for (label, value) in [
+        ("producer", producer.clone()),
+        ("target", target.clone()),
+        ("needs", if features.is_empty() { "nothing".into() } else { features.join(" ") }),
+        ("here", here.clone().unwrap_or_else(|| "runs".into())),
+        ("model", format!("blake3 {hash}")),
+        ("prefix", prefix.clone()),
+        ("file", bytes(size)),
+        ("code", bytes(text_size)),
+        ("weights", format!("{}{place}", bytes(weights))),
+        ("arena", bytes(plan.arena_bytes as u64)),
+        ("kernels", format!("{} in {} steps", manifest.entries.len(), plan.steps.len())),
+    ] {
+        text += &format!("{label:<9} {value}\n");
+    }
+    for step in &plan.steps {
+        text += &format!("{:>9} {}\n", step.kernel, sanitize(&step.name));
+    }
+    let step =
+        |step: &kiln::plan::Step| json!({ "kernel": step.kernel, "name": sanitize(&step.name) });
+    let value = json!({
+        "artifact": name, "inputs": inputs, "outputs": outputs, "dims": dims, "producer": producer,
+        "target": target, "features": features, "runs_here": here.is_none(), "why": here,
+        "model_hash": hash, "prefix": prefix, "file_bytes": size, "text_bytes": text_size,
+        "weight_bytes": weights, "weights_file": beside, "arena_bytes": plan.arena_bytes,
+        "kernels": manifest.entries.len(),
+        "steps": plan.steps.iter().map(step).collect::<Vec<Value>>(),
+    });
+    term.report(value, &text)
+}

@@ -1,0 +1,94 @@
+//! What is run: a model that is compiled here, or a compiled one from a file.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use kiln::{ArtifactFile, Executable};
+
+use crate::args::{BuildArgs, CacheArgs, InputArgs, ModelArgs};
+use crate::commands::{compile, compiler, gather, model_name, open, threads, with_cache};
+use crate::failure::Failure;
+use crate::input::{self, Inputs};
+use crate::term::Term;
+
+/// A model with tensors for its inputs.
+pub struct Ready {
+    /// The model.
+    pub executable: Executable,
+    /// Its inputs.
+    pub inputs: Inputs,
+    /// How long it took to read the file; for a compiled model, to check and load it as well.
+    pub read: Duration,
+    /// How long it took to compile; a compiled model is so already.
+    pub compile: Option<Duration>,
+}
+
+/// Makes a model ready to run. `fallback` says whether inputs that are not given may be random.
+pub fn ready(
+    model: &ModelArgs,
+    build: &BuildArgs,
+    cache: &CacheArgs,
+    inputs: &InputArgs,
+    fallback: bool,
+    term: &Term,
+) -> Result<Ready, Failure> {
+    if kiln::is_artifact(&model.model) {
+        refuse_flags(model, build, cache)?;
+        let begin = Instant::now();
+        let file = opened(&model.model, term)?;
+        return loaded(file, &model.model, build, inputs, fallback, begin);
+    }
+    let (onnx, read) = open(model, term)?;
+    let compiler = with_cache(compiler(model, build), cache);
+    let (given, compiler) = gather(&onnx, inputs, fallback, &compiler)?;
+    let (executable, compile) = compile(&onnx, &compiler, term)?;
+    let inputs = given.complete(executable.inputs())?;
+    Ok(Ready { executable, inputs, read, compile: Some(compile) })
+}
+
+/// Opens a compiled model; nothing of it runs.
+pub fn opened(path: &Path, term: &Term) -> Result<ArtifactFile, Failure> {
+    Ok(term.during("read", None, || kiln::open_artifact(path))?)
+}
+
+/// Loads a compiled model that was opened from `path` at `begin`.
+pub fn loaded(
+    file: ArtifactFile,
+    path: &Path,
+    build: &BuildArgs,
+    inputs: &InputArgs,
+    fallback: bool,
+    begin: Instant,
+) -> Result<Ready, Failure> {
+    // SAFETY: the person named the file as one to be run; the help text says that it is code.
+    let executable = unsafe { kiln::load_opened(file, path, threads(build)) }?;
+    let read = begin.elapsed();
+    let names = executable.inputs().iter().map(|port| port.name.clone()).collect();
+    let inputs = input::gather(names, inputs, fallback)?.complete(executable.inputs())?;
+    Ok(Ready { executable, inputs, read, compile: None })
+}
+
+/// A flag that does nothing would be a promise that is not kept.
+pub fn refuse_flags(
+    model: &ModelArgs,
+    build: &BuildArgs,
+    cache: &CacheArgs,
+) -> Result<(), Failure> {
+    let flags = [
+        ("--dim", !model.dim.is_empty()),
+        ("--max-nodes", model.max_nodes.is_some()),
+        ("--max-memory", model.max_memory.is_some()),
+        ("--no-egraph", build.no_egraph),
+        ("--no-wide", build.no_wide),
+        ("--cache", cache.cache.is_some()),
+    ];
+    match flags.iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((flag, _)) => {
+            let name = model_name(&model.model);
+            let text =
+                format!("{flag} is for models that are compiled, {name} is compiled already");
+            Err(Failure::usage(text).help(format!("leave {flag} out, or give the .onnx file")))
+        }
+    }
+}

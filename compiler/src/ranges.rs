@@ -1,0 +1,170 @@
+//! Models for ranges of dims. A model is imported twice, for the most that its dims may be and for
+//! a little more: whatever number differs then hangs on a dim. Shapes may; a number that is
+//! computed with may not, because it would be that of the longest run in every run.
+
+use kiln_runtime::plan::PlanDim;
+
+use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::graph::op::{Op, Type};
+use crate::graph::text::{op_text, type_text};
+use crate::graph::used::{Span, is_mixed, iteration, span};
+use crate::graph::{Constant, Graph, Node, NodeId};
+
+/// How much longer each dim is in the second import: no two alike.
+const STEPS: [usize; 16] = [7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67];
+
+/// Lengths of the second import.
+pub fn longer(dims: &[PlanDim]) -> Vec<(String, usize)> {
+    let step = |(i, dim): (usize, &PlanDim)| (dim.name.clone(), dim.most + STEPS[i % 16]);
+    dims.iter().enumerate().map(step).collect()
+}
+
+/// The graph for the most that dims may be, proved to be right for all of their lengths; `longer`
+/// is the same model with longer dims.
+///
+/// # Errors
+/// All nodes that need a number where there is a range, at once.
+pub fn prove(graph: Graph, longer: &Graph) -> Result<Graph> {
+    let (graph, longer) = (graph.live(), longer.live());
+    let problems = match graph.nodes.len() == longer.nodes.len() {
+        true => Proof { graph: &graph, longer: &longer }.problems(),
+        false => vec![Diagnostic::new("K0110", "the length of a dim decides what is computed")],
+    };
+    if problems.is_empty() {
+        return Ok(graph);
+    }
+    let help = "compile for one length (--dim NAME=N); in process, `on_demand` compiles for each";
+    let problems = problems.into_iter().map(|problem| problem.help(help));
+    Err(Error { kind: ErrorKind::Model, diagnostics: problems.collect() })
+}
+
+struct Proof<'a> {
+    graph: &'a Graph,
+    longer: &'a Graph,
+}
+
+impl Proof<'_> {
+    fn problems(&self) -> Vec<Diagnostic> {
+        let nodes = self.graph.nodes.iter().zip(&self.longer.nodes);
+        let mut problems: Vec<Diagnostic> = nodes
+            .filter_map(|(node, other)| {
+                let problem = self.node(node, other).err()?;
+                Some(problem.node(node.origin.as_ref()).tensor(op_text(&node.op)))
+            })
+            .collect();
+        for (name, id) in &self.graph.outputs {
+            if (0..self.graph.ty(*id).rank()).any(|axis| self.hidden(*id, axis)) {
+                let what = "an output is as long as a dim that it does not depend on";
+                let problem = Diagnostic::new("K0110", what).tensor(name.clone());
+                problems.push(problem.found(type_text(self.graph.ty(*id))));
+            }
+        }
+        problems
+    }
+
+    /// Whether an axis is as long as a dim, though nothing that is in use in part went into it: it
+    /// is whole, and longer than the model means it to be.
+    fn hidden(&self, id: NodeId, axis: usize) -> bool {
+        let (ty, other) = (self.graph.ty(id), self.longer.ty(id));
+        ty.shape[axis] != other.shape[axis] && span(ty, axis).is_none()
+    }
+
+    fn node(&self, node: &Node, other: &Node) -> std::result::Result<(), Diagnostic> {
+        let differ = |what: &str| Err(Diagnostic::new("K0110", what));
+        if node.args != other.args || node.ty.rank() != other.ty.rank() {
+            return differ("the length of a dim decides what is computed");
+        }
+        if !self.same(&node.op, &other.op) {
+            let problem = Diagnostic::new("K0110", "the length of a dim is computed with");
+            return Err(problem.found(format!("also as {}", op_text(&other.op))));
+        }
+        if is_mixed(&node.ty) {
+            let what = "what is in use of an axis cannot be told any more";
+            return Err(Diagnostic::new("K0110", what).found(type_text(&node.ty)));
+        }
+        let hidden = |arg: usize, axis: usize| self.hidden(node.args[arg], axis);
+        let involved = match &node.op {
+            Op::Reduce(_, axes) => axes.iter().any(|&axis| hidden(0, axis.into())),
+            Op::Scan(_, axis) => hidden(0, (*axis).into()),
+            Op::Concat(axis) => (0..node.args.len()).any(|arg| hidden(arg, (*axis).into())),
+            Op::Pad(borders) => (0..borders.len()).any(|a| borders[a] != (0, 0) && hidden(0, a)),
+            Op::Window(axes) => {
+                let lead = node.ty.rank() - 2 * axes.len();
+                (0..axes.len()).any(|a| axes[a].0 != 1 && hidden(0, lead + a))
+            }
+            Op::Contract(contract) => {
+                let args = [0, 1].map(|k: usize| self.graph.ty(node.args[k]));
+                let spans = iteration(contract, args);
+                let Op::Contract(longer) = &other.op else { return Ok(()) };
+                let extents = contract.extents.iter().zip(&longer.extents).zip(spans);
+                let mut summed = extents.skip(contract.n_out);
+                summed.any(|((a, b), span)| a != b && span.is_none())
+            }
+            Op::Scatter(_) | Op::Composite(_) => (0..node.args.len())
+                .any(|arg| (0..self.graph.ty(node.args[arg]).rank()).any(|axis| hidden(arg, axis))),
+            Op::Input(_) | Op::Const(_) | Op::Iota(..) | Op::Unary(_) | Op::Binary(_) => false,
+            Op::Select | Op::Cast(_) | Op::Reshape(_) | Op::Permute(_) | Op::Expand(_) => false,
+            Op::Slice(_) | Op::Gather(_) | Op::Fused(_) => false,
+        };
+        match involved {
+            true => differ("an axis is as long as a dim that it does not depend on"),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether operations differ in extents only.
+    fn same(&self, op: &Op, other: &Op) -> bool {
+        match (op, other) {
+            (Op::Reshape(a), Op::Reshape(b)) | (Op::Expand(a), Op::Expand(b)) => a.len() == b.len(),
+            (Op::Iota(a, x), Op::Iota(b, y)) => a.len() == b.len() && x == y,
+            (Op::Slice(a), Op::Slice(b)) => {
+                a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a.0, a.1) == (b.0, b.1))
+            }
+            (Op::Contract(a), Op::Contract(b)) => a.n_out == b.n_out && a.maps == b.maps,
+            (Op::Const(a), Op::Const(b)) => {
+                let (a, b) = (*a as usize, *b as usize);
+                is_corner(&self.graph.constants[a], &self.longer.constants[b])
+            }
+            (a, b) => a == b,
+        }
+    }
+}
+
+/// Whether a constant is the first part of another along every axis: positions, masks.
+fn is_corner(small: &Constant, large: &Constant) -> bool {
+    if small.ty == large.ty {
+        let same = small.bytes.as_ptr() == large.bytes.as_ptr();
+        return same || small.bytes == large.bytes;
+    }
+    let (a, b): (&Type, &Type) = (&small.ty, &large.ty);
+    let fits = a.dtype == b.dtype && a.rank() == b.rank();
+    if !fits || a.shape.iter().zip(&b.shape).any(|(a, b)| a > b) || a.numel() == 0 {
+        return false;
+    }
+    let row = a.shape[a.rank() - 1] * a.dtype.bytes();
+    let mut index = vec![0; a.rank()];
+    small.bytes.chunks_exact(row).all(|found| {
+        let at = index.iter().zip(&b.shape).fold(0, |at, (i, extent)| at * extent + i);
+        let at = at * a.dtype.bytes();
+        // The next row of the small one.
+        for axis in (0..a.rank() - 1).rev() {
+            index[axis] += 1;
+            if index[axis] < a.shape[axis] {
+                break;
+            }
+            index[axis] = 0;
+        }
+        large.bytes[at..at + row] == *found
+    })
+}
+
+/// The types of inputs whose axes have names that are dims, with what is in use.
+pub fn in_use(ty: Type, axis: usize, name: &str, dims: &[PlanDim]) -> Type {
+    let mut ty = ty;
+    if let Some(dim) = dims.iter().position(|dim| dim.name == name)
+        && ty.shape[axis] > 1
+    {
+        ty.used.push((axis as u8, Span::Dim { dim: dim as u8, more: 0 }));
+    }
+    ty
+}

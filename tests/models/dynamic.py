@@ -1,0 +1,119 @@
+"""Models with named dims: batch, sequence, cached tokens. The tests compile each for ranges."""
+import os
+import sys
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from common import MODELS, Builder
+
+
+class Dynamic(Builder):
+    """Inputs and outputs with names for extents; no stored outputs."""
+
+    def input(self, name, *shape, dtype=TensorProto.FLOAT):
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def write(self, **outputs):
+        infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()]
+        graph = helper.make_graph(self.nodes, self.name, self.inputs, infos, self.weights)
+        opsets = [helper.make_opsetid("", self.opset)]
+        folder = os.path.join(MODELS, self.name)
+        os.makedirs(folder, exist_ok=True)
+        model = helper.make_model(graph, ir_version=8, opset_imports=opsets)
+        onnx.checker.check_model(model)
+        onnx.save(model, os.path.join(folder, "model.onnx"))
+
+    def named(self, value, name):
+        for node in self.nodes:
+            node.output[:] = [name if v == value else v for v in node.output]
+            node.input[:] = [name if v == value else v for v in node.input]
+
+    def linear(self, x, inputs, outputs):
+        weight = self.weight(inputs, outputs, scale=1 / np.sqrt(inputs))
+        return self.op("Add", self.op("MatMul", x, weight), self.weight(outputs, scale=0.02))
+
+    def heads(self, x, heads, width, order):
+        shape = self.ints(0, -1, heads, width // heads)
+        return self.op("Transpose", self.op("Reshape", x, shape), perm=order)
+
+    def norm(self, x, width):
+        return self.op("LayerNormalization", x, self.weight(width, scale=1.0),
+                       self.weight(width, scale=0.1), axis=-1, epsilon=1e-5)
+
+
+def cnn():
+    b = Dynamic("cnn")
+    x = b.input("x", "batch", 3, 12, 12)
+    x = b.op("Conv", x, b.weight(8, 3, 3, 3, fan_in=27), b.weight(8, scale=0.1), kernel_shape=[3, 3],
+             pads=[1, 1, 1, 1])
+    x = b.op("MaxPool", b.op("Relu", x), kernel_shape=[2, 2], strides=[2, 2])
+    x = b.op("GlobalAveragePool", b.op("Relu", b.op("Conv", x, b.weight(20, 8, 3, 3, fan_in=72))))
+    y = b.op("Softmax", b.dense(b.op("Flatten", x), 20, 10), axis=-1)
+    b.named(y, "y")
+    b.write(y=["batch", 10])
+
+
+def encoder(width=32, heads=2, hidden=48):
+    """Embedding by token and position, attention under a mask, and what a pooler takes."""
+    b = Dynamic("encoder", opset=20)
+    ids = b.input("ids", "batch", "sequence", dtype=TensorProto.INT64)
+    mask = b.input("mask", "batch", "sequence")
+    x = b.op("Gather", b.weight(50, width, scale=1.0), ids, axis=0)
+    length = b.op("Gather", b.op("Shape", ids), b.constant(np.array(1, np.int64)), axis=0)
+    positions = b.op("Range", b.constant(np.array(0, np.int64)), length,
+                     b.constant(np.array(1, np.int64)))
+    x = b.op("Add", x, b.op("Gather", b.weight(100, width, scale=0.3), positions, axis=0))
+    x = b.norm(x, width)
+    for _ in range(2):
+        q, v = (b.heads(b.linear(x, width, width), heads, width, [0, 2, 1, 3]) for _ in range(2))
+        k = b.heads(b.linear(x, width, width), heads, width, [0, 2, 3, 1])
+        scores = b.op("Mul", b.op("MatMul", q, k), b.number(1 / np.sqrt(width // heads)))
+        hidden_mask = b.op("Mul", b.op("Sub", mask, b.number(1)), b.number(10000))
+        hidden_mask = b.op("Unsqueeze", hidden_mask, b.ints(1, 2))
+        scores = b.op("Softmax", b.op("Add", scores, hidden_mask), axis=-1)
+        y = b.op("Transpose", b.op("MatMul", scores, v), perm=[0, 2, 1, 3])
+        y = b.linear(b.op("Reshape", y, b.ints(0, -1, width)), width, width)
+        x = b.norm(b.op("Add", x, y), width)
+        h = b.linear(b.op("Gelu", b.linear(x, width, hidden)), hidden, width)
+        x = b.norm(b.op("Add", x, h), width)
+    first = b.op("Tanh", b.linear(b.op("Gather", x, b.constant(np.array(0, np.int64)), axis=1),
+                                  width, width))
+    b.named(x, "states")
+    b.named(first, "pooled")
+    b.write(states=["batch", "sequence", width], pooled=["batch", width])
+
+
+def decoder(width=32, heads=2):
+    """One step of attention with a cache: what was seen before comes in, and goes out longer."""
+    b = Dynamic("decoder")
+    size = width // heads
+    x = b.input("x", "batch", 1, width)
+    past_k = b.input("past_k", "batch", heads, "past", size)
+    past_v = b.input("past_v", "batch", heads, "past", size)
+    q, k, v = (b.heads(b.linear(x, width, width), heads, width, [0, 2, 1, 3]) for _ in range(3))
+    k = b.op("Concat", past_k, k, axis=2)
+    v = b.op("Concat", past_v, v, axis=2)
+    scores = b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2]))
+    scores = b.op("Softmax", b.op("Mul", scores, b.number(1 / np.sqrt(size))), axis=-1)
+    y = b.op("Transpose", b.op("MatMul", scores, v), perm=[0, 2, 1, 3])
+    y = b.linear(b.op("Reshape", y, b.ints(0, -1, width)), width, width)
+    for value, name in ((y, "y"), (k, "present_k"), (v, "present_v")):
+        b.named(value, name)
+    cache = ["batch", heads, "past + 1", size]
+    b.write(y=["batch", 1, width], present_k=cache, present_v=cache)
+
+
+def mean():
+    """Divides by the length of a dim: no code for a range can have that as a number."""
+    b = Dynamic("mean")
+    y = b.op("ReduceMean", b.input("x", "batch", "sequence", 8), axes=[1], keepdims=0)
+    b.named(y, "y")
+    b.write(y=["batch", 8])
+
+
+for model in (cnn, encoder, decoder, mean):
+    model()
+print("  models with named dims", file=sys.stderr)
