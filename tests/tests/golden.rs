@@ -12,7 +12,9 @@ use kiln::error::Diagnostic;
 use kiln::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
 use kiln::graph::{Graph, NodeId};
 use kiln::tensor::{DType, Tensor};
-use kiln_tests::{Random, Tolerance, compilers, difference, interpret, run_compiled, skip};
+use kiln_tests::{
+    Random, Tolerance, compilers, difference, interpret, old_compiler, run_compiled, skip,
+};
 
 type Added = Result<NodeId, Diagnostic>;
 
