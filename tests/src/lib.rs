@@ -79,18 +79,22 @@ pub fn run_compiled(
 }
 
 /// The ways of compiling that must all give right results, with their names.
-pub fn compilers() -> Vec<(&'static str, Compiler)> {
+pub fn compilers() -> [(&'static str, Compiler); 3] {
     let compiler = Compiler::new().verify_code(true);
-    let mut all = vec![
+    [
         ("compiled", compiler.clone()),
         ("compiled without the e-graph", compiler.clone().egraph(false)),
-        ("compiled without wide vectors", compiler.clone().wide(false)),
-    ];
-    if cfg!(target_arch = "x86_64") {
+        ("compiled without wide vectors", compiler.wide(false)),
+    ]
+}
+
+/// One that makes code for CPUs without AVX and FMA, where this is a CPU of that architecture.
+pub fn old_compiler() -> Option<(&'static str, Compiler)> {
+    cfg!(target_arch = "x86_64").then(|| {
         let old = Cpu::named(None, Some("x86-64-v2")).expect("a level of x86-64");
-        all.push(("compiled for a CPU without AVX and FMA", compiler.target(old)));
-    }
-    all
+        let compiler = Compiler::new().verify_code(true).target(old);
+        ("compiled for a CPU without AVX and FMA", compiler)
+    })
 }
 
 /// Makes code for a CPU, which this machine need not be able to run.

@@ -12,7 +12,9 @@ use kiln::error::Diagnostic;
 use kiln::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
 use kiln::graph::{Graph, NodeId};
 use kiln::tensor::{DType, Tensor};
-use kiln_tests::{Random, Tolerance, compilers, difference, interpret, run_compiled, skip};
+use kiln_tests::{
+    Random, Tolerance, compilers, difference, interpret, old_compiler, run_compiled, skip,
+};
 
 type Added = Result<NodeId, Diagnostic>;
 
@@ -173,7 +175,7 @@ fn the_models_compute_what_they_mean() {
         let graph = graph(make);
         let x = Random::new(2).tensor(&graph.inputs[0].1.shape);
         let want: Tensor = interpret(&graph, std::slice::from_ref(&x)).remove(0);
-        for (way, compiler) in compilers() {
+        for (way, compiler) in compilers().into_iter().chain(old_compiler()) {
             let got = run_compiled(&graph, std::slice::from_ref(&x), &compiler).expect(name);
             let found = difference(&got[0], &want, Tolerance { rtol: 1e-5, atol: 1e-5 });
             assert_eq!(found, None, "{name} {way}");

@@ -9,7 +9,7 @@ use kiln::graph::op::Type;
 use kiln::graph::{Graph, NodeId, Origin};
 use kiln::tensor::{DType, Tensor};
 use kiln_tests::machines::{Emulator, emulators, machines};
-use kiln_tests::{compilers, emit_for, interpret, run_compiled};
+use kiln_tests::{compilers, emit_for, interpret, old_compiler, run_compiled};
 use proptest::test_runner::TestCaseError;
 use tch::Kind;
 
@@ -194,12 +194,14 @@ impl Trial {
         let mut graph = self.graph.clone();
         let mut kept = self.wants.iter();
         graph.outputs.retain(|_| kept.next().is_some_and(|w| !w.interpreted_only));
-        for (name, compiler) in compilers() {
+        let rare = rare(&graph);
+        let old = old_compiler().filter(|_| rare);
+        for (name, compiler) in compilers().into_iter().chain(old) {
             let got = run_compiled(&graph, &self.inputs, &compiler)
                 .map_err(|e| TestCaseError::fail(format!("{name}: {e}")))?;
             compare(name, &got, &compiled)?;
         }
-        if rare(&graph) {
+        if rare {
             self.check_elsewhere(&graph, &compiled)?;
         }
         Ok(())
@@ -208,14 +210,15 @@ impl Trial {
     /// Compiles for other architectures, and runs what there is an emulator for.
     fn check_elsewhere(&self, graph: &Graph, wants: &[&Want]) -> Checked {
         let fail = |cpu: &Cpu, why: &dyn std::fmt::Display| {
-            Err(TestCaseError::fail(format!("{}: {why}", cpu.triple.name)))
+            TestCaseError::fail(format!("{}: {why}", cpu.triple.name))
         };
         for Emulator { cpu, .. } in emulators() {
-            emit_for(cpu.clone(), graph).or_else(|e| fail(&cpu, &e))?;
+            emit_for(cpu.clone(), graph).map_err(|e| fail(&cpu, &e))?;
         }
         for machine in machines() {
             let mut machine = machine.lock().unwrap_or_else(|e| e.into_inner());
-            let got = machine.run(graph, &self.inputs).or_else(|e| fail(machine.cpu(), &e))?;
+            let got = machine.run(graph, &self.inputs);
+            let got = got.map_err(|e| fail(machine.cpu(), &e))?;
             compare(machine.cpu().triple.name, &got, wants)?;
         }
         Ok(())
