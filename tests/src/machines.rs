@@ -121,7 +121,7 @@ impl Machine {
         }
         let output = |(i, (_, node)): (usize, &(String, _))| {
             let bytes = fs::read(path(&format!("output_{i}.bin"))).map_err(|e| e.to_string())?;
-            let Type { dtype, shape } = graph.ty(*node);
+            let Type { dtype, shape, .. } = graph.ty(*node);
             Tensor::from_bytes(*dtype, shape, &bytes).ok_or("an output of another size".into())
         };
         graph.outputs.iter().enumerate().map(output).collect()
