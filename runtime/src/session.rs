@@ -58,7 +58,7 @@ pub enum RunError {
         expected: Port,
     },
     /// An extent that the model was not compiled for.
-    #[error("axis {axis} of `{}` makes dim `{}` {found}, expected {} to {}", port.name, dim.name,
+    #[error("axis {axis} of `{port}` makes dim `{}` {found}, expected {} to {}", dim.name,
         dim.least, dim.most)]
     Range {
         /// The axis.
@@ -67,12 +67,11 @@ pub enum RunError {
         found: i64,
         /// The dim.
         dim: PlanDim,
-        /// The input.
-        port: Port,
+        /// The name of the input.
+        port: String,
     },
     /// Inputs that do not agree.
-    #[error("axis {axis} of `{}` makes dim `{dim}` {found}, an earlier input made it {before}",
-        port.name)]
+    #[error("axis {axis} of `{port}` makes dim `{dim}` {found}, an earlier input made it {before}")]
     Differ {
         /// The axis.
         axis: usize,
@@ -82,8 +81,8 @@ pub enum RunError {
         before: i64,
         /// The dim.
         dim: String,
-        /// The input.
-        port: Port,
+        /// The name of the input.
+        port: String,
     },
     /// A tensor with another number of bytes than its shape says.
     #[error("`{}` has {found} bytes, expected {expected_bytes} for {expected}", expected.name)]
@@ -447,11 +446,12 @@ fn lengths(plan: &Plan, inputs: &[TensorView<'_>]) -> Result<Dims, RunError> {
             let found = i64::try_from(extent).unwrap_or(i64::MAX) - more;
             let range = &plan.dims[dim];
             if !usize::try_from(found).is_ok_and(|n| (range.least..=range.most).contains(&n)) {
-                let (dim, port) = (range.clone(), port.clone());
+                let (dim, port) = (range.clone(), port.name.clone());
                 return Err(RunError::Range { axis, found, dim, port });
             }
             if known[dim] && dims[dim] != found {
-                let (before, dim, port) = (dims[dim], range.name.clone(), port.clone());
+                let (before, dim) = (dims[dim], range.name.clone());
+                let port = port.name.clone();
                 return Err(RunError::Differ { axis, found, before, dim, port });
             }
             (known[dim], dims[dim]) = (true, found);

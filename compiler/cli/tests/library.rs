@@ -5,7 +5,7 @@ use std::path::Path;
 use kiln::error::ErrorKind;
 use kiln::npz::read_npz;
 use kiln::tensor::{DType, Tensor, TensorView, TensorViewMut};
-use kiln::{Compiler, Executable, Limits, Model};
+use kiln::{Compiler, Executable, Form, Kind, Limits, Model};
 
 const IMAGES: usize = 32;
 
@@ -127,4 +127,28 @@ fn an_executable_outlives_its_model_and_compiler() {
     let clone = executable.clone();
     drop(executable);
     assert_eq!(run(&clone).shape(), [IMAGES, 10]);
+}
+
+#[test]
+fn a_compiled_file_gives_what_the_model_gives() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("digits.so");
+    let model = Model::open(shipped("digits.onnx"), &Limits::default()).expect("the model");
+    let form = Form { kind: Kind::Shared, name: "digits".into(), weights: None };
+    let compiler = Compiler::new().dim("batch", IMAGES);
+    let package = compiler.package(&model, &form).expect("it compiles");
+    std::fs::write(&path, &package.file).expect("a file");
+    let expected = run(&executable(1));
+    for threads in [1, 2] {
+        // SAFETY: the file was written above.
+        let loaded = unsafe { kiln::load(&path, threads) }.expect("a sound file");
+        assert!(loaded.artifact().constants.is_mapped());
+        assert!(run(&loaded) == expected);
+    }
+    let file = kiln::open_artifact(&path).expect("a sound file");
+    assert_eq!((file.file_bytes(), file.manifest.model_hash), (package.file.len(), model.hash()));
+    std::fs::write(&path, &package.file[1..]).expect("a file");
+    // SAFETY: it is refused.
+    let error = unsafe { kiln::load(&path, 1) }.expect_err("a damaged file");
+    assert!(error.kind == ErrorKind::Io && error.to_string().contains("digits.so"), "{error}");
 }
