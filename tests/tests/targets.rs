@@ -1,18 +1,14 @@
-//! Code for machines that this one is not: run where there is an emulator, else looked at.
+//! Code for machines that this one is not, run by emulators.
 
 use kiln::backend::cpu::Cpu;
-use kiln::backend::cpu::target::{Arch, System, TRIPLES};
 use kiln::graph::Graph;
 use kiln::graph::eval::Value;
 use kiln::onnx::{ImportOptions, import};
 use kiln::tensor::Tensor;
-use kiln::{Compiler, Executable, Form, Kind, Limits, Model};
+use kiln::{Compiler, Executable, Form, Kind};
 use kiln_tests::cases::{Case, read_case};
 use kiln_tests::machines::{Emulator, Machine, machines};
 use kiln_tests::{Tolerance, difference, oracle, run_compiled, skip};
-use object::{
-    BinaryFormat, Object, ObjectSection, ObjectSymbol, RelocationTarget, SectionKind, SymbolKind,
-};
 
 /// Small enough to be emulated in seconds.
 const MODELS: [&str; 6] =
@@ -151,66 +147,4 @@ fn levels_agree_on_models() {
             check(&format!("{name} for {level}"), &got, &case.outputs);
         }
     }
-}
-
-/// Objects of every target: functions are there by the names that C has for them, and everything
-/// that is referred to is in the file, but for what the systems' linkers bring.
-#[test]
-fn objects_are_whole() {
-    let Some(models) = oracle("models") else { return };
-    let path = models.join("cnn_b1/model.onnx");
-    let model = Model::open(path, &Limits::default()).expect("a model");
-    for triple in TRIPLES {
-        let cpu = Cpu::named(Some(triple.name), None).expect("a known target");
-        let form = Form { kind: Kind::Object, name: "net".into(), weights: None };
-        let package = Compiler::new().target(cpu).package(&model, &form);
-        let package = package.unwrap_or_else(|e| panic!("{}: {e}", triple.name));
-        let file = object::File::parse(&*package.file).expect("an object file");
-        let (format, prefix) = match triple.system {
-            System::Linux => (BinaryFormat::Elf, ""),
-            System::Darwin => (BinaryFormat::MachO, "_"),
-            System::Windows => (BinaryFormat::Coff, ""),
-        };
-        let architecture = match triple.arch {
-            Arch::X86_64 => object::Architecture::X86_64,
-            Arch::Aarch64 => object::Architecture::Aarch64,
-            Arch::Riscv64 => object::Architecture::Riscv64,
-        };
-        assert_eq!((file.format(), file.architecture()), (format, architecture));
-        for function in ["run", "run_with", "scratch_size", "input", "output", "status_text"] {
-            let name = format!("{prefix}net_{function}");
-            let symbol = file.symbol_by_name(&name).unwrap_or_else(|| panic!("no {name}"));
-            assert!(symbol.is_global() && symbol.is_definition(), "{name}");
-            assert_eq!(symbol.kind(), SymbolKind::Text, "{name}");
-        }
-        let mut open = file.symbols().filter(|s| s.is_undefined() && s.name() != Ok(""));
-        let open = open.next().map(|s| s.name().map(String::from));
-        assert_eq!(open, None, "{}: a name that is not in the file", triple.name);
-        let relocations = resolvable(&file);
-        assert!(relocations > 10, "{}: {relocations} relocations", triple.name);
-    }
-}
-
-/// Counts relocations; each leads to a place in a section of the file.
-fn resolvable(file: &object::File) -> usize {
-    let mut count = 0;
-    for section in file.sections() {
-        for (offset, relocation) in section.relocations() {
-            assert!(offset < section.size());
-            let (index, at) = match relocation.target() {
-                RelocationTarget::Symbol(index) => {
-                    let symbol = file.symbol_by_index(index).expect("a symbol of the file");
-                    (symbol.section_index(), symbol.address())
-                }
-                RelocationTarget::Section(index) => (Some(index), 0),
-                other => panic!("{other:?}"),
-            };
-            let target = index.map(|i| file.section_by_index(i).expect("a section of the file"));
-            let target = target.expect("a symbol with a place");
-            assert!(at <= target.address() + target.size(), "{:?}", target.name());
-            assert_ne!(target.kind(), SectionKind::Debug);
-            count += 1;
-        }
-    }
-    count
 }

@@ -105,6 +105,42 @@ fn compile_writes_every_stage_and_equal_bytes() {
 }
 
 #[test]
+fn compile_makes_files_for_other_machines() {
+    let folder = Folder::new();
+    let model = shipped("digits.onnx");
+    let cases: [(&str, &str, &[u8]); 5] = [
+        ("riscv64gc-unknown-linux-gnu", "a.so", b"\x7fELF"),
+        ("aarch64-unknown-linux-gnu", "b.o", b"\x7fELF"),
+        ("aarch64-apple-darwin", "c.o", b"\xcf\xfa\xed\xfe"),
+        ("x86_64-apple-darwin", "d.a", b"!<arch>\n"),
+        ("x86_64-pc-windows-msvc", "e.lib", b"!<arch>\n"),
+    ];
+    for (target, name, magic) in cases {
+        let path = folder.path(name);
+        let flags = ["--target", target, "--dim", "batch=1", "-q"];
+        expect(0, &[&["compile", &model, "-o", &path], &flags[..]].concat());
+        assert!(fs::read(&path).expect("a file").starts_with(magic), "{target}");
+    }
+    let refused = |flags: &[&str]| {
+        let path = folder.path("f.so");
+        expect(2, &[&["compile", &model, "-o", &path, "--dim", "batch=1"], flags].concat()).1
+    };
+    let text = refused(&["--target", "x86_64-apple-darwin"]);
+    assert!(text.contains("write an object or a static library"), "{text}");
+    let text = refused(&["--target", "aarch64-unknown-linux-gn"]);
+    assert!(text.contains("did you mean `aarch64-unknown-linux-gnu`?"), "{text}");
+    if cfg!(target_arch = "x86_64") {
+        let text = refused(&["--cpu", "x86-64v3"]);
+        assert!(text.contains("did you mean `x86-64-v3`?"), "{text}");
+        let path = folder.path("multi.so");
+        let flags = ["--cpu", "multi", "--dim", "batch=1", "-q"];
+        expect(0, &[&["compile", &model, "-o", &path], &flags[..]].concat());
+        let (text, _) = expect(0, &["inspect", &path]);
+        assert!(text.contains("\nneeds     sse3") && text.contains("\nfaster    movbe avx fma"));
+    }
+}
+
+#[test]
 fn wrong_requests_end_with_code_2() {
     let folder = Folder::new();
     let model = shipped("digits.onnx");

@@ -78,6 +78,15 @@ pub struct Contents<'a> {
 
 /// The files of a compiled model.
 pub fn package(contents: Contents, form: &Form, verify: bool) -> Result<Package> {
+    let target = contents.sets.first().map(|(cpu, _)| cpu.triple);
+    if let Some(triple) = target.filter(|t| form.kind == Kind::Shared && t.system != System::Linux)
+    {
+        let message = "a shared library for this system is made by its own linker";
+        let diagnostic = Diagnostic::new("K0902", message)
+            .found(format!("target {}", triple.name))
+            .help("write an object or a static library, and link that there");
+        return Err(Error::new(ErrorKind::Usage, diagnostic));
+    }
     files(contents, form, verify).map_err(|why| {
         let diagnostic = Diagnostic::new("K0901", "the file of a compiled model").found(why);
         Error::new(ErrorKind::Model, diagnostic)
@@ -139,7 +148,7 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
     };
     seal(&mut file, &manifest)?;
     if form.kind == Kind::Archive {
-        file = object::archive(&file, &format!("{}.o", form.name), apple(cpu))?;
+        file = object::archive(&file, &format!("{}.o", form.name), cpu.triple.system)?;
     }
     Ok(Package { file, header, weights: external.then_some(constants) })
 }
@@ -193,8 +202,4 @@ fn seal(file: &mut [u8], manifest: &[u8]) -> Packed<()> {
     let at = at.filter(|&at| file[at..].starts_with(manifest));
     manifest::seal(file, at.ok_or_else(|| failed("the manifest is not where it was put"))?);
     Ok(())
-}
-
-fn apple(cpu: &Cpu) -> bool {
-    cpu.triple.system == System::Darwin
 }

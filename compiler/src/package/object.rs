@@ -13,6 +13,7 @@ use super::driver::{Parts, define};
 use super::{Packed, failed};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::clif::target_isa;
+use crate::backend::cpu::target::System;
 
 /// An object without its weights, and where each kernel starts in its text.
 pub struct Code<'a> {
@@ -80,8 +81,12 @@ impl<'a> Code<'a> {
 }
 
 /// A static library of one object.
-pub fn archive(object: &[u8], member: &str, apple: bool) -> Packed<Vec<u8>> {
-    let kind = if apple { ArchiveKind::Darwin } else { ArchiveKind::Gnu };
+pub fn archive(object: &[u8], member: &str, system: System) -> Packed<Vec<u8>> {
+    let kind = match system {
+        System::Linux => ArchiveKind::Gnu,
+        System::Darwin => ArchiveKind::Darwin,
+        System::Windows => ArchiveKind::Coff,
+    };
     let member = NewArchiveMember::new(object, &DEFAULT_OBJECT_READER, member.to_string());
     let mut out = std::io::Cursor::new(Vec::new());
     ar_archive_writer::write_archive_to_stream(&mut out, &[member], kind, false, None)

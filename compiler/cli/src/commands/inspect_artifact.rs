@@ -37,10 +37,17 @@ pub fn run(path: &Path, term: &Term) -> Result<(), Failure> {
     outputs.iter().for_each(|port| text += &format!("output    {port}\n"));
     let dims: Vec<String> = plan.dims.iter().map(|dim| sanitize(&dim.to_string())).collect();
     dims.iter().for_each(|dim| text += &format!("dim       {dim}\n"));
+    // What the faster kernels need beyond what all of the file does.
+    let names = |all: &[String]| all.iter().map(|name| sanitize(name)).collect::<Vec<_>>();
+    let faster: Vec<Vec<String>> = manifest.faster.iter().map(|f| names(&f.features)).collect();
+    let beyond = |all: &Vec<String>| {
+        all.iter().filter(|name| !features.contains(name)).cloned().collect::<Vec<_>>().join(" ")
+    };
     for (label, value) in [
         ("producer", producer.clone()),
         ("target", target.clone()),
         ("needs", if features.is_empty() { "nothing".into() } else { features.join(" ") }),
+        ("faster", faster.iter().map(beyond).collect::<Vec<_>>().join(" or ")),
         ("here", here.clone().unwrap_or_else(|| "runs".into())),
         ("model", format!("blake3 {hash}")),
         ("prefix", prefix.clone()),
@@ -49,7 +56,10 @@ pub fn run(path: &Path, term: &Term) -> Result<(), Failure> {
         ("weights", format!("{}{place}", bytes(weights))),
         ("arena", bytes(plan.arena_bytes as u64)),
         ("kernels", format!("{} in {} steps", manifest.entries.len(), plan.steps.len())),
-    ] {
+    ]
+    .into_iter()
+    .filter(|(label, value)| *label != "faster" || !value.is_empty())
+    {
         text += &format!("{label:<9} {value}\n");
     }
     for step in &plan.steps {
@@ -59,7 +69,7 @@ pub fn run(path: &Path, term: &Term) -> Result<(), Failure> {
         |step: &kiln::plan::Step| json!({ "kernel": step.kernel, "name": sanitize(&step.name) });
     let value = json!({
         "artifact": name, "inputs": inputs, "outputs": outputs, "dims": dims, "producer": producer,
-        "target": target, "features": features, "runs_here": here.is_none(), "why": here,
+        "target": target, "features": features, "faster": faster, "runs_here": here.is_none(), "why": here,
         "model_hash": hash, "prefix": prefix, "file_bytes": size, "text_bytes": text_size,
         "weight_bytes": weights, "weights_file": beside, "arena_bytes": plan.arena_bytes,
         "kernels": manifest.entries.len(),

@@ -45,6 +45,12 @@ pub fn target_isa(triple: &str, features: &[&str], verify: bool) -> Emitted<Owne
     {
         flags.set(name, value).map_err(|e| fail(&e))?;
     }
+    if triple.contains("windows") {
+        // The stack there grows page by page: none may be skipped.
+        for (name, value) in [("enable_probestack", "true"), ("probestack_strategy", "inline")] {
+            flags.set(name, value).map_err(|e| fail(&e))?;
+        }
+    }
     let mut builder = isa::lookup_by_name(triple).map_err(|e| fail(&e))?;
     for feature in features {
         builder.enable(feature).map_err(|e| fail(&e))?;
