@@ -1,17 +1,20 @@
 //! From a program of kernels to an executable: code, memory, and constants computed once.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use kiln_runtime::artifact::{Artifact, Constants};
 use kiln_runtime::code::Code;
+use kiln_runtime::memory::AlignedBytes;
 use kiln_runtime::plan::{Place, Plan, Port, Step};
 use kiln_runtime::pool::Pool;
 use kiln_runtime::session::Executable;
 use kiln_runtime::tensor::{DType, TensorView, TensorViewMut};
 
-use crate::backend::cpu::Emitted;
+use crate::backend::cpu::{Cpu, Emitted, emit_all};
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::Graph;
+use crate::loops::ir::Loops;
 use crate::plan::kernels::{Launch, Program, Source};
 use crate::plan::memory::{ALIGN, Lifetime, assign};
 
@@ -105,7 +108,7 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
         places[slot] = Some(Place::Const(len));
         len += program.slots[slot].bytes.next_multiple_of(ALIGN);
     }
-    let mut bytes = Constants::zeroed(len);
+    let mut bytes = AlignedBytes::zeroed(len);
     let mut rest = bytes.bytes_mut();
     let mut next = |slot: usize| {
         let len = program.slots[slot].bytes;
@@ -118,7 +121,7 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
     }
     let results: Vec<&mut [u8]> = made.iter().map(|&slot| next(slot)).collect();
     if launches.is_empty() {
-        return Ok(Folded { bytes, places });
+        return Ok(Folded { bytes: bytes.into(), places });
     }
     let mut layout = Layout { places: vec![None; program.slots.len()], arena_bytes: 0 };
     let mut plan = Plan::default();
@@ -139,8 +142,23 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
     place_in_arena(program, &launches, &mut layout);
     plan.steps = steps(program, |l| l.constant, &layout);
     plan.arena_bytes = layout.arena_bytes;
-    run_once(build(emitted, plan, Constants::zeroed(0), threads)?, &given, results)?;
-    Ok(Folded { bytes, places })
+    run_once(load(emitted, plan, Constants::from_bytes(&[]), threads)?, &given, results)?;
+    Ok(Folded { bytes: bytes.into(), places })
+}
+
+/// The kernels that constants hang on, as code of `here`, this machine: that of the others is
+/// missing, and nobody asks for it.
+pub fn emit_constants(program: &Program, here: &Cpu, verify: bool) -> Result<Emitted> {
+    let constant = program.launches.iter().filter(|l| l.constant);
+    let kernels: BTreeSet<usize> = constant.map(|l| l.kernel).collect();
+    let loops: Vec<Loops> = kernels.iter().map(|&k| program.kernels[k].clone()).collect();
+    let emitted = emit_all(&loops, here, verify, false)?;
+    let mut entries = vec![0; program.kernels.len()];
+    let mut sizes = entries.clone();
+    for (i, &k) in kernels.iter().enumerate() {
+        (entries[k], sizes[k]) = (emitted.entries[i], emitted.sizes[i]);
+    }
+    Ok(Emitted { entries, sizes, ..emitted })
 }
 
 /// Runs a plan whose ports are bytes.
@@ -157,7 +175,8 @@ fn run_once(executable: Executable, inputs: &[&[u8]], outputs: Vec<&mut [u8]>) -
     ran.map_err(|e| internal("folding constants", e))
 }
 
-fn build(
+/// An executable of kernels, for this machine.
+pub fn load(
     emitted: &Emitted,
     plan: Plan,
     constants: Constants,
@@ -172,13 +191,13 @@ fn build(
     unsafe { Executable::new(artifact, Arc::new(pool)) }.map_err(|e| internal("the plan", e))
 }
 
-/// The executable of a program.
+/// The plan of a program and the constants that it reads, which `emitted` computes here.
 pub fn assemble(
     graph: &Graph,
     program: &Program,
     emitted: &Emitted,
     threads: usize,
-) -> Result<Executable> {
+) -> Result<(Plan, Constants)> {
     let folded = fold(graph, program, emitted, threads)?;
     let mut layout = Layout { places: folded.places, arena_bytes: 0 };
     for (i, slot) in program.slots.iter().enumerate() {
@@ -202,5 +221,5 @@ pub fn assemble(
         steps: steps(program, |l| !l.constant, &layout),
         arena_bytes: layout.arena_bytes,
     };
-    build(emitted, plan, folded.bytes, threads)
+    Ok((plan, folded.bytes))
 }

@@ -32,11 +32,14 @@ pub use kiln_runtime::session::{Executable, Session};
 pub use kiln_runtime::{code, npz, tensor};
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
 pub use on_demand::OnDemand;
+pub use package::{Form, Kind, Package, identifier};
 
-use backend::cpu::{Cpu, emit_all};
+use backend::cpu::{Cpu, Emitted, emit_all};
 use error::Result;
 use graph::Graph;
 use graph::verify::verify;
+use kiln_runtime::artifact::Constants;
+use kiln_runtime::plan::Plan;
 use plan::kernels::{Program, program};
 
 /// How a model is compiled. Cheap to clone; every method gives a changed copy.
@@ -45,6 +48,7 @@ pub struct Compiler {
     threads: usize,
     egraph: bool,
     wide: bool,
+    target: Option<Cpu>,
     verify_code: bool,
     limits: Limits,
     dims: Vec<(String, DimRange)>,
@@ -65,6 +69,7 @@ impl Compiler {
             threads: 1,
             egraph: true,
             wide: true,
+            target: None,
             verify_code: cfg!(debug_assertions),
             limits: Limits::default(),
             dims: Vec::new(),
@@ -86,6 +91,11 @@ impl Compiler {
     /// Whether vectors wider than 128 bits may be used.
     pub fn wide(self, wide: bool) -> Compiler {
         Compiler { wide, ..self }
+    }
+
+    /// The CPU that code is made for; by default the one that this runs on.
+    pub fn target(self, cpu: Cpu) -> Compiler {
+        Compiler { target: Some(cpu), ..self }
     }
 
     /// Whether the code generator's own verifier runs, which takes a third more time.
@@ -121,6 +131,15 @@ impl Compiler {
         self
     }
 
+    /// The CPU that code is made for.
+    pub fn cpu(&self) -> Cpu {
+        match (&self.target, self.wide) {
+            (None, wide) => Cpu::host(wide),
+            (Some(cpu), true) => cpu.clone(),
+            (Some(cpu), false) => cpu.clone().narrow(),
+        }
+    }
+
     /// Compiles a model for this machine. The whole pipeline, stage by stage.
     pub fn compile(&self, model: &Model) -> Result<Executable> {
         let graph = self.graph(model)?;
@@ -146,14 +165,31 @@ impl Compiler {
 
     /// The loops of a graph of kernels.
     pub fn lower(&self, kernels: &Graph) -> Result<Program> {
-        program(&verify(kernels.clone())?, Cpu::host(self.wide).target())
+        program(&verify(kernels.clone())?, self.cpu().target())
     }
 
     /// The executable of a graph of kernels and its loops.
     pub fn emit(&self, kernels: &Graph, program: &Program) -> Result<Executable> {
-        let cpu = Cpu::host(self.wide);
+        let cpu = self.cpu();
+        cpu.must_run_here()?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
-        compile::assemble(kernels, program, &emitted, self.threads)
+        let (plan, constants) = self.assemble(kernels, program, &emitted)?;
+        compile::load(&emitted, plan, constants, self.threads)
+    }
+
+    /// The plan of a program and the constants that it reads.
+    fn assemble(
+        &self,
+        kernels: &Graph,
+        program: &Program,
+        emitted: &Emitted,
+    ) -> Result<(Plan, Constants)> {
+        let cpu = self.cpu();
+        if cpu.runs_here() {
+            return compile::assemble(kernels, program, emitted, self.threads);
+        }
+        let here = compile::emit_constants(program, &cpu.stand_in(), self.verify_code)?;
+        compile::assemble(kernels, program, &here, self.threads)
     }
 
     /// The executable of a graph of kernels.
@@ -161,7 +197,20 @@ impl Compiler {
         self.emit(kernels, &self.lower(kernels)?)
     }
 
-    /// Every stage as text, and an object file of the kernels.
+    /// A compiled model as a file that a program can load or link, with its C header.
+    pub fn package(&self, model: &Model, form: &Form) -> Result<Package> {
+        let kernels = self.optimise(&self.graph(model)?)?;
+        let program = self.lower(&kernels)?;
+        let cpu = self.cpu();
+        let emitted = emit_all(&program.kernels, &cpu, self.verify_code, false)?;
+        let (plan, constants) = self.assemble(&kernels, &program, &emitted)?;
+        let (plan, emitted, cpu) = (&plan, &emitted, &cpu);
+        let model_hash = model.hash();
+        let contents = package::Contents { plan, emitted, constants, cpu, model_hash };
+        package::package(contents, form, self.verify_code)
+    }
+
+    /// Every stage as text.
     pub fn stages(&self, model: &Model) -> Result<Stages> {
         self.stages_of(&self.graph(model)?)
     }
@@ -169,16 +218,15 @@ impl Compiler {
     /// The same from a graph on.
     pub fn stages_of(&self, graph: &Graph) -> Result<Stages> {
         let kernels = self.optimise(graph)?;
-        let cpu = Cpu::host(self.wide);
+        let cpu = self.cpu();
         let program = self.lower(&kernels)?;
         let emitted = emit_all(&program.kernels, &cpu, self.verify_code, true)?;
-        let executable = compile::assemble(&kernels, &program, &emitted, self.threads)?;
+        let (plan, _) = self.assemble(&kernels, &program, &emitted)?;
         Ok(Stages {
             graph: graph::text::print(graph),
             fused: graph::text::print(&kernels),
             loops: program.kernels.iter().map(loops::text::print).collect(),
-            plan: executable.plan().to_string(),
-            obj: package::object(&program.kernels, &emitted, &cpu)?,
+            plan: plan.to_string(),
             clif: emitted.clif,
             asm: emitted.asm,
         })
@@ -200,8 +248,6 @@ pub struct Stages {
     pub asm: String,
     /// Order, memory and threads.
     pub plan: String,
-    /// Kernels as a relocatable object.
-    pub obj: Vec<u8>,
 }
 
 /// Runs a graph by the reference interpreter: slow and obviously right.

@@ -95,6 +95,11 @@ pub struct Model {
 }
 
 impl Model {
+    /// The blake3 hash of the model's file, without the files that it refers to.
+    pub fn hash(&self) -> [u8; 32] {
+        *blake3::hash(&self.bytes).as_bytes()
+    }
+
     /// Maps a file and reads its lists of nodes, inputs and outputs.
     pub fn open(path: impl AsRef<Path>, limits: &Limits) -> Result<Model> {
         let path = path.as_ref();

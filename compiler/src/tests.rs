@@ -3,7 +3,7 @@
 use kiln_runtime::tensor::{DType, Tensor, TensorView};
 
 use crate::backend::cpu::{Cpu, emit_all};
-use crate::compile::assemble;
+use crate::compile::{assemble, load};
 use crate::graph::Graph;
 use crate::graph::eval::{Data, Value, eval};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
@@ -33,7 +33,8 @@ fn check(graph: &Graph, tolerance: f64) {
         let program = program(&kernels, cpu.target()).unwrap();
         check_loops(&kernels, &program, &inputs, (&expected, tolerance));
         let emitted = emit_all(&program.kernels, &cpu, true, false).unwrap();
-        let executable = assemble(&kernels, &program, &emitted, 2).unwrap();
+        let (plan, constants) = assemble(&kernels, &program, &emitted, 2).unwrap();
+        let executable = load(&emitted, plan, constants, 2).unwrap();
         let tensors: Vec<Tensor> = inputs.iter().map(Value::to_tensor).collect();
         let named: Vec<(&str, TensorView)> =
             graph.inputs.iter().zip(&tensors).map(|((n, _), t)| (n.as_str(), t.view())).collect();

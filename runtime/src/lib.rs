@@ -2,10 +2,14 @@
 //!
 //! An [`artifact::Artifact`] is a [`plan::Plan`] (which kernel runs when, on which buffers), the
 //! machine [`code`](code::Code) of the kernels and their constants. An [`session::Executable`]
-//! runs it, cut in chunks over a [`pool::Pool`].
+//! runs it, cut in chunks over a [`pool::Pool`]. It comes from the compiler, or from a file
+//! ([`load`]) that says what it is ([`manifest`]).
 
 pub mod artifact;
 pub mod code;
+pub mod cpu;
+pub mod load;
+pub mod manifest;
 pub mod memory;
 pub mod npz;
 pub mod plan;

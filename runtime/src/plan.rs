@@ -1,10 +1,11 @@
 //! The order in which kernels run and the places that they read and write.
 
 use crate::tensor::{DType, size_bytes};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// An input or output of a model.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Port {
     /// The name in the model.
     pub name: String,
@@ -22,7 +23,7 @@ impl Port {
 }
 
 /// Where a buffer of a kernel lies.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Place {
     /// The tensor given for the input of that index; at any address.
     Input(usize),
@@ -35,7 +36,7 @@ pub enum Place {
 }
 
 /// One launch of one kernel.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Step {
     /// What the kernel computes, made of names of the model.
     pub name: String,
@@ -57,7 +58,7 @@ impl Step {
 }
 
 /// Everything about a compiled model but its code and its constants.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, Default)]
 pub struct Plan {
     /// What a run reads.
     pub inputs: Vec<Port>,

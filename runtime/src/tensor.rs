@@ -6,10 +6,11 @@
 //! assert_eq!(t.as_slice::<f32>().unwrap()[3], 4.0);
 //! ```
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Element type of a tensor.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub enum DType {
     /// IEEE 754 binary32.
     F32,

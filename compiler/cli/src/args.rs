@@ -86,7 +86,7 @@ pub enum ProgressForm {
 pub enum Command {
     /// List everything that is wrong with a model or not supported
     Check(CheckArgs),
-    /// Compile a model and write one of the stages or the object file
+    /// Compile a model into a shared library, object or static library, or show a stage
     Compile(CompileArgs),
     /// Compile a model in memory and run it
     Run(RunArgs),
@@ -162,12 +162,36 @@ pub struct CompileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub build: BuildArgs,
-    /// File to write; without it, text goes to standard output
+    /// File to write; without it, text goes to standard output. A header for C goes beside a
+    /// library or object: model.so and model.h
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// What to write (default: obj with -o, plan without)
-    #[arg(long, value_name = "STAGE")]
+    /// What to write (default: what the ending of the output says, .so, .o, .a or .h; plan
+    /// without an output)
+    #[arg(long, value_name = "WHAT")]
     pub emit: Option<Emit>,
+    /// Target to compile for, such as aarch64-unknown-linux-gnu (default: this machine)
+    #[arg(long, value_name = "TRIPLE")]
+    pub target: Option<String>,
+    /// What the CPU has: host, x86-64-v2, x86-64-v3, x86-64-v4, or features like +avx2,+fma
+    /// (default: host, and x86-64-v2 for another target)
+    #[arg(long, value_name = "CPU")]
+    pub cpu: Option<String>,
+    /// What the functions of the library or object begin with (default: the name of the file)
+    #[arg(long, value_name = "PREFIX")]
+    pub name: Option<String>,
+    /// Where the weights go
+    #[arg(long, value_name = "WHERE", value_enum, default_value_t = Weights::Inside)]
+    pub weights: Weights,
+}
+
+/// Where the weights of a compiled model go.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Weights {
+    /// Into the library or object.
+    Inside,
+    /// Into a file beside it: model.so and model.weights.
+    External,
 }
 
 /// A stage of the pipeline, or what comes out of it.
@@ -185,8 +209,14 @@ pub enum Emit {
     Asm,
     /// Order of kernels and places in memory.
     Plan,
+    /// A shared library.
+    So,
     /// An object file.
     Obj,
+    /// A static library.
+    Staticlib,
+    /// The header for C.
+    Header,
 }
 
 /// Where inputs come from.

@@ -1,11 +1,13 @@
-//! `kiln compile`: a stage of the pipeline as text, or an object file.
+//! `kiln compile`: a library or object with its header, or a stage of the pipeline as text.
 
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use kiln::backend::cpu::Cpu;
+use kiln::{Compiler, Form, Kind, Model, identifier};
 use serde_json::json;
 
-use crate::args::{CompileArgs, Emit};
+use crate::args::{CompileArgs, Emit, Weights};
 use crate::commands::{compiler, model_name, open};
 use crate::failure::Failure;
 use crate::files;
@@ -13,32 +15,37 @@ use crate::term::{Term, bytes};
 
 /// Compiles and writes what was asked for.
 pub fn run(args: &CompileArgs, term: &Term) -> Result<(), Failure> {
-    let default = if args.output.is_some() { Emit::Obj } else { Emit::Plan };
-    let emit = args.emit.unwrap_or(default);
-    let to_terminal = args.output.is_none() && std::io::stdout().is_terminal();
-    if emit == Emit::Obj && to_terminal {
-        return Err(Failure::usage("an object file is no text for a terminal")
-            .help("give a file with -o model.o"));
+    let emit = what(args)?;
+    if args.name.as_ref().is_some_and(|name| identifier(name) != *name) {
+        let wrong = args.name.as_deref().unwrap_or_default();
+        return Err(Failure::usage(format!("--name {wrong:?} is no name for a function in C"))
+            .help(format!("letters, digits and _, such as {}", identifier(wrong))));
     }
+    let cpu = Cpu::named(args.target.as_deref(), args.cpu.as_deref())?;
     let (model, _) = open(&args.model, term)?;
-    let compiler = compiler(&args.model, &args.build);
-    let stages = term.during("compile", None, || compiler.stages(&model))?;
-    let contents = match emit {
-        Emit::Graph => text(&stages.graph),
-        Emit::Fused => text(&stages.fused),
-        Emit::Loops => text(&stages.loops),
-        Emit::Clif => text(&stages.clif),
-        Emit::Asm => text(&stages.asm),
-        Emit::Plan => text(&stages.plan),
-        Emit::Obj => stages.obj,
+    let compiler = compiler(&args.model, &args.build).target(cpu);
+    let contents = match kind(emit) {
+        Some(kind) => package(args, (emit, kind), &compiler, &model, term)?,
+        None => {
+            let stages = term.during("compile", None, || compiler.stages(&model))?;
+            if emit == Emit::Clif && stages.clif.is_empty() {
+                term.note("note: every kernel is wide code here; --no-wide shows Cranelift's form");
+            }
+            text(match emit {
+                Emit::Graph => &stages.graph,
+                Emit::Fused => &stages.fused,
+                Emit::Loops => &stages.loops,
+                Emit::Clif => &stages.clif,
+                Emit::Asm => &stages.asm,
+                Emit::Plan | Emit::So | Emit::Obj | Emit::Staticlib | Emit::Header => &stages.plan,
+            })
+        }
     };
-    if emit == Emit::Clif && contents.is_empty() {
-        term.note("note: every kernel is wide code here; --no-wide shows Cranelift's form");
-    }
-    let Some(path) = &args.output else {
-        return files::write(Path::new("-"), |out| out.write_all(&contents));
-    };
+    let path = args.output.as_deref().unwrap_or(Path::new("-"));
     files::write(path, |out| out.write_all(&contents))?;
+    if args.output.is_none() {
+        return Ok(());
+    }
     let (name, size) = (model_name(path), contents.len());
     term.note(format_args!("wrote {name} ({})", bytes(size as u64)));
     if term.json {
@@ -47,6 +54,78 @@ pub fn run(args: &CompileArgs, term: &Term) -> Result<(), Failure> {
         return term.report(value, "");
     }
     Ok(())
+}
+
+/// What to write: as asked, or as the ending of the output says.
+fn what(args: &CompileArgs) -> Result<Emit, Failure> {
+    let ending = args.output.as_deref().and_then(Path::extension).and_then(|e| e.to_str());
+    let emit = match (args.emit, ending) {
+        (Some(emit), _) => emit,
+        (None, Some("so")) => Emit::So,
+        (None, Some("o" | "obj")) => Emit::Obj,
+        (None, Some("a" | "lib")) => Emit::Staticlib,
+        (None, Some("h")) => Emit::Header,
+        (None, _) if args.output.is_none() => Emit::Plan,
+        (None, _) => {
+            return Err(Failure::usage("the ending of the output does not say what to write")
+                .help("end it with .so, .o, .a or .h, or say --emit"));
+        }
+    };
+    let binary = matches!(emit, Emit::So | Emit::Obj | Emit::Staticlib);
+    if binary && args.output.is_none() && std::io::stdout().is_terminal() {
+        return Err(Failure::usage("a library or object is no text for a terminal")
+            .help("give a file with -o model.so"));
+    }
+    if args.weights == Weights::External && (!binary || args.output.is_none()) {
+        return Err(Failure::usage("--weights external goes with a library or object in a file")
+            .help("give a file with -o model.so"));
+    }
+    Ok(emit)
+}
+
+fn kind(emit: Emit) -> Option<Kind> {
+    match emit {
+        Emit::So | Emit::Header => Some(Kind::Shared),
+        Emit::Obj => Some(Kind::Object),
+        Emit::Staticlib => Some(Kind::Archive),
+        Emit::Graph | Emit::Fused | Emit::Loops | Emit::Clif | Emit::Asm | Emit::Plan => None,
+    }
+}
+
+/// Compiles to a library, object or header, and writes what goes beside it.
+fn package(
+    args: &CompileArgs,
+    (emit, kind): (Emit, Kind),
+    compiler: &Compiler,
+    model: &Model,
+    term: &Term,
+) -> Result<Vec<u8>, Failure> {
+    let path = args.output.as_deref().filter(|path| *path != Path::new("-"));
+    let stem = path.unwrap_or(&args.model.model).file_stem().unwrap_or_default();
+    let name = args.name.clone().unwrap_or_else(|| {
+        let stem = stem.to_string_lossy();
+        identifier(stem.strip_prefix("lib").filter(|s| !s.is_empty()).unwrap_or(&stem))
+    });
+    let beside = |ending: &str| -> Option<PathBuf> {
+        path.filter(|path| path.extension().is_none_or(|e| e != ending))
+            .map(|path| path.with_extension(ending))
+    };
+    let weights = beside("weights").filter(|_| args.weights == Weights::External);
+    let file_name = |path: &PathBuf| path.file_name().map(|n| n.to_string_lossy().into_owned());
+    let form = Form { kind, name, weights: weights.as_ref().and_then(file_name) };
+    let package = term.during("compile", None, || compiler.package(model, &form))?;
+    if emit == Emit::Header {
+        return Ok(package.header.into_bytes());
+    }
+    if let (Some(path), Some(weights)) = (&weights, &package.weights) {
+        files::write(path, |out| out.write_all(weights.bytes()))?;
+        term.note(format_args!("wrote {} ({})", model_name(path), bytes(weights.len() as u64)));
+    }
+    if let Some(path) = beside("h") {
+        files::write(&path, |out| out.write_all(package.header.as_bytes()))?;
+        term.note(format_args!("wrote {}", model_name(&path)));
+    }
+    Ok(package.file)
 }
 
 /// Text without the control characters that names of a model may bring in.

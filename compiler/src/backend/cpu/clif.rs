@@ -34,7 +34,10 @@ pub fn target_isa(triple: &str, features: &[&str], verify: bool) -> Emitted<Owne
     let fail = |e: &dyn std::fmt::Display| Unsupported(format!("target {triple}: {e}"));
     let mut flags = settings::builder();
     let verify = if verify { "true" } else { "false" };
-    for (name, value) in [("opt_level", "speed"), ("enable_verifier", verify), ("is_pic", "true")] {
+    // What functions refer to is in the same file, at a distance known when they are linked; `pic`
+    // would go through a table of addresses instead.
+    for (name, value) in [("opt_level", "speed"), ("enable_verifier", verify), ("is_pic", "false")]
+    {
         flags.set(name, value).map_err(|e| fail(&e))?;
     }
     let mut builder = isa::lookup_by_name(triple).map_err(|e| fail(&e))?;

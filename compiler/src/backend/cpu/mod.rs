@@ -2,83 +2,18 @@
 //! kernel; wide code takes those that it can on x86-64 with AVX2 or AVX-512.
 
 pub mod clif;
+pub mod cpuid;
 pub mod emit;
+pub mod features;
 pub mod math;
 mod math64;
+pub mod target;
 pub mod wide;
 
-use self::wide::isa::Level;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::loops::ir::Loops;
-use crate::loops::lower::Target;
 
-/// A CPU: what Cranelift may use, and how wide vectors are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cpu {
-    /// Target triple.
-    pub triple: String,
-    /// Cranelift's names of the features in use.
-    pub features: Vec<&'static str>,
-    /// Lanes of f32 in the wide emitter: 16 with AVX-512 F, BW, DQ and VL, 8 with AVX2 and FMA,
-    /// and 0 where only Cranelift emits.
-    pub wide_lanes: usize,
-}
-
-impl Cpu {
-    /// The CPU that this runs on. `wide` allows vectors of more than 128 bits.
-    pub fn host(wide: bool) -> Cpu {
-        let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-        let level = if wide { host_level() } else { None };
-        Cpu { triple, features: host_features(), wide_lanes: level.map_or(0, Level::lanes) }
-    }
-
-    /// What loops need to know of it.
-    pub fn target(&self) -> Target {
-        match Level::of(self.wide_lanes) {
-            None => Target { lanes: 4, registers: 11 },
-            Some(level) => Target { lanes: level.lanes(), registers: level.registers() },
-        }
-    }
-}
-
-/// The widest vectors that this CPU has and that the system saves.
-#[cfg(target_arch = "x86_64")]
-fn host_level() -> Option<Level> {
-    macro_rules! all {
-        ($($feature:tt),*) => { $(std::arch::is_x86_feature_detected!($feature))&&* };
-    }
-    let avx2 = all!("avx2", "fma");
-    let avx512 = avx2 && all!("avx512f", "avx512bw", "avx512dq", "avx512vl");
-    match (avx512, avx2) {
-        (true, _) => Some(Level::Avx512),
-        (false, true) => Some(Level::Avx2),
-        (false, false) => None,
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn host_level() -> Option<Level> {
-    None
-}
-
-#[cfg(target_arch = "x86_64")]
-fn host_features() -> Vec<&'static str> {
-    macro_rules! present {
-        ($($feature:tt => $name:literal),*) => {
-            [$((std::arch::is_x86_feature_detected!($feature), $name)),*]
-        };
-    }
-    let table = present!("sse3" => "has_sse3", "ssse3" => "has_ssse3", "sse4.1" => "has_sse41",
-        "sse4.2" => "has_sse42", "avx" => "has_avx", "avx2" => "has_avx2", "fma" => "has_fma",
-        "bmi1" => "has_bmi1", "bmi2" => "has_bmi2", "lzcnt" => "has_lzcnt",
-        "popcnt" => "has_popcnt");
-    table.into_iter().filter(|t| t.0).map(|t| t.1).collect()
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn host_features() -> Vec<&'static str> {
-    Vec::new()
-}
+pub use self::target::Cpu;
 
 /// Code of all kernels, one after another, and what people may look at.
 #[derive(Clone, Debug, Default)]
@@ -103,9 +38,9 @@ pub fn emit_all(kernels: &[Loops], cpu: &Cpu, verify: bool, texts: bool) -> Resu
             .found(why.0.clone())
             .help("an operation or dtype that has no machine code yet; cast to f32 if you can")
     };
-    let isa = clif::target_isa(&cpu.triple, &cpu.features, verify)
-        .map_err(|why| Error::new(ErrorKind::Incompatible, refuse(&cpu.triple, &why)))?;
-    let lanes = cpu.target().lanes;
+    let isa = clif::target_isa(cpu.triple.name, &cpu.flags(), verify)
+        .map_err(|why| Error::new(ErrorKind::Incompatible, refuse(cpu.triple.name, &why)))?;
+    let lanes = cpu.lanes;
     let mut out = Emitted::default();
     let mut problems = Vec::new();
     for kernel in kernels {

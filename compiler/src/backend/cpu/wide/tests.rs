@@ -110,7 +110,7 @@ pub fn try_agree(loops: &Loops, lanes: usize, before: &[Vec<f32>], turns: i64) -
     let wide = compile(loops, lanes, true).ok()?;
     assert!(!wide.asm.contains("(bad)"), "{}", wide.asm);
     let cpu = Cpu::host(true);
-    let isa = clif::target_isa(&cpu.triple, &cpu.features, true).unwrap();
+    let isa = clif::target_isa(cpu.triple.name, &cpu.flags(), true).unwrap();
     let narrow = clif::compile(loops, &*isa, lanes, false).unwrap();
     let pieces = [0, turns / 3, turns / 2, turns];
     let in_pieces = |run: &mut Piece| {

@@ -1,0 +1,130 @@
+//! Manifests of compiled files: written, found, and refused for every kind of damage.
+
+#[path = "common/file.rs"]
+mod file;
+
+use file::{artifact, sealed, sections};
+use kiln_runtime::manifest::{MAGIC, Manifest, SECTION, TEXT, WEIGHTS, Weights, encode, find};
+use kiln_runtime::plan::{Place, Plan, Port, Step};
+use kiln_runtime::tensor::DType;
+use object::BinaryFormat;
+
+const CODE: [u8; 100] = [0xc3; 100];
+const CONSTANTS: [u8; 128] = [1; 128];
+
+fn manifest() -> Manifest {
+    let port = |name: &str| Port { name: name.into(), dtype: DType::F32, shape: vec![2, 3] };
+    Manifest {
+        producer: "kiln 0.1.0".into(),
+        target: "x86_64-unknown-linux-gnu".into(),
+        features: vec!["avx2".into()],
+        model_hash: [7; 32],
+        name: "relu".into(),
+        plan: Plan {
+            inputs: vec![port("x")],
+            outputs: vec![port("y")],
+            steps: vec![Step {
+                name: "relu".into(),
+                kernel: 0,
+                buffers: vec![Place::Input(0), Place::Const(0), Place::Output(0)],
+                extent: 6,
+                chunks: 1,
+            }],
+            arena_bytes: 64,
+        },
+        entries: vec![0],
+        weights: Weights::Inside { bytes: CONSTANTS.len() },
+    }
+}
+
+#[test]
+fn what_was_written_is_found_in_every_format() {
+    for format in [BinaryFormat::Elf, BinaryFormat::MachO, BinaryFormat::Coff] {
+        let file = sealed(format, &CODE, &encode(&manifest()), &CONSTANTS);
+        let (found, sections) = find(&file).expect("an artifact");
+        assert_eq!(found, manifest());
+        // Writers fill sections up to their alignment.
+        assert!(file[sections.text].starts_with(&CODE), "{format:?}");
+        assert_eq!(file[sections.weights.expect("weights")], CONSTANTS, "{format:?}");
+    }
+}
+
+#[test]
+fn every_flipped_bit_and_every_cut_is_refused() {
+    let mut file = artifact(&manifest(), &CODE, &CONSTANTS);
+    for byte in 0..file.len() {
+        for bit in 0..8 {
+            file[byte] ^= 1 << bit;
+            assert!(find(&file).is_err(), "bit {bit} of byte {byte}");
+            file[byte] ^= 1 << bit;
+        }
+    }
+    for len in 0..file.len() {
+        assert!(find(&file[..len]).is_err(), "the first {len} bytes");
+    }
+    assert!(find(&file).is_ok());
+}
+
+/// Changes of header and payload with a hash that is right again: nothing but the checks
+/// themselves stands between them and the loader.
+#[test]
+fn damage_with_a_right_hash_never_panics() {
+    let encoded = encode(&manifest());
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    for _ in 0..20_000 {
+        let mut changed = encoded.clone();
+        for _ in 0..1 + random() % 4 {
+            let at = 12 + random() as usize % (changed.len() - 12);
+            changed[at] = random() as u8;
+        }
+        if let Ok((manifest, _)) = find(&sealed(BinaryFormat::Elf, &CODE, &changed, &CONSTANTS)) {
+            let entries = manifest.entries.len();
+            assert_eq!(manifest.plan.check(entries, manifest.weights.bytes()), Ok(()));
+        }
+    }
+}
+
+#[test]
+fn errors_say_what_is_wrong() {
+    let text = |file: &[u8]| find(file).expect_err("an error").to_string();
+    assert!(text(b"").starts_with("not a compiled model"));
+    let bare = sections(BinaryFormat::Elf, &[(TEXT, &[0])]);
+    assert!(text(&bare).contains("no section `.kiln`"));
+    let mut encoded = encode(&manifest());
+    let unsealed = |encoded: &[u8]| {
+        let parts = [(TEXT, &CODE[..]), (SECTION, encoded), (WEIGHTS, &CONSTANTS)];
+        text(&sections(BinaryFormat::Elf, &parts))
+    };
+    assert!(unsealed(&encoded).contains("changed or damaged"));
+    assert!(unsealed(&encoded[..20]).contains("header of the compiled model has 20 bytes"));
+    encoded[0] = 0;
+    assert!(unsealed(&encoded).contains("begins with [00, 4b"));
+    let changed = |at: usize, byte: u8| {
+        let mut encoded = encode(&manifest());
+        encoded[at] = byte;
+        text(&sealed(BinaryFormat::Elf, &CODE, &encoded, &CONSTANTS))
+    };
+    let version = changed(MAGIC.len(), 2);
+    assert!(version.contains("has format 2, this Kiln reads format 1"), "{version}");
+    assert!(changed(13, 0xff).contains("the manifest has"));
+    assert!(changed(12, 9).contains("does not parse"));
+    let changed = |change: &dyn Fn(&mut Manifest)| {
+        let mut manifest = manifest();
+        change(&mut manifest);
+        text(&artifact(&manifest, &CODE, &CONSTANTS))
+    };
+    assert!(changed(&|m| m.entries[0] = 100).contains("kernel 0 starts at byte 100 of 100"));
+    assert!(changed(&|m| m.plan.steps[0].kernel = 1).contains("runs kernel 1"));
+    assert!(changed(&|m| m.weights = Weights::Inside { bytes: 129 }).contains("has 128 bytes"));
+    for file in ["", "..", "a/b", "/etc/passwd"] {
+        let external = Weights::External { file: file.into(), bytes: 1, hash: [0; 32] };
+        let error = changed(&|m| m.weights = external.clone());
+        assert!(error.contains("in the same folder"), "{error}");
+    }
+}
