@@ -16,4 +16,5 @@ pub mod npz;
 pub mod plan;
 pub mod pool;
 pub mod session;
+pub mod state;
 pub mod tensor;

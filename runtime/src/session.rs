@@ -8,6 +8,7 @@ use crate::artifact::Artifact;
 use crate::memory::AlignedBytes;
 use crate::plan::{DIMS, Dims, Length, Place, Plan, PlanDim, PlanError, Port};
 use crate::pool::Pool;
+use crate::state::State;
 use crate::tensor::{DType, Tensor, TensorView, TensorViewMut, size_bytes};
 
 /// Why a run did not begin. A run that begins succeeds.
@@ -83,6 +84,16 @@ pub enum RunError {
         dim: String,
         /// The name of the input.
         port: String,
+    },
+    /// A state that the model cannot have, or one without a value.
+    #[error("state `{input}` from output `{output}`: {why}")]
+    State {
+        /// The input.
+        input: String,
+        /// The output.
+        output: String,
+        /// What is wrong.
+        why: String,
     },
     /// A tensor with another number of bytes than its shape says.
     #[error("`{}` has {found} bytes, expected {expected_bytes} for {expected}", expected.name)]
@@ -212,7 +223,8 @@ impl Executable {
 
     /// A session: the same model with memory of its own.
     pub fn session(&self) -> Session {
-        Session { scratch: Scratch::new(&self.0.artifact), executable: self.clone() }
+        let (scratch, states) = (Scratch::new(&self.0.artifact), Vec::new());
+        Session { scratch, states, executable: self.clone() }
     }
 
     fn take_scratch(&self) -> Scratch {
@@ -231,10 +243,12 @@ impl fmt::Debug for Executable {
     }
 }
 
-/// A compiled model with memory of its own, for one stream of runs.
+/// A compiled model with memory of its own, for one stream of runs. It may keep [states](State):
+/// outputs that are not given out, but read by the next run as inputs.
 pub struct Session {
     executable: Executable,
     scratch: Scratch,
+    states: Vec<State>,
 }
 
 impl Session {
@@ -243,40 +257,141 @@ impl Session {
         &self.executable
     }
 
-    /// As [`Executable::run`].
+    /// Keeps an output as the next value of an input: neither is given any more. An input of fixed
+    /// shape starts with zeros, one that has the length of a dim with what
+    /// [`set_state`](Self::set_state) gives it.
     ///
     /// # Errors
-    /// As there.
+    /// When there is no such input or output, they do not fit together, or one is kept already.
+    pub fn keep(mut self, input: &str, output: &str) -> Result<Session, RunError> {
+        let state = State::new(self.executable.plan(), input, output)?;
+        if self.states.iter().any(|s| s.input == state.input || s.output == state.output) {
+            let (input, output) = (input.into(), output.into());
+            return Err(RunError::State {
+                input,
+                output,
+                why: "one of them is kept already".into(),
+            });
+        }
+        self.states.push(state);
+        Ok(self)
+    }
+
+    /// The value of a state, by the name of its input.
+    pub fn state(&self, input: &str) -> Option<&Tensor> {
+        let inputs = self.executable.inputs();
+        self.states.iter().find(|s| inputs[s.input].name == input)?.value.as_ref()
+    }
+
+    /// Gives a state a value, by the name of its input.
+    ///
+    /// # Errors
+    /// When there is no such state, or the tensor is none for the input.
+    pub fn set_state(&mut self, input: &str, value: Tensor) -> Result<(), RunError> {
+        let inputs = self.executable.inputs();
+        let kept = || self.states.iter().map(|s| inputs[s.input].name.clone()).collect();
+        let found = self.states.iter().position(|s| inputs[s.input].name == input);
+        let Some(at) = found else {
+            let (found, expected) = (input.to_string(), Names(kept()));
+            return Err(RunError::UnknownInput { found, expected });
+        };
+        let port = &inputs[self.states[at].input];
+        if value.dtype() != port.dtype {
+            return Err(RunError::DType { found: value.dtype(), expected: port.clone() });
+        }
+        if !port.admits(value.shape()) {
+            let found = value.shape().to_vec();
+            return Err(RunError::Shape { found, expected: port.clone() });
+        }
+        self.states[at].value = Some(value);
+        Ok(())
+    }
+
+    /// As [`Executable::run`], without the inputs and outputs that are kept.
+    ///
+    /// # Errors
+    /// As there, and when a state has no value.
     pub fn run(
         &mut self,
         inputs: &[(&str, TensorView<'_>)],
     ) -> Result<Vec<(String, Tensor)>, RunError> {
         let executable = self.executable.clone();
-        run_named(executable.plan(), inputs, |views, outputs| self.run_into(views, outputs))
+        let plan = executable.plan();
+        let mut states = std::mem::take(&mut self.states);
+        let result = self.run_with(plan, inputs, &mut states);
+        self.states = states;
+        result
     }
 
-    /// As [`Executable::run_into`], but never allocates.
+    fn run_with(
+        &mut self,
+        plan: &Plan,
+        inputs: &[(&str, TensorView<'_>)],
+        states: &mut [State],
+    ) -> Result<Vec<(String, Tensor)>, RunError> {
+        let mut all = inputs.to_vec();
+        for state in states.iter() {
+            let name = plan.inputs[state.input].name.as_str();
+            if inputs.iter().any(|(given, _)| *given == name) {
+                return Err(RunError::DuplicateInput(name.to_string()));
+            }
+            all.push((name, state.view(plan)?));
+        }
+        let outputs = run_named(plan, &all, |views, outputs| self.launch(plan, views, outputs))?;
+        let mut given = Vec::with_capacity(outputs.len());
+        for (index, output) in outputs.into_iter().enumerate() {
+            match states.iter_mut().find(|state| state.output == index) {
+                Some(state) => state.value = Some(output.1),
+                None => given.push(output),
+            }
+        }
+        Ok(given)
+    }
+
+    /// As [`Executable::run_into`], but never allocates. For sessions that keep nothing.
     ///
     /// # Errors
-    /// As there.
+    /// As there, and where the session keeps a state.
     pub fn run_into(
         &mut self,
         inputs: &[TensorView<'_>],
         outputs: &mut [TensorViewMut<'_>],
     ) -> Result<(), RunError> {
-        *self.scratch.dims = check(self.executable.plan(), inputs, outputs)?;
+        if let Some(state) = self.states.first() {
+            let plan = self.executable.plan();
+            return Err(RunError::State {
+                input: plan.inputs[state.input].name.clone(),
+                output: plan.outputs[state.output].name.clone(),
+                why: "a session that keeps it is run by `run`".into(),
+            });
+        }
+        let executable = self.executable.clone();
+        self.launch(executable.plan(), inputs, outputs)
+    }
+
+    fn launch(
+        &mut self,
+        plan: &Plan,
+        inputs: &[TensorView<'_>],
+        outputs: &mut [TensorViewMut<'_>],
+    ) -> Result<(), RunError> {
+        *self.scratch.dims = check(plan, inputs, outputs)?;
         self.executable.0.launch(&mut self.scratch, inputs, outputs, None);
         Ok(())
     }
 
-    /// Forgets all earlier runs.
+    /// Forgets all earlier runs: states are as they were before the first one.
     pub fn reset(&mut self) {
         self.scratch.arena.bytes_mut().fill(0);
+        for state in &mut self.states {
+            state.value = State::initial(&self.executable.plan().inputs[state.input]);
+        }
     }
 
     /// A session that goes on from where this one is, independently of it.
     pub fn fork(&self) -> Session {
         let mut fork = self.executable.session();
+        fork.states = self.states.clone();
         fork.scratch.arena.bytes_mut().copy_from_slice(self.scratch.arena.bytes());
         fork
     }

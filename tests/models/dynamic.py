@@ -106,6 +106,46 @@ def decoder(width=32, heads=2):
     b.write(y=["batch", 1, width], present_k=cache, present_v=cache)
 
 
+def language(width=32, heads=2, layers=2, vocabulary=60):
+    """A decoder that says the next token: one token at a time, with a cache for each layer."""
+    b = Dynamic("language", opset=20)
+    size = width // heads
+    token = b.input("token", 1, 1, dtype=TensorProto.INT64)
+    position = b.input("position", 1, 1, dtype=TensorProto.INT64)
+    x = b.op("Add", b.op("Gather", b.weight(vocabulary, width, scale=1.0), token, axis=0),
+             b.op("Gather", b.weight(128, width, scale=1.0), position, axis=0))
+    outputs = {}
+    for layer in range(layers):
+        y = b.norm(x, width)
+        q, k, v = (b.heads(b.linear(y, width, width), heads, width, [0, 2, 1, 3]) for _ in range(3))
+        past = [b.input(f"past_{kind}{layer}", 1, heads, "past", size) for kind in "kv"]
+        k, v = (b.op("Concat", old, new, axis=2) for old, new in zip(past, (k, v)))
+        for kind, value in (("k", k), ("v", v)):
+            b.named(value, f"present_{kind}{layer}")
+            outputs[f"present_{kind}{layer}"] = [1, heads, "past + 1", size]
+        k, v = f"present_k{layer}", f"present_v{layer}"
+        scores = b.op("MatMul", q, b.op("Transpose", k, perm=[0, 1, 3, 2]))
+        scores = b.op("Softmax", b.op("Mul", scores, b.number(1 / np.sqrt(size))), axis=-1)
+        y = b.op("Transpose", b.op("MatMul", scores, v), perm=[0, 2, 1, 3])
+        x = b.op("Add", x, b.linear(b.op("Reshape", y, b.ints(0, -1, width)), width, width))
+        h = b.op("Gelu", b.linear(b.norm(x, width), width, 4 * width))
+        x = b.op("Add", x, b.linear(h, 4 * width, width))
+    b.named(b.linear(b.norm(x, width), width, vocabulary), "scores")
+    b.write(scores=[1, 1, vocabulary], **outputs)
+
+
+def recurrent(width=16):
+    """One step of a recurrent network, whose state has a fixed shape."""
+    b = Dynamic("recurrent")
+    x, h = b.input("x", 2, 8), b.input("h", 2, width)
+    both = b.op("Add", b.op("MatMul", x, b.weight(8, width, scale=0.5)),
+                b.op("MatMul", h, b.weight(width, width, scale=0.3)))
+    h = b.op("Tanh", both)
+    b.named(b.linear(h, width, 4), "y")
+    b.named(h, "next_h")
+    b.write(y=[2, 4], next_h=[2, width])
+
+
 def mean():
     """Divides by the length of a dim: no code for a range can have that as a number."""
     b = Dynamic("mean")
@@ -114,6 +154,6 @@ def mean():
     b.write(y=["batch", 8])
 
 
-for model in (cnn, encoder, decoder, mean):
+for model in (cnn, encoder, decoder, language, recurrent, mean):
     model()
 print("  models with named dims", file=sys.stderr)

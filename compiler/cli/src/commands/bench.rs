@@ -21,7 +21,7 @@ const MAX_RUNS: usize = 1 << 22;
 pub fn run(args: &BenchArgs, term: &Term) -> Result<(), Failure> {
     let ready = ready(&args.model, &args.build, &args.cache, &args.inputs, true, term)?;
     let Ready { executable, inputs, read: load, compile } = ready;
-    let mut outputs = zeros(&executable);
+    let mut outputs = outputs(&executable, &inputs)?;
     term.during("warm up", Some(args.warmup), || {
         measure(&executable, &inputs, &mut outputs, args.warmup)
     })?;
@@ -60,8 +60,11 @@ pub fn run(args: &BenchArgs, term: &Term) -> Result<(), Failure> {
     term.report(value, &text)
 }
 
-fn zeros(executable: &Executable) -> Vec<Tensor> {
-    executable.outputs().iter().map(|port| Tensor::zeros(port.dtype, &port.shape)).collect()
+/// Tensors for the outputs, as large as the inputs make them.
+fn outputs(executable: &Executable, inputs: &Inputs) -> Result<Vec<Tensor>, Failure> {
+    let outputs = executable.run(&inputs.named());
+    let outputs = outputs.map_err(|error| Failure::usage(error.to_string()))?;
+    Ok(outputs.into_iter().map(|(_, tensor)| tensor).collect())
 }
 
 fn targets(outputs: &mut [Tensor]) -> Vec<TensorViewMut<'_>> {

@@ -1,0 +1,148 @@
+//! Sessions that keep states give what the same model gives when its states are passed by hand.
+
+use kiln::tensor::{DType, Tensor, TensorView};
+use kiln::{Compiler, Executable, Limits, Model, Session};
+use kiln_tests::{Random, oracle};
+
+fn executable(name: &str, compiler: &Compiler) -> Option<Executable> {
+    let path = oracle("dynamic")?.join(name).join("model.onnx");
+    let model = Model::open(path, &Limits::default()).expect("a model");
+    Some(compiler.compile_ranges(&model).expect("an executable"))
+}
+
+/// Pairs of inputs and outputs of the language model.
+fn caches() -> Vec<(String, String)> {
+    let kinds = ["k0", "v0", "k1", "v1"].into_iter();
+    kinds.map(|kind| (format!("past_{kind}"), format!("present_{kind}"))).collect()
+}
+
+/// What a cache begins with: one place that holds zeros.
+fn empty() -> Tensor {
+    Tensor::zeros(DType::F32, &[1, 2, 1, 16])
+}
+
+fn number(value: i64) -> Tensor {
+    Tensor::from_slice(&[1, 1], &[value])
+}
+
+/// The token with the greatest score.
+fn best(outputs: &[(String, Tensor)]) -> i64 {
+    let (_, scores) = outputs.iter().find(|(name, _)| name == "scores").expect("scores");
+    let scores = scores.as_slice::<f32>().expect("f32");
+    let best = (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+    best.expect("a vocabulary") as i64
+}
+
+/// Tokens that follow, each the best one after those before it.
+fn generate(session: &mut Session, mut token: i64, positions: std::ops::Range<i64>) -> Vec<i64> {
+    let next = |position| {
+        let (given, place) = (number(token), number(position));
+        let outputs = session.run(&[("token", given.view()), ("position", place.view())]);
+        let outputs = outputs.expect("a step");
+        assert_eq!(outputs.len(), 1, "caches are kept, not given out");
+        token = best(&outputs);
+        token
+    };
+    positions.map(next).collect()
+}
+
+fn session(executable: &Executable) -> Session {
+    let session = caches().into_iter().fold(executable.session(), |session, (input, output)| {
+        session.keep(&input, &output).expect("a cache")
+    });
+    start(session)
+}
+
+fn start(mut session: Session) -> Session {
+    caches().iter().for_each(|(input, _)| session.set_state(input, empty()).expect("a cache"));
+    session
+}
+
+#[test]
+fn text_is_the_same_with_caches_in_the_session_and_by_hand() {
+    let compiler = Compiler::new().dim_range("past", 1..=80);
+    let Some(executable) = executable("language", &compiler) else { return };
+    let mut stateless = Vec::new();
+    let mut values: Vec<(String, Tensor)> =
+        caches().into_iter().map(|(input, _)| (input, empty())).collect();
+    let mut token = 7;
+    for position in 0..64 {
+        let (given, place) = (number(token), number(position));
+        let mut inputs = vec![("token", given.view()), ("position", place.view())];
+        inputs.extend(values.iter().map(|(name, value)| (name.as_str(), value.view())));
+        let outputs = executable.run(&inputs).expect("a step");
+        token = best(&outputs);
+        stateless.push(token);
+        for ((_, value), (_, output)) in values.iter_mut().zip(caches()) {
+            *value = outputs.iter().find(|(name, _)| *name == output).expect("a cache").1.clone();
+        }
+    }
+    let mut session = session(&executable);
+    assert_eq!(generate(&mut session, 7, 0..64), stateless);
+    let (longest, last) = (session.state("past_k0").expect("a cache"), &values[0].1);
+    assert_eq!((longest.shape(), longest.bytes()), (&[1, 2, 65, 16][..], last.bytes()));
+    // It varies, or it would show little.
+    assert!(stateless.windows(2).any(|pair| pair[0] != pair[1]), "{stateless:?}");
+    // From the start, and from the middle twice.
+    session.reset();
+    let place = number(0);
+    let unset = session.run(&[("token", place.view()), ("position", place.view())]);
+    let text = unset.expect_err("a cache without a value").to_string();
+    assert!(text.contains("past_k0") && text.contains("set_state"), "{text}");
+    let mut session = start(session);
+    assert_eq!(generate(&mut session, 7, 0..20), stateless[..20]);
+    let mut fork = session.fork();
+    assert_eq!(generate(&mut session, stateless[19], 20..64), stateless[20..]);
+    assert_eq!(generate(&mut fork, stateless[19], 20..64), stateless[20..]);
+    // No further than the range.
+    let error = (64..90).try_for_each(|position| {
+        let (given, place) = (number(1), number(position));
+        fork.run(&[("token", given.view()), ("position", place.view())]).map(|_| ())
+    });
+    let text = error.expect_err("a cache that is full").to_string();
+    assert!(text.contains("dim `past` 81, expected 1 to 80"), "{text}");
+}
+
+#[test]
+fn a_state_of_fixed_shape_starts_with_zeros() {
+    let Some(executable) = executable("recurrent", &Compiler::new()) else { return };
+    let mut random = Random::new(3);
+    let inputs: Vec<Tensor> = (0..5).map(|_| random.tensor(&[2, 8])).collect();
+    let mut h = Tensor::zeros(DType::F32, &[2, 16]);
+    let mut by_hand = Vec::new();
+    for x in &inputs {
+        let outputs = executable.run(&[("x", x.view()), ("h", h.view())]).expect("a step");
+        by_hand.push(outputs[0].1.clone());
+        h = outputs[1].1.clone();
+    }
+    let mut session = executable.session().keep("h", "next_h").expect("a state");
+    for _ in 0..2 {
+        for (x, expected) in inputs.iter().zip(&by_hand) {
+            let outputs = session.run(&[("x", x.view())]).expect("a step");
+            assert_eq!(outputs[0].1.bytes(), expected.bytes());
+        }
+        session.reset();
+    }
+}
+
+#[test]
+fn wrong_pairs_are_refused_with_both_names() {
+    let Some(executable) = executable("recurrent", &Compiler::new()) else { return };
+    let keep = |input: &str, output: &str| {
+        let error = executable.session().keep(input, output).err().expect("an error");
+        error.to_string()
+    };
+    assert!(keep("hidden", "next_h").contains("no input `hidden`, but x, h"));
+    assert!(keep("h", "next").contains("no output `next`, but y, next_h"));
+    let text = keep("x", "next_h");
+    assert!(text.contains("next_h: f32[2,16]") && text.contains("x: f32[2,8]"), "{text}");
+    let session = executable.session().keep("h", "next_h").expect("a state");
+    assert!(session.keep("h", "next_h").is_err());
+    let mut session = executable.session().keep("h", "next_h").expect("a state");
+    let short = Tensor::zeros(DType::F32, &[1, 16]);
+    assert!(session.set_state("h", short).is_err());
+    assert!(session.set_state("x", Tensor::zeros(DType::F32, &[2, 8])).is_err());
+    let (x, h) = (Tensor::zeros(DType::F32, &[2, 8]), Tensor::zeros(DType::F32, &[2, 16]));
+    let given: [(&str, TensorView); 2] = [("x", x.view()), ("h", h.view())];
+    assert!(session.run(&given).is_err(), "a state that is also given");
+}
