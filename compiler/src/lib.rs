@@ -60,6 +60,7 @@ pub struct Compiler {
     target: Option<Cpu>,
     verify_code: bool,
     limits: Limits,
+    kept_bytes: usize,
     dims: Vec<(String, DimRange)>,
     shapes: Vec<(String, Vec<usize>)>,
     values: Vec<(String, tensor::Tensor)>,
@@ -82,6 +83,7 @@ impl Compiler {
             target: None,
             verify_code: cfg!(debug_assertions),
             limits: Limits::default(),
+            kept_bytes: 1 << 30,
             dims: Vec::new(),
             shapes: Vec::new(),
             values: Vec::new(),
@@ -112,6 +114,12 @@ impl Compiler {
     /// Whether the code generator's own verifier runs, which takes a third more time.
     pub fn verify_code(self, verify_code: bool) -> Compiler {
         Compiler { verify_code, ..self }
+    }
+
+    /// Bytes that specialisations on demand may take together: when they are more, the one unused
+    /// for longest goes. 1 GiB where nothing is said.
+    pub fn kept_bytes(self, kept_bytes: usize) -> Compiler {
+        Compiler { kept_bytes, ..self }
     }
 
     /// Limits on the model.

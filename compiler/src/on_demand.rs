@@ -11,8 +11,6 @@ use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::model::Model;
 use crate::{Compiler, onnx};
 
-/// Specialisations that are kept; the one unused for longest goes first.
-const KEPT: usize = 16;
 /// Elements of an input whose values may decide shapes.
 const SHAPE_ELEMENTS: usize = 1024;
 
@@ -92,6 +90,12 @@ impl OnDemand {
         Ok(self.keep(key, compiler.compile(&self.0.model)?))
     }
 
+    /// Bytes that the specialisations that are kept take together.
+    pub fn kept_bytes(&self) -> usize {
+        let kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.iter().map(|(_, known)| known.memory_bytes()).sum()
+    }
+
     /// How many specialisations are kept.
     pub fn kept(&self) -> usize {
         self.0.kept.lock().unwrap_or_else(PoisonError::into_inner).len()
@@ -143,8 +147,10 @@ impl OnDemand {
         // Another thread may have compiled the same meanwhile.
         kept.retain(|(known, _)| *known != key);
         kept.push((key, executable.clone()));
-        if kept.len() > KEPT {
-            kept.remove(0);
+        // The one unused for longest goes first; the new one stays whatever its size.
+        let mut bytes: usize = kept.iter().map(|(_, known)| known.memory_bytes()).sum();
+        while bytes > self.0.compiler.kept_bytes && kept.len() > 1 {
+            bytes -= kept.remove(0).1.memory_bytes();
         }
         executable
     }

@@ -167,6 +167,13 @@ impl Executable {
         &self.0.artifact
     }
 
+    /// Bytes that the model takes: constants, code and the memory of one run. What is mapped from a
+    /// file counts too, though others may share it.
+    pub fn memory_bytes(&self) -> usize {
+        let Artifact { plan, code, constants } = self.artifact();
+        constants.len() + code.bytes().len() + plan.arena_bytes
+    }
+
     /// The threads that runs share.
     pub fn pool(&self) -> &Arc<Pool> {
         &self.0.pool

@@ -24,3 +24,39 @@ fn the_shape_of_a_reshape_is_an_input() {
     }
     assert_eq!(on_demand.kept(), 2);
 }
+
+/// Resident memory of this process in bytes.
+#[cfg(target_os = "linux")]
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/statm").expect("the size of this process");
+    let pages: usize = status.split(' ').nth(1).and_then(|n| n.parse().ok()).expect("a number");
+    pages * 4096
+}
+
+/// `KILN_SHAPES=10000` for all that is promised: a few minutes.
+#[test]
+#[cfg(target_os = "linux")]
+fn memory_stays_for_any_number_of_shapes() {
+    let Some(data) = oracle("dynamic") else { return };
+    let path = data.join("decoder/model.onnx");
+    let model = Model::open(path, &Limits::default()).expect("the model");
+    let shapes = std::env::var("KILN_SHAPES").ok().and_then(|n| n.parse().ok()).unwrap_or(300);
+    let limit = 4 << 20;
+    let on_demand = Compiler::new().kept_bytes(limit).on_demand(&model);
+    let mut random = kiln_tests::Random::new(5);
+    let mut before = 0;
+    for shape in 0..shapes {
+        let (batch, past) = (1 + random.below(3), 1 + random.below(2000));
+        let x = random.tensor(&[batch, 1, 32]);
+        let cache = random.tensor(&[batch, 2, past, 16]);
+        let inputs = [("x", x.view()), ("past_k", cache.view()), ("past_v", cache.view())];
+        on_demand.run(&inputs).expect("a run");
+        assert!(on_demand.kept() > 0 && on_demand.kept_bytes() <= limit);
+        if shape == shapes / 2 {
+            before = resident();
+        }
+    }
+    let after = resident();
+    println!("{} MB after half of {shapes} shapes, {} MB after all", before >> 20, after >> 20);
+    assert!(after < before + (24 << 20), "{before} bytes, then {after}");
+}

@@ -57,11 +57,16 @@ fn a_model_is_compiled_for_the_shapes_it_meets() {
     }
     assert_eq!(on_demand.kept(), 3);
     // No more are kept than there is room for.
-    for batch in 1..=20 {
+    let limit = 8 * on_demand.kept_bytes() / on_demand.kept();
+    let few = Compiler::new().dim("batch", 1).kept_bytes(limit).on_demand(&model);
+    assert!(few.run(&[("image", images.view())]).is_err(), "a batch out of range");
+    let few = Compiler::new().kept_bytes(limit).on_demand(&model);
+    for batch in 1..=40 {
         let some = Tensor::zeros(DType::F32, &[batch, 1, 8, 8]);
-        on_demand.run(&[("image", some.view())]).expect("a run");
+        few.run(&[("image", some.view())]).expect("a run");
+        assert!(few.kept_bytes() <= limit, "{} of {limit} bytes", few.kept_bytes());
     }
-    assert_eq!(on_demand.kept(), 16);
+    assert!((2..30).contains(&few.kept()), "{}", few.kept());
     let refuse = |inputs: &[(&str, TensorView<'_>)], what: &str| {
         let error = on_demand.run(inputs).expect_err(what);
         assert_eq!(error.kind, ErrorKind::Usage);

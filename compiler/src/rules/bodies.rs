@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
-use super::cost::body_us;
+use super::cost::{body_us, parts_read};
 use super::kind::{Kind, MAX_ARGS, MAX_OPS, classify};
 use crate::graph::op::{Op, Type};
 use crate::graph::{Args, Body, Node, NodeId};
@@ -25,6 +25,7 @@ type Tried = (u32, u8, u32, Order);
 pub struct Bodies {
     list: Vec<Arc<Body>>,
     kinds: Vec<Kind>,
+    parts: Vec<SmallVec<[f64; 6]>>,
     known: FxHashMap<Vec<(Op, Args, Type)>, u32>,
     costs: FxHashMap<(u32, u32), f64>,
     fused: FxHashMap<Tried, Option<(u32, Order)>>,
@@ -44,6 +45,11 @@ impl Bodies {
     /// The kind of a body.
     pub fn kind(&self, body: u32) -> Kind {
         self.kinds[body as usize]
+    }
+
+    /// How much of each argument a body reads, where it only takes parts of it; else 1.
+    pub fn parts(&self, body: u32) -> &[f64] {
+        &self.parts[body as usize]
     }
 
     /// Number of operations of a body.
@@ -66,6 +72,7 @@ impl Bodies {
         let next = self.list.len() as u32;
         let number = *self.known.entry(key.collect()).or_insert(next);
         if number == next {
+            self.parts.push(parts_read(&body).collect());
             self.kinds.push(classify(&body.nodes).unwrap_or(Kind::Alone));
             self.list.push(Arc::new(body));
         }

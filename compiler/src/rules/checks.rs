@@ -245,7 +245,10 @@ impl Random {
         let shape = self.shape(x);
         let (outer, inner) = shape.split_at(shape.len() - 2);
         let own: usize = outer.iter().product();
-        let (m, n) = (inner[0], inner[1]);
+        let (own, m, n) = match self.rng.below(2) {
+            0 => (own, inner[0], inner[1]),
+            _ => (1, 1, shape.iter().product()),
+        };
         let origin = "grouped".into();
         let apart = self.graph.reshape(x, &[own, 1, m, n], &origin)?;
         let spread = self.graph.expand(apart, &[own, 2, m, n], &origin)?;

@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 use super::algebra::{is_given, with_constant};
 use super::lang::{ENode, Egg};
 use super::table::{add, find, inverse, permutation, permuted, reshaped, shape, split_of};
-use crate::graph::op::{Affine, Axes, BinaryFn, Contract, Op, Shape};
+use crate::graph::op::{Affine, Axes, BinaryFn, Contract, Op, ReduceFn, Shape};
 
 /// A contraction with another operand and map.
 fn with_operand(
@@ -29,9 +29,44 @@ pub(super) fn contract_absorbs_permute(egraph: &mut Egg, node: &ENode) -> Option
     let Op::Contract(contract) = &node.op else { return None };
     let at = (0..2).find(|&k| permutation(egraph, node.args[k]).is_some())?;
     let (axes, x) = permutation(egraph, node.args[at])?;
-    let back = inverse(&axes);
-    let map = back.iter().map(|&a| contract.maps[at][a as usize].clone()).collect();
+    let (from, to) = (shape(egraph, x), shape(egraph, node.args[at]));
+    let map = through_view(&contract.maps[at], &Op::Permute(axes), &from, &to)?;
     with_operand(egraph, node, at, x, map)
+}
+
+/// The index map of an operand, as one of what the operand is a view of.
+pub(super) fn through_view(
+    map: &[Affine],
+    op: &Op,
+    from: &[usize],
+    to: &[usize],
+) -> Option<SmallVec<[Affine; 4]>> {
+    match op {
+        Op::Permute(axes) => Some(inverse(axes).iter().map(|&a| map[a as usize].clone()).collect()),
+        Op::Expand(_) => {
+            let place = |d: usize| match from[d] == to[d] {
+                true => map[d].clone(),
+                false => Affine::constant(0),
+            };
+            Some((0..map.len()).map(place).collect())
+        }
+        // The index of a split axis is the flat index of its parts.
+        Op::Reshape(_) if !to.contains(&0) => {
+            let mut rest = map.iter();
+            let flat = |part: Vec<usize>| {
+                part.iter().zip(&mut rest).fold(Affine::default(), |outer, (&extent, inner)| {
+                    let sum = outer.terms.iter().fold(Affine::default(), |sum, t| {
+                        sum.plus(t.0 as usize, t.1 * extent as i64)
+                    });
+                    let offset = outer.offset * extent as i64 + inner.offset;
+                    let sum = inner.terms.iter().fold(sum, |s, t| s.plus(t.0 as usize, t.1));
+                    Affine { offset, ..sum }
+                })
+            };
+            Some(split_of(from, to)?.into_iter().map(flat).collect())
+        }
+        _ => None,
+    }
 }
 
 pub(super) fn contract_absorbs_split(egraph: &mut Egg, node: &ENode) -> Option<Id> {
@@ -39,30 +74,11 @@ pub(super) fn contract_absorbs_split(egraph: &mut Egg, node: &ENode) -> Option<I
     for at in 0..2 {
         let to = shape(egraph, node.args[at]);
         let Some(x) = reshaped(egraph, node.args[at]) else { continue };
+        let op = Op::Reshape(to.clone());
         let from = shape(egraph, x);
-        if to.contains(&0) {
-            continue;
+        if let Some(map) = through_view(&contract.maps[at], &op, &from, &to) {
+            return with_operand(egraph, node, at, x, map);
         }
-        let Some(parts) = split_of(&from, &to) else { continue };
-        // The index of a split axis is the flat index of its parts.
-        let mut d = 0;
-        let mut map = SmallVec::new();
-        for part in parts {
-            let mut index = Affine::default();
-            for &extent in &part {
-                let scaled = index
-                    .terms
-                    .iter()
-                    .fold(Affine::default(), |sum, t| sum.plus(t.0 as usize, t.1 * extent as i64));
-                let inner = &contract.maps[at][d];
-                let offset = index.offset * extent as i64 + inner.offset;
-                let sum = inner.terms.iter().fold(scaled, |s, t| s.plus(t.0 as usize, t.1));
-                index = Affine { offset, ..sum };
-                d += 1;
-            }
-            map.push(index);
-        }
-        return with_operand(egraph, node, at, x, map);
     }
     None
 }
@@ -187,22 +203,24 @@ fn with_parts(contract: &Contract, axis: usize, part: &[usize]) -> Contract {
     Contract { extents, n_out, maps }
 }
 
-/// The same over the operand as it was before it was joined.
+/// The same over operands whose axis `d` was joined of those parts, as they were before.
 fn without_join(
     egraph: &mut Egg,
     node: &ENode,
-    contract: &Contract,
-    (at, x): (usize, Id),
-    (d, axis, part): (usize, usize, Vec<usize>),
-) -> Id {
-    let mut split = with_parts(contract, axis, &part);
-    split.maps[at].remove(d);
-    for k in 0..part.len() {
-        split.maps[at].insert(d + k, Affine::axis(axis + k));
-    }
+    (axis, part): (usize, &[usize]),
+    apart: &[(usize, Id, usize)],
+) -> Option<Id> {
+    let Op::Contract(contract) = &node.op else { return None };
+    let mut split = with_parts(contract, axis, part);
     let mut args = node.args.clone();
-    args[at] = x;
-    add(egraph, Op::Contract(Box::new(split)), &args)
+    for &(at, x, d) in apart {
+        split.maps[at].remove(d);
+        for k in 0..part.len() {
+            split.maps[at].insert(d + k, Affine::axis(axis + k));
+        }
+        args[at] = x;
+    }
+    Some(add(egraph, Op::Contract(Box::new(split)), &args))
 }
 
 pub(super) fn contract_absorbs_join(egraph: &mut Egg, node: &ENode) -> Option<Id> {
@@ -212,8 +230,9 @@ pub(super) fn contract_absorbs_join(egraph: &mut Egg, node: &ENode) -> Option<Id
         let Some(x) = reshaped(egraph, node.args[at]) else { continue };
         let from = shape(egraph, x);
         let Some(joined) = joined_axis(contract, at, &from, &to) else { continue };
-        if joined.1 >= contract.n_out {
-            return Some(without_join(egraph, node, contract, (at, x), joined));
+        let (d, axis, part) = joined;
+        if axis >= contract.n_out {
+            return without_join(egraph, node, (axis, &part), &[(at, x, d)]);
         }
     }
     None
@@ -229,11 +248,8 @@ pub(super) fn contract_absorbs_expand(egraph: &mut Egg, node: &ENode) -> Option<
     let at = (0..2).find(|&k| expanded(egraph, node.args[k]).is_some())?;
     let x = expanded(egraph, node.args[at])?;
     let (from, to) = (shape(egraph, x), shape(egraph, node.args[at]));
-    let map = contract.maps[at].iter().enumerate().map(|(d, index)| match from[d] == to[d] {
-        true => index.clone(),
-        false => Affine::constant(0),
-    });
-    with_operand(egraph, node, at, x, map.collect())
+    let map = through_view(&contract.maps[at], &Op::Expand(to.clone()), &from, &to)?;
+    with_operand(egraph, node, at, x, map)
 }
 
 /// Grouped queries: an axis of the result that an operand repeats in groups becomes two.
@@ -248,12 +264,74 @@ pub(super) fn contract_shares_heads(egraph: &mut Egg, node: &ENode) -> Option<Id
             let joined = joined_axis(contract, at, &shape(egraph, n.args[0]), &to)?;
             (joined.1 < contract.n_out).then_some((n.args[0], joined))
         });
-        if let Some((x, joined)) = joined {
-            let apart = without_join(egraph, node, contract, (at, x), joined);
-            return Some(add(egraph, Op::Reshape(result), &[apart]));
+        let Some((x, (d, axis, part))) = joined else { continue };
+        let mut apart = vec![(at, x, d)];
+        // The other operand is split where it runs along the same axis.
+        let other = 1 - at;
+        let whole = shape(egraph, node.args[other]);
+        let along = |d: &usize| {
+            contract.maps[other][*d].as_axis() == Some(axis) && whole[*d] == contract.extents[axis]
+        };
+        if let Some(d) = (0..whole.len()).find(along) {
+            let to = whole[..d].iter().chain(&part).chain(&whole[d + 1..]).copied().collect();
+            apart.push((other, add(egraph, Op::Reshape(to), &[node.args[other]]), d));
         }
+        let split = without_join(egraph, node, (axis, &part), &apart)?;
+        return Some(add(egraph, Op::Reshape(result), &[split]));
     }
     None
+}
+
+/// The axes of an operand, where each is an axis of the iteration space by itself, in their order
+/// there: as a shape with extent 1 for the axes that the operand does not have.
+fn as_axes(contract: &Contract, at: usize, from: &[usize]) -> Option<Shape> {
+    let mut to = Shape::from_elem(1, contract.extents.len());
+    let mut next = 0;
+    for (index, &extent) in contract.maps[at].iter().zip(from) {
+        if extent == 1 && (index.terms.is_empty() || index.as_axis().is_some()) {
+            continue;
+        }
+        let axis = index.as_axis().filter(|&a| a >= next && contract.extents[a] == extent)?;
+        to[axis] = extent;
+        next = axis + 1;
+    }
+    Some(to)
+}
+
+/// A product in which no operand is read often is a sum of products along rows.
+pub(super) fn contract_is_dots(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    const READS: usize = 8;
+    const SHORTEST: usize = 16;
+    let Op::Contract(contract) = &node.op else { return None };
+    let n = contract.n_out;
+    let long = contract.extents.last().is_some_and(|&e| e >= SHORTEST);
+    if n + 1 != contract.extents.len() || !long || contract.extents.contains(&0) {
+        return None;
+    }
+    if node.args.iter().any(|a| egraph[*a].data.constant) {
+        return None;
+    }
+    let shapes = [0, 1].map(|k: usize| shape(egraph, node.args[k]));
+    let largest = shapes.iter().map(|s| s.iter().product::<usize>()).max()?;
+    if contract.extents.iter().product::<usize>() > READS * largest {
+        return None;
+    }
+    let last = |k: usize| contract.maps[k].last().is_some_and(|a| a.as_axis() == Some(n));
+    if !(last(0) && last(1)) {
+        return None;
+    }
+    let to = [0, 1].map(|k: usize| as_axes(contract, k, &shapes[k]));
+    let [Some(to_x), Some(to_y)] = to else { return None };
+    let x = add(egraph, Op::Reshape(to_x), &node.args[..1]);
+    let y = add(egraph, Op::Reshape(to_y), &node.args[1..]);
+    let product = add(egraph, Op::Binary(BinaryFn::Mul), &[x, y]);
+    if shape(egraph, product) != contract.extents {
+        return None;
+    }
+    let sum = Op::Reduce(ReduceFn::Sum, Axes::from_slice(&[n as u8]));
+    let sum = add(egraph, sum, &[product]);
+    let result = Shape::from_slice(&contract.extents[..n]);
+    Some(add(egraph, Op::Reshape(result), &[sum]))
 }
 
 pub(super) fn scale_out_of_contract(egraph: &mut Egg, node: &ENode) -> Option<Id> {

@@ -1,8 +1,9 @@
 //! What a kernel is modelled to cost on a CPU core: launch + the larger of traffic and arithmetic.
 //! The figures are those of one AVX2 core; only their ratios decide.
 
+use super::contract::through_view;
 use crate::graph::op::{BinaryFn, Contract, Op, UnaryFn};
-use crate::graph::{Body, Graph};
+use crate::graph::{Body, Graph, Node, NodeId};
 
 /// Microseconds to start a kernel.
 const LAUNCH_US: f64 = 0.3;
@@ -10,6 +11,10 @@ const LAUNCH_US: f64 = 0.3;
 const BYTES_PER_US: f64 = 20_000.0;
 /// Floating point operations per microsecond at full rate.
 const FLOPS_PER_US: f64 = 100_000.0;
+
+/// Elements of f32 per microsecond that are packed while a model runs: read and written, as by a
+/// kernel that would bring them into order.
+const PACKED_PER_US: f64 = BYTES_PER_US / 8.0;
 
 /// Modelled time of all kernels of a graph that do not hang on constants only.
 pub fn kernels_us(graph: &Graph) -> f64 {
@@ -43,7 +48,13 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
                         _ => false,
                     })
                 };
-                work_us += op_us(op, node.ty.numel() as f64, [constant(0), constant(1)]);
+                work_us += match op {
+                    Op::Contract(contract) => {
+                        let read = through_views(body, contract, &node.args);
+                        contract_us(&read, [constant(0), constant(1)])
+                    }
+                    op => op_us(op, node.ty.numel() as f64, [constant(0), constant(1)]),
+                };
             }
         }
     }
@@ -51,6 +62,34 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
     let strided = matches!(body.root().op, Op::Permute(_)) && body.nodes.len() == 2;
     let slow = if strided { 4.0 } else { 1.0 };
     LAUNCH_US + (slow * bytes / BYTES_PER_US).max(work_us)
+}
+
+/// A contraction with its operands as they lie in memory, where the body only moves them.
+fn through_views(body: &Body, contract: &Contract, args: &[NodeId]) -> Contract {
+    let mut read = contract.clone();
+    for (map, arg) in read.maps.iter_mut().zip(args) {
+        let mut at = *arg;
+        loop {
+            let node = &body.nodes[at.index()];
+            let Some(&x) = node.args.first() else { break };
+            let from = &body.nodes[x.index()].ty.shape;
+            let Some(next) = through_view(map, &node.op, from, &node.ty.shape) else { break };
+            (*map, at) = (next, x);
+        }
+    }
+    read
+}
+
+/// How much of each argument a body reads, where it only takes parts of it; else 1.
+pub fn parts_read(body: &Body) -> impl Iterator<Item = f64> + '_ {
+    let arguments = body.nodes.iter().enumerate().filter(|(_, n)| matches!(n.op, Op::Input(_)));
+    arguments.map(|(at, node)| {
+        let mut users = body.nodes.iter().filter(|n| n.args.iter().any(|a| a.index() == at));
+        let part = |n: &Node| matches!(n.op, Op::Slice(_)).then(|| n.ty.numel());
+        let read: Option<usize> = users.try_fold(0, |sum, n| Some(sum + part(n)?));
+        let whole = node.ty.numel().max(1);
+        read.map_or(1.0, |read| read.min(whole) as f64 / whole as f64)
+    })
 }
 
 /// Bytes that a body reads of an argument: of one that it only takes parts of, those parts.
@@ -136,6 +175,18 @@ fn contract_us(contract: &Contract, constant: [bool; 2]) -> f64 {
             || longest
                 .is_none_or(|a| contract.maps[k].last().is_some_and(|i| i.coefficient(a) == 1))
     };
+    // An operand that is not constant is packed in each run, where every index picks another element.
+    let pure = |k: usize| contract.maps[k].iter().all(|a| a.terms.len() <= 1);
+    let turned = (0..2).find(|&k| !unit(k) && !uses(1 - k) && pure(k));
+    let picked = |k: usize| {
+        let axes = (0..contract.extents.len())
+            .filter(|&a| contract.maps[k].iter().any(|i| i.coefficient(a) != 0));
+        axes.map(|a| contract.extents[a] as f64).product::<f64>()
+    };
+    if let (Some(k), true) = (turned, wide) {
+        let packing = picked(k) / PACKED_PER_US;
+        return packing + flops / FLOPS_PER_US / (0.3 * filled);
+    }
     let efficiency = match (unit(0) && unit(1), wide) {
         // Panels packed at compile time are read in order, whatever the other operand does.
         (true, true) if packed && along(0) && along(1) => 0.6 * filled,

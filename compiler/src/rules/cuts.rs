@@ -69,8 +69,13 @@ fn visit(
     at: usize,
 ) -> (f64, Vec<Kernel>) {
     let score = |graph: &mut ChoiceGraph, kernel: &Kernel| {
-        let share = |&a: &u32| flow[a as usize] / graph.values[a as usize].users;
-        let operands: f64 = kernel.args.iter().map(share).sum();
+        // Of what is taken in parts, a part pays for itself; else users share alike.
+        let parts = graph.bodies.parts(kernel.body);
+        let share = |(&a, &part): (&u32, &f64)| {
+            let users = graph.values[a as usize].users;
+            flow[a as usize] * if part < 1.0 { part } else { 1.0 / users }
+        };
+        let operands: f64 = kernel.args.iter().zip(parts).map(share).sum();
         graph.us(kernel) + operands
     };
     let operations = graph.values[at].operations.clone();

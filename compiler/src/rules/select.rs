@@ -5,16 +5,20 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use smallvec::SmallVec;
+
 use super::bodies::Places;
 use super::choices::{ChoiceGraph, Kernel};
 
 /// Passes of local improvement.
 const PASSES: usize = 8;
 
-/// A kernel as a choice: what it costs by itself and the values it needs, each once.
+/// A kernel as a choice: what it costs by itself, the values it needs, each once, and how much of
+/// them it reads where it only takes parts.
 struct Choice {
     us: f64,
     needs: Places,
+    parts: SmallVec<[f64; 6]>,
 }
 
 /// Number of the kernel chosen for each value.
@@ -34,8 +38,11 @@ impl Problem {
         let free: Vec<bool> = graph.values.iter().map(|v| v.free).collect();
         let choices = kernels.iter().map(|kernels| {
             let choice = |kernel: &Kernel| {
-                let needs = kernel.args.iter().copied().filter(|&a| !free[a as usize]);
-                Choice { us: graph.us(kernel), needs: needs.collect() }
+                let us = graph.us(kernel);
+                let read = kernel.args.iter().copied().zip(graph.bodies.parts(kernel.body));
+                let read = read.filter(|r| !free[r.0 as usize]);
+                let (needs, parts) = read.map(|(need, &part)| (need, part)).unzip();
+                Choice { us, needs, parts }
             };
             kernels.iter().map(choice).collect()
         });
@@ -112,7 +119,7 @@ impl Problem {
     /// costs is shared, and `given` ones cost nothing.
     fn settle(&self, share: &dyn Fn(usize) -> f64, given: &dyn Fn(usize) -> bool) -> Selection {
         let count = self.choices.len();
-        let mut users: Vec<Vec<(u32, u32)>> = vec![Vec::new(); count];
+        let mut users: Vec<Vec<(u32, u32, f64)>> = vec![Vec::new(); count];
         let mut waiting: Vec<Vec<(usize, f64)>> = Vec::with_capacity(count);
         // Costs are positive, so their bits are in the order of their values.
         let mut queue: BinaryHeap<Reverse<(u64, u32, Option<u32>)>> = BinaryHeap::new();
@@ -123,7 +130,9 @@ impl Problem {
             }
             for (k, choice) in choices.iter().enumerate() {
                 let place = (value as u32, k as u32);
-                choice.needs.iter().for_each(|&n| users[n as usize].push(place));
+                for (&need, &part) in choice.needs.iter().zip(&choice.parts) {
+                    users[need as usize].push((place.0, place.1, part));
+                }
                 if choice.needs.is_empty() {
                     queue.push(Reverse((choice.us.to_bits(), place.0, Some(place.1))));
                 }
@@ -137,8 +146,9 @@ impl Problem {
                 continue;
             }
             selection[at] = choice;
-            let us = f64::from_bits(bits) / share(at).max(1.0);
-            for &(user, k) in &users[at] {
+            let whole = f64::from_bits(bits);
+            for &(user, k, part) in &users[at] {
+                let us = if part < 1.0 { whole * part } else { whole / share(at).max(1.0) };
                 let (left, total) = &mut waiting[user as usize][k as usize];
                 *left -= 1;
                 *total += us;
@@ -294,9 +304,11 @@ mod tests {
                         needs.push(need);
                     }
                 }
-                choices.push(Choice { us: 1.0 + below(9) as f64, needs });
+                let parts = SmallVec::from_elem(1.0, needs.len());
+                choices.push(Choice { us: 1.0 + below(9) as f64, needs, parts });
             }
-            choices.push(Choice { us: 12.0, needs: Places::new() });
+            let (needs, parts) = (Places::new(), SmallVec::new());
+            choices.push(Choice { us: 12.0, needs, parts });
             choices
         });
         let choices: Vec<Vec<Choice>> = choices.collect();

@@ -70,19 +70,34 @@ fn product(egraph: &Egg, node: &ENode) -> Option<Product> {
     })
 }
 
-/// Whether the value is used as it is: not only in another shape or order, where the product has
-/// another form, and not scaled by a constant, which goes into the weights.
+/// Whether the value is used as it is, or in another shape or order by what takes parts of it (a
+/// rotary embedding) or lays it beside something (a cache): not only moved, where the product has
+/// another form; and not scaled by a constant, which goes into the weights.
 fn is_final(egraph: &Egg, id: Id) -> bool {
     let moves = |n: &ENode| matches!(n.op, Op::Permute(_) | Op::Reshape(_));
-    let scales = |n: &ENode| {
-        let constant = n.args.iter().any(|a| egraph[*a].data.constant);
-        let operand = n.args.iter().any(|a| egraph.find(*a) == id);
-        n.op == Op::Binary(BinaryFn::Mul) && constant && operand
-    };
-    let parents = parents(egraph, id);
-    let mut nodes = parents.iter().flat_map(|p| &egraph[*p].nodes);
-    let scaled = nodes.clone().any(scales);
-    !scaled && nodes.any(|n| !moves(n) && n.args.iter().any(|a| egraph.find(*a) == id))
+    let mut forms = vec![id];
+    let mut seen = 0;
+    let mut read = false;
+    while seen < forms.len() && seen < 8 {
+        let form = forms[seen];
+        seen += 1;
+        for parent in parents(egraph, form) {
+            let users = egraph[parent].nodes.iter();
+            for n in users.filter(|n| n.args.iter().any(|a| egraph.find(*a) == form)) {
+                let constant = n.args.iter().any(|a| egraph[*a].data.constant);
+                if moves(n) {
+                    if !forms.contains(&parent) {
+                        forms.push(parent);
+                    }
+                } else if n.op == Op::Binary(BinaryFn::Mul) && constant {
+                    return false;
+                } else if form == id || matches!(n.op, Op::Slice(_) | Op::Concat(_)) {
+                    read = true;
+                }
+            }
+        }
+    }
+    read
 }
 
 /// contract(x, a) and contract(x, b) are parts of contract(x, a ++ b).

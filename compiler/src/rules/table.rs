@@ -14,7 +14,7 @@ use super::algebra::{
 };
 use super::contract::{
     contract_absorbs_expand, contract_absorbs_join, contract_absorbs_permute,
-    contract_absorbs_split, contract_channels_last, contract_drops_unit_axes,
+    contract_absorbs_split, contract_channels_last, contract_drops_unit_axes, contract_is_dots,
     contract_shares_heads, scale_out_of_contract,
 };
 use super::lang::{ENode, Egg};
@@ -84,6 +84,8 @@ pub static RULES: &[Rule] = rules! {
     "contract-absorbs-expand" Exact contract_absorbs_expand;
     // contract(join(expand(x)), y) = join(contract'(expand(x), y)): heads that share keys
     "contract-shares-heads" Exact contract_shares_heads;
+    // contract(x, y) = sum(x * y), where no element is read often
+    "contract-is-dots" Reassociating contract_is_dots;
     // Result axes of extent 1 that a reshape drops need not be there.
     "contract-drops-unit-axes" Exact contract_drops_unit_axes;
     // A contraction with constant weights may have its channels last.

@@ -102,7 +102,7 @@ fn grow(graph: &mut Graph, random: &mut Random, values: &[NodeId]) -> Option<Nod
             graph.matmul(x, w, &o).ok()
         }
         14 => siblings(graph, random, x),
-        15 => grouped(graph, x),
+        15 => grouped(graph, x, random.below(2) == 0),
         _ => {
             let y = values[random.below(values.len())];
             graph.binary(BinaryFn::Add, x, y, &o).ok()
@@ -111,11 +111,14 @@ fn grow(graph: &mut Graph, random: &mut Random, values: &[NodeId]) -> Option<Nod
 }
 
 /// Products of queries with keys that two heads share.
-fn grouped(graph: &mut Graph, x: NodeId) -> Option<NodeId> {
+fn grouped(graph: &mut Graph, x: NodeId, one_row: bool) -> Option<NodeId> {
     let o: Origin = "n".into();
     let shape = graph.ty(x).shape.to_vec();
     let [m, n] = *shape.last_chunk::<2>()?;
-    let own = shape[..shape.len() - 2].iter().product();
+    let (own, m, n) = match one_row {
+        true => (1, 1, shape.iter().product()),
+        false => (shape[..shape.len() - 2].iter().product(), m, n),
+    };
     let apart = graph.reshape(x, &[own, 1, m, n], &o).ok()?;
     let spread = graph.expand(apart, &[own, 2, m, n], &o).ok()?;
     let keys = graph.reshape(spread, &[2 * own, m, n], &o).ok()?;
