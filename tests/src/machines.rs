@@ -108,10 +108,29 @@ impl Machine {
         let compiler = Compiler::new().verify_code(true).target(cpu);
         let package =
             compiler.package_of(graph, [0; 32], &FORM()).map_err(|e| format!("compiling: {e}"))?;
+        let port = |(_, node): &(String, _)| {
+            let Type { dtype, shape, .. } = graph.ty(*node);
+            (*dtype, shape.to_vec())
+        };
+        let outputs: Vec<(DType, Vec<usize>)> = graph.outputs.iter().map(port).collect();
+        self.run_library(&package.file, &[], inputs, &outputs)
+    }
+
+    /// Runs a shared library of this machine, whose functions begin with `net`, for these lengths
+    /// of its dims; `outputs` says what comes out then.
+    pub fn run_library(
+        &mut self,
+        library: &[u8],
+        dims: &[i64],
+        inputs: &[Tensor],
+        outputs: &[(DType, Vec<usize>)],
+    ) -> Result<Vec<Tensor>, String> {
         let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
         let path = |name: &str| folder.path().join(name);
         let write = |name: &str, bytes: &[u8]| fs::write(path(name), bytes);
-        write("net.so", &package.file).map_err(|e| e.to_string())?;
+        write("net.so", library).map_err(|e| e.to_string())?;
+        let lengths: Vec<u8> = dims.iter().flat_map(|length| length.to_le_bytes()).collect();
+        write("dims_0.bin", &lengths).map_err(|e| e.to_string())?;
         for (i, input) in inputs.iter().enumerate() {
             write(&format!("input_{i}.bin"), input.bytes()).map_err(|e| e.to_string())?;
         }
@@ -119,12 +138,11 @@ impl Machine {
         if status != "0" {
             return Err(format!("status {status}"));
         }
-        let output = |(i, (_, node)): (usize, &(String, _))| {
+        let output = |(i, (dtype, shape)): (usize, &(DType, Vec<usize>))| {
             let bytes = fs::read(path(&format!("output_{i}.bin"))).map_err(|e| e.to_string())?;
-            let Type { dtype, shape, .. } = graph.ty(*node);
             Tensor::from_bytes(*dtype, shape, &bytes).ok_or("an output of another size".into())
         };
-        graph.outputs.iter().enumerate().map(output).collect()
+        outputs.iter().enumerate().map(output).collect()
     }
 
     fn ask(&mut self, folder: &Path) -> Result<String, String> {

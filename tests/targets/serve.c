@@ -1,5 +1,6 @@
 /* Runs compiled models, one after another. Each line of standard input names a folder with net.so
-   and input_K.bin; output_K.bin is written there, and a line is answered: the status of the run.
+   and input_K.bin, and dims_0.bin where the model has dims: their lengths. output_K.bin is
+   written there, and a line is answered: the status of the run.
    Built with -I of a folder that has the header of any model by the name net.h. */
 #include <dlfcn.h>
 #include <stdint.h>
@@ -36,14 +37,26 @@ static void *function(const char *name)
 
 typedef size_t (*count_fn)(void);
 typedef int32_t (*port_fn)(size_t, kiln_port *);
-typedef int32_t (*run_fn)(const void *const *, void *const *, void *, size_t);
+typedef int32_t (*run_fn)(const kiln_call *);
 
-static void transfer(const char *folder, const char *side, size_t i, void *bytes, size_t size)
+/* Bytes of a tensor for these lengths of dims. */
+static size_t size_of(const kiln_port *port, const int64_t *dims)
+{
+    size_t most = 1, now = 1, axis;
+    for (axis = 0; axis < port->rank; axis++) {
+        const int64_t dim = port->dims[axis];
+        most *= (size_t)port->shape[axis];
+        now *= (size_t)(dim < 0 ? port->shape[axis] : dims[dim] + port->more[axis]);
+    }
+    return most == 0 ? 0 : port->size / most * now;
+}
+
+static void transfer(const char *folder, const char *name, size_t i, void *bytes, size_t size)
 {
     char path[4096];
-    const int in = side[0] == 'i';
+    const int in = name[0] != 'o';
     FILE *file;
-    snprintf(path, sizeof path, "%s/%s_%u.bin", folder, side, (unsigned)i);
+    snprintf(path, sizeof path, "%s/%s_%u.bin", folder, name, (unsigned)i);
     file = fopen(path, in ? "rb" : "wb");
     if (!file) stop(path);
     if ((in ? fread(bytes, 1, size, file) : fwrite(bytes, 1, size, file)) != size) stop(path);
@@ -54,27 +67,38 @@ static int32_t run(const char *folder)
 {
     void *in[MOST], *out[MOST], *scratch;
     const void *given[MOST];
+    int64_t lengths[MOST];
     size_t sizes[MOST], i;
     kiln_port port;
+    kiln_call call;
     int32_t status;
+    FUNCTION(count_fn, dims, "net_dim_count");
     FUNCTION(count_fn, inputs, "net_input_count");
     FUNCTION(count_fn, outputs, "net_output_count");
     FUNCTION(count_fn, scratch_size, "net_scratch_size");
     FUNCTION(port_fn, input, "net_input");
     FUNCTION(port_fn, output, "net_output");
-    FUNCTION(run_fn, start, "net_run");
-    if (inputs() > MOST || outputs() > MOST) stop("too many tensors");
+    FUNCTION(run_fn, start, "net_run_with");
+    if (inputs() > MOST || outputs() > MOST || dims() > MOST) stop("too many tensors");
+    if (dims() > 0) transfer(folder, "dims", 0, lengths, dims() * sizeof lengths[0]);
     for (i = 0; i < inputs(); i++) {
         if (input(i, &port) != KILN_OK || !(in[i] = malloc(port.size + 1))) stop("an input");
-        transfer(folder, "input", i, in[i], port.size);
+        transfer(folder, "input", i, in[i], size_of(&port, lengths));
         given[i] = in[i];
     }
     for (i = 0; i < outputs(); i++) {
         if (output(i, &port) != KILN_OK || !(out[i] = malloc(port.size + 1))) stop("an output");
-        sizes[i] = port.size;
+        sizes[i] = size_of(&port, lengths);
     }
     if (!(scratch = malloc(scratch_size() + 1))) stop("scratch");
-    status = start(given, out, scratch, scratch_size());
+    memset(&call, 0, sizeof call);
+    call.abi_version = KILN_ABI_VERSION;
+    call.inputs = given;
+    call.outputs = out;
+    call.scratch = scratch;
+    call.scratch_size = scratch_size();
+    call.dims = lengths;
+    status = start(&call);
     for (i = 0; i < outputs(); i++) {
         if (status == KILN_OK) transfer(folder, "output", i, out[i], sizes[i]);
         free(out[i]);

@@ -2,7 +2,8 @@
 //! compiled for one length, and says clearly where it cannot be.
 
 use kiln::tensor::{DType, Tensor, TensorView};
-use kiln::{Compiler, Dim, Limits, Model};
+use kiln::{Compiler, Dim, Form, Kind, Limits, Model};
+use kiln_tests::machines::machines;
 use kiln_tests::{Random, Tolerance, difference, oracle};
 
 fn model(name: &str) -> Option<Model> {
@@ -131,4 +132,38 @@ fn memory_is_that_of_the_longest_run_and_stays() {
         compiler.compile_ranges(&model).expect("an executable").plan().arena_bytes
     };
     assert!(bytes(32) < bytes(64), "{} and {}", bytes(32), bytes(64));
+}
+
+#[test]
+fn other_architectures_take_any_length() {
+    let Some(model) = model("encoder") else { return };
+    let ranges = |compiler: Compiler| {
+        compiler.verify_code(true).dim_range("batch", 1..=3).dim_range("sequence", 1..=20)
+    };
+    let executable = ranges(Compiler::new()).compile_ranges(&model).expect("an executable");
+    for machine in machines() {
+        let mut machine = machine.lock().expect("no other test panics with it");
+        let target = machine.cpu().triple.name;
+        let form = Form { kind: Kind::Shared, name: "net".into(), weights: None };
+        let compiler = ranges(Compiler::new().target(machine.cpu().clone()));
+        let library = compiler.package(&model, &form).expect("a package").file;
+        let mut random = Random::new(9);
+        for lengths in [[1, 1], [2, 7], [3, 20], [1, 13]] {
+            let named = [("batch", lengths[0]), ("sequence", lengths[1])];
+            let inputs = inputs(&model, &named, &mut random);
+            let want = executable.run(&views(&inputs)).expect("a run");
+            let length = |name: &str| named.iter().find(|n| n.0 == name).expect("a dim").1 as i64;
+            let dims = executable.plan().dims.iter().map(|dim| length(&dim.name));
+            let dims: Vec<i64> = dims.collect();
+            let tensors: Vec<Tensor> = inputs.into_iter().map(|(_, tensor)| tensor).collect();
+            let ports: Vec<(DType, Vec<usize>)> =
+                want.iter().map(|(_, t)| (t.dtype(), t.shape().to_vec())).collect();
+            let got = machine.run_library(&library, &dims, &tensors, &ports);
+            let got = got.unwrap_or_else(|e| panic!("{target}, {lengths:?}: {e}"));
+            for (got, (_, want)) in got.iter().zip(&want) {
+                let tolerance = Tolerance { rtol: 1e-4, atol: 1e-5 };
+                assert_eq!(difference(got, want, tolerance), None, "{target}, {lengths:?}");
+            }
+        }
+    }
 }

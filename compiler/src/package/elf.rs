@@ -107,6 +107,59 @@ struct Layout<'a, 'p> {
 #[derive(Clone, Copy)]
 struct Extent(usize, usize, usize);
 
+/// Names, and numbers of sections, as the writer counts them.
+struct Numbers {
+    /// For each piece.
+    sections: Vec<(StringId, SectionIndex)>,
+    /// For each function.
+    all: Vec<StringId>,
+    /// For each function that is exported.
+    dynamic: Vec<StringId>,
+    soname: StringId,
+}
+
+/// Where the tables and segments are.
+struct Places {
+    hash: usize,
+    dynsym: usize,
+    dynstr: usize,
+    dynamic: usize,
+    segments: [Extent; 4],
+}
+
+/// Numbers of sections, names and symbols.
+fn number<'a>(
+    w: &mut Writer<'a>,
+    pieces: &'a [String],
+    functions: &[Function<'a>],
+    soname: &'a str,
+) -> Numbers {
+    w.reserve_null_section_index();
+    w.reserve_hash_section_index();
+    w.reserve_dynsym_section_index();
+    w.reserve_dynstr_section_index();
+    let mut section =
+        |name: &'a String| (w.add_section_name(name.as_bytes()), w.reserve_section_index());
+    let sections = pieces.iter().map(&mut section).collect();
+    w.reserve_dynamic_section_index();
+    w.reserve_symtab_section_index();
+    w.reserve_strtab_section_index();
+    w.reserve_shstrtab_section_index();
+    w.reserve_null_dynamic_symbol_index();
+    w.reserve_null_symbol_index();
+    let (mut all, mut dynamic) = (Vec::new(), Vec::new());
+    for f in functions {
+        all.push(w.add_string(f.name));
+        w.reserve_symbol_index(None);
+        if f.exported {
+            dynamic.push(w.add_dynamic_string(f.name));
+            w.reserve_dynamic_symbol_index();
+        }
+    }
+    let soname = w.add_dynamic_string(soname.as_bytes());
+    Numbers { sections, all, dynamic, soname }
+}
+
 impl<'a, 'p> Layout<'a, 'p> {
     fn new(
         file: &ElfFile64<'a>,
@@ -139,55 +192,45 @@ impl<'a, 'p> Layout<'a, 'p> {
 
     /// Lays everything out and writes it.
     fn write(&mut self, out: &mut Vec<u8>) -> Packed<()> {
-        let soname = self.soname.as_bytes();
-        let functions = std::mem::take(&mut self.functions);
         let mut w = Writer::new(Endianness::Little, true, out);
-        // Numbers of sections, names and symbols.
-        w.reserve_null_section_index();
-        w.reserve_hash_section_index();
-        w.reserve_dynsym_section_index();
-        w.reserve_dynstr_section_index();
         let names: Vec<String> = self.pieces.iter().map(|p| p.name.clone()).collect();
-        let named: Vec<(StringId, SectionIndex)> = names
-            .iter()
-            .map(|n| (w.add_section_name(n.as_bytes()), w.reserve_section_index()))
-            .collect();
-        w.reserve_dynamic_section_index();
-        w.reserve_symtab_section_index();
-        w.reserve_strtab_section_index();
-        w.reserve_shstrtab_section_index();
-        w.reserve_null_dynamic_symbol_index();
-        w.reserve_null_symbol_index();
-        let mut dynamic_names = Vec::new();
-        let mut static_names = Vec::new();
-        for f in &functions {
-            static_names.push(w.add_string(f.name));
-            w.reserve_symbol_index(None);
-            if f.exported {
-                dynamic_names.push(w.add_dynamic_string(f.name));
-                w.reserve_dynamic_symbol_index();
-            }
-        }
-        let soname = w.add_dynamic_string(soname);
-        // Places in the file, which are those in memory too.
-        let exported = dynamic_names.len() as u32;
+        let functions = std::mem::take(&mut self.functions);
+        let numbers = number(&mut w, &names, &functions, self.soname);
+        let places = self.places(&mut w, numbers.dynamic.len() as u32);
+        self.contents(&mut w, &functions, &numbers, &places)?;
+        self.section_headers(&mut w, &functions, &numbers, &places);
+        Ok(())
+    }
+
+    /// Places in the file, which are those in memory too.
+    fn places(&mut self, w: &mut Writer, exported: u32) -> Places {
         w.reserve_file_header();
         w.reserve_program_headers(HEADERS);
         let hash = w.reserve_hash(exported.max(1), exported + 1);
         let dynsym = w.reserve_dynsym();
         let dynstr = w.reserve_dynstr();
-        let headers = self.place(&mut w, Segment::Headers, 0);
-        let code = self.place(&mut w, Segment::Code, self.page);
-        let weights = self.place(&mut w, Segment::Weights, self.page);
+        let headers = self.place(w, Segment::Headers, 0);
+        let code = self.place(w, Segment::Code, self.page);
+        let weights = self.place(w, Segment::Weights, self.page);
         let dynamic = w.reserve(0, self.page);
         w.reserve_dynamic(DYNAMICS);
-        let mut data = self.place(&mut w, Segment::Data, 8);
+        let mut data = self.place(w, Segment::Data, 8);
         data.0 = dynamic;
         w.reserve_symtab();
         w.reserve_strtab();
         w.reserve_shstrtab();
         w.reserve_section_headers();
-        // The bytes, in the same order.
+        Places { hash, dynsym, dynstr, dynamic, segments: [headers, code, weights, data] }
+    }
+
+    /// The bytes, in the order of their places.
+    fn contents(
+        &self,
+        w: &mut Writer,
+        functions: &[Function],
+        numbers: &Numbers,
+        places: &Places,
+    ) -> Packed<()> {
         let (e_machine, e_flags) = (self.machine, self.flags);
         w.write_file_header(&FileHeader {
             os_abi: ELFOSABI_NONE,
@@ -199,41 +242,27 @@ impl<'a, 'p> Layout<'a, 'p> {
         })
         .map_err(failed)?;
         w.write_align_program_headers();
-        self.program_headers(&mut w, [headers, code, weights, data], dynamic);
-        let hashes: Vec<u32> =
-            functions.iter().filter(|f| f.exported).map(|f| object::elf::hash(f.name)).collect();
-        w.write_hash(exported.max(1), exported + 1, |i| {
-            i.checked_sub(1).map(|i| hashes[i as usize])
-        });
+        self.program_headers(w, places.segments, places.dynamic);
+        let exported = || functions.iter().filter(|f| f.exported);
+        let hashes: Vec<u32> = exported().map(|f| object::elf::hash(f.name)).collect();
+        let count = hashes.len() as u32;
+        w.write_hash(count.max(1), count + 1, |i| i.checked_sub(1).map(|i| hashes[i as usize]));
         w.write_null_dynamic_symbol();
-        let symbol = |f: &Function, name| {
-            let piece = self.section_of(f.section);
-            let bind = if f.exported { STB_GLOBAL } else { STB_LOCAL };
-            Sym {
-                name: Some(name),
-                section: Some(named[piece].1),
-                st_info: (bind << 4) | STT_FUNC,
-                st_other: STV_DEFAULT,
-                st_shndx: 0,
-                st_value: self.pieces[piece].at as u64 + f.value,
-                st_size: f.size,
-            }
-        };
-        for (f, name) in functions.iter().filter(|f| f.exported).zip(&dynamic_names) {
-            w.write_dynamic_symbol(&symbol(f, *name));
+        for (f, name) in exported().zip(&numbers.dynamic) {
+            w.write_dynamic_symbol(&self.symbol(f, *name, numbers));
         }
         w.write_dynstr();
-        self.bytes(&mut w, Segment::Headers);
-        self.bytes(&mut w, Segment::Code);
-        self.bytes(&mut w, Segment::Weights);
-        w.pad_until(dynamic);
+        self.bytes(w, Segment::Headers);
+        self.bytes(w, Segment::Code);
+        self.bytes(w, Segment::Weights);
+        w.pad_until(places.dynamic);
         w.write_align_dynamic();
         let dynstr_len = w.dynstr_len() as u64;
-        w.write_dynamic_string(DT_SONAME, soname).map_err(failed)?;
+        w.write_dynamic_string(DT_SONAME, numbers.soname).map_err(failed)?;
         for (tag, value) in [
-            (DT_HASH, hash as u64),
-            (DT_STRTAB, dynstr as u64),
-            (DT_SYMTAB, dynsym as u64),
+            (DT_HASH, places.hash as u64),
+            (DT_STRTAB, places.dynstr as u64),
+            (DT_SYMTAB, places.dynsym as u64),
             (DT_STRSZ, dynstr_len),
             (DT_SYMENT, 24),
             (DT_NULL, 0),
@@ -241,25 +270,47 @@ impl<'a, 'p> Layout<'a, 'p> {
             w.write_dynamic(tag, value).map_err(failed)?;
         }
         w.write_null_symbol();
-        for (f, name) in functions.iter().zip(&static_names) {
-            w.write_symbol(&symbol(f, *name));
+        for (f, name) in functions.iter().zip(&numbers.all) {
+            w.write_symbol(&self.symbol(f, *name, numbers));
         }
         w.write_strtab();
         w.write_shstrtab();
+        Ok(())
+    }
+
+    fn symbol(&self, f: &Function, name: StringId, numbers: &Numbers) -> Sym {
+        let piece = self.section_of(f.section);
+        let bind = if f.exported { STB_GLOBAL } else { STB_LOCAL };
+        Sym {
+            name: Some(name),
+            section: Some(numbers.sections[piece].1),
+            st_info: (bind << 4) | STT_FUNC,
+            st_other: STV_DEFAULT,
+            st_shndx: 0,
+            st_value: self.pieces[piece].at as u64 + f.value,
+            st_size: f.size,
+        }
+    }
+
+    fn section_headers(
+        &self,
+        w: &mut Writer,
+        functions: &[Function],
+        numbers: &Numbers,
+        places: &Places,
+    ) {
         w.write_null_section_header();
-        w.write_hash_section_header(hash as u64);
-        w.write_dynsym_section_header(dynsym as u64, 1);
-        w.write_dynstr_section_header(dynstr as u64);
-        for (piece, (name, _)) in self.pieces.iter().zip(&named) {
+        w.write_hash_section_header(places.hash as u64);
+        w.write_dynsym_section_header(places.dynsym as u64, 1);
+        w.write_dynstr_section_header(places.dynstr as u64);
+        for (piece, (name, _)) in self.pieces.iter().zip(&numbers.sections) {
             w.write_section_header(&piece.header(*name));
         }
-        w.write_dynamic_section_header(dynamic as u64);
+        w.write_dynamic_section_header(places.dynamic as u64);
         let locals = functions.iter().filter(|f| !f.exported).count() as u32 + 1;
         w.write_symtab_section_header(locals);
         w.write_strtab_section_header();
         w.write_shstrtab_section_header();
-        self.functions = functions;
-        Ok(())
     }
 
     /// Gives the pieces of a segment their places.

@@ -151,6 +151,52 @@ fn port(out: &mut String, name: &str, side: &str, index: usize, port: &Port) {
     _ = writeln!(out, "#define {prefix}_{side}_{index}_SIZE {bytes}");
 }
 
+/// Types of the interface in C.
+const STRUCTS: &str = "\
+/* An input or output: a dense tensor, outermost axis first. */
+typedef struct kiln_port {
+    const char *name;     /* in the model, UTF-8 */
+    const int64_t *shape; /* rank extents; the most where the axis has a dim */
+    const int64_t *dims;  /* rank indices of the dims that the axes are as long as; or -1 */
+    const int64_t *more;  /* rank numbers of elements by which axes are longer than their dims */
+    size_t rank;
+    size_t size;          /* bytes; the most where there are dims */
+    int32_t type;         /* enum kiln_type */
+    int32_t reserved;
+} kiln_port;
+
+/* A dim of the model whose length each run decides. */
+typedef struct kiln_dim {
+    const char *name; /* in the model, UTF-8 */
+    int64_t least;
+    int64_t most;
+} kiln_dim;
+
+/* Threads of the caller. run calls task(argument, index) once for every index below count, on any
+   threads, and returns 0 when all of them are done. */
+typedef struct kiln_pool {
+    void *context;
+    int32_t (*run)(void *context, void (*task)(void *argument, size_t index), void *argument,
+                   size_t count);
+} kiln_pool;
+
+/* All that a run can be given. Set what you do not use to 0. */
+typedef struct kiln_call {
+    uint32_t abi_version; /* KILN_ABI_VERSION */
+    uint32_t reserved;
+    const void *const *inputs; /* pointers to tensors, in the order of the inputs */
+    void *const *outputs;      /* likewise; written */
+    void *scratch;             /* memory for intermediate values, at any address */
+    size_t scratch_size;       /* at least NAME_scratch_size() */
+    const void *weights;       /* only for models whose weights lie in a file beside */
+    size_t weights_size;
+    const kiln_pool *pool;     /* or null: one thread */
+    const int64_t *dims;       /* lengths of the dims, in order; only for models that have some */
+} kiln_call;
+#endif
+
+";
+
 /// What is the same for every model; the first header that a program includes brings it.
 fn common(out: &mut String) {
     let mut types = String::new();
@@ -182,81 +228,21 @@ enum kiln_status {{
 {statuses}}};
 #define KILN_DIM {FIRST_DIM}
 
-/* An input or output: a dense tensor, outermost axis first. */
-typedef struct kiln_port {{
-    const char *name;     /* in the model, UTF-8 */
-    const int64_t *shape; /* rank extents; the most where the axis has a dim */
-    const int64_t *dims;  /* rank indices of the dims that the axes are as long as; or -1 */
-    const int64_t *more;  /* rank numbers of elements by which axes are longer than their dims */
-    size_t rank;
-    size_t size;          /* bytes; the most where there are dims */
-    int32_t type;         /* enum kiln_type */
-    int32_t reserved;
-}} kiln_port;
-
-/* A dim of the model whose length each run decides. */
-typedef struct kiln_dim {{
-    const char *name; /* in the model, UTF-8 */
-    int64_t least;
-    int64_t most;
-}} kiln_dim;
-
-/* Threads of the caller. run calls task(argument, index) once for every index below count, on any
-   threads, and returns 0 when all of them are done. */
-typedef struct kiln_pool {{
-    void *context;
-    int32_t (*run)(void *context, void (*task)(void *argument, size_t index), void *argument,
-                   size_t count);
-}} kiln_pool;
-
-/* All that a run can be given. Set what you do not use to 0. */
-typedef struct kiln_call {{
-    uint32_t abi_version; /* KILN_ABI_VERSION */
-    uint32_t reserved;
-    const void *const *inputs; /* pointers to tensors, in the order of the inputs */
-    void *const *outputs;      /* likewise; written */
-    void *scratch;             /* memory for intermediate values, at any address */
-    size_t scratch_size;       /* at least NAME_scratch_size() */
-    const void *weights;       /* only for models whose weights lie in a file beside */
-    size_t weights_size;
-    const kiln_pool *pool;     /* or null: one thread */
-    const int64_t *dims;       /* lengths of the dims, in order; only for models that have some */
-}} kiln_call;
-#endif
-
-"
+{STRUCTS}"
     );
 }
 
-/// The header of a model.
-pub fn header(name: &str, plan: &Plan, about: &str, external: Option<(&str, usize)>) -> String {
-    let mut out = String::new();
-    let guard = format!("{}_H", name.to_uppercase());
-    _ = write!(
-        out,
-        "/* {}\n   Every function may be called from several threads at once, each call with memory \
-         of its own.\n   Nothing is allocated, and no thread is started. */\n\
-         #ifndef {guard}\n#define {guard}\n\n#include <stddef.h>\n#include <stdint.h>\n\n\
-         #ifdef __cplusplus\nextern \"C\" {{\n#endif\n\n",
-        comment(about)
-    );
-    common(&mut out);
+fn dims(out: &mut String, name: &str, plan: &Plan) {
     for (index, dim) in plan.dims.iter().enumerate() {
         let PlanDim { name: text, least, most } = dim;
         let (text, prefix) = (comment(text), name.to_uppercase());
         _ = writeln!(out, "/* dim {index}: \"{text}\", {least} to {most} */");
         _ = writeln!(out, "#define {prefix}_DIM_{index}_MOST {most}\n");
     }
-    for (side, ports) in [("input", &plan.inputs), ("output", &plan.outputs)] {
-        for (index, p) in ports.iter().enumerate() {
-            port(&mut out, name, side, index, p);
-        }
-        _ = writeln!(out, "#define {}_{}S {}\n", name.to_uppercase(), side.to_uppercase(), {
-            ports.len()
-        });
-    }
-    let scratch = scratch_bytes(plan);
-    _ = writeln!(out, "#define {}_SCRATCH_SIZE {scratch}\n", name.to_uppercase());
+}
+
+/// The simplest way to run, or how to hand in the weights.
+fn simple(out: &mut String, name: &str, plan: &Plan, external: Option<(&str, usize)>) {
     match external {
         None if !plan.dims.is_empty() => {}
         None => {
@@ -280,6 +266,33 @@ pub fn header(name: &str, plan: &Plan, about: &str, external: Option<(&str, usiz
             );
         }
     }
+}
+
+/// The header of a model.
+pub fn header(name: &str, plan: &Plan, about: &str, external: Option<(&str, usize)>) -> String {
+    let mut out = String::new();
+    let guard = format!("{}_H", name.to_uppercase());
+    _ = write!(
+        out,
+        "/* {}\n   Every function may be called from several threads at once, each call with memory \
+         of its own.\n   Nothing is allocated, and no thread is started. */\n\
+         #ifndef {guard}\n#define {guard}\n\n#include <stddef.h>\n#include <stdint.h>\n\n\
+         #ifdef __cplusplus\nextern \"C\" {{\n#endif\n\n",
+        comment(about)
+    );
+    common(&mut out);
+    dims(&mut out, name, plan);
+    for (side, ports) in [("input", &plan.inputs), ("output", &plan.outputs)] {
+        for (index, p) in ports.iter().enumerate() {
+            port(&mut out, name, side, index, p);
+        }
+        _ = writeln!(out, "#define {}_{}S {}\n", name.to_uppercase(), side.to_uppercase(), {
+            ports.len()
+        });
+    }
+    let scratch = scratch_bytes(plan);
+    _ = writeln!(out, "#define {}_SCRATCH_SIZE {scratch}\n", name.to_uppercase());
+    simple(&mut out, name, plan, external);
     _ = write!(
         out,
         "/* The same with all that a run can be given. */\n\

@@ -3,7 +3,8 @@
 //!
 //! Every operation has 256 cases of its main dtype (f32, i64 or bool) and a quarter as many of
 //! each other one (of f64, an eighth). `KILN_CASES` changes the number, `KILN_SEED` the cases.
-//! One graph in 8 is run on older CPUs and on other architectures too; `KILN_EMULATED=1` makes that every one.
+//! One graph in 8 is run on older CPUs and on other architectures too; `KILN_EMULATED=1` makes
+//! that every one.
 
 mod moves;
 mod numbers;
