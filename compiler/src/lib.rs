@@ -167,25 +167,26 @@ impl Compiler {
 
     /// Compiles a model for this machine. The whole pipeline, stage by stage.
     pub fn compile(&self, model: &Model) -> Result<Executable> {
-        if self.cache.is_some() {
-            return Ok(self.compile_through_cache(model)?.0);
-        }
-        let graph = self.graph(model)?;
-        let kernels = self.optimise(&graph)?;
-        self.build(&kernels)
+        Ok(self.compile_through_cache(model)?.0)
     }
 
     /// The same, and what the [`cache`](Self::cache) did for it.
     pub fn compile_through_cache(&self, model: &Model) -> Result<(Executable, CacheUse)> {
-        let Some(folder) = &self.cache else { return Ok((self.compile(model)?, CacheUse::Off)) };
+        self.find_or_build(model, &self.graph(model)?)
+    }
+
+    /// Optimises and builds the graph of a model, unless the cache has it.
+    fn find_or_build(&self, model: &Model, graph: &Graph) -> Result<(Executable, CacheUse)> {
+        let Some(folder) = &self.cache else {
+            return Ok((self.build(&self.optimise(graph)?)?, CacheUse::Off));
+        };
         let cpu = self.cpu();
         cpu.must_run_here()?;
-        let graph = self.graph(model)?;
-        let key = cache::key(&graph, self.egraph, &cpu);
+        let key = cache::key(graph, self.egraph, &cpu);
         cache::compile(folder, &key, self.threads, |name| {
             let form =
                 Form { kind: Kind::Shared, name: name.to_string(), file: None, weights: None };
-            Ok(self.package_of(&graph, model.hash(), &form)?.file)
+            Ok(self.package_of(graph, model.hash(), &form)?.file)
         })
     }
 
@@ -200,7 +201,7 @@ impl Compiler {
     /// # Errors
     /// As [`compile`](Self::compile), and where a node needs the length of a dim as a number.
     pub fn compile_ranges(&self, model: &Model) -> Result<Executable> {
-        self.build(&self.optimise(&self.graph_for_ranges(model)?)?)
+        Ok(self.find_or_build(model, &self.graph_for_ranges(model)?)?.0)
     }
 
     /// The graph of a model for all lengths of dims within their ranges.

@@ -15,6 +15,7 @@ pub mod memory;
 pub mod npz;
 pub mod plan;
 pub mod pool;
+mod run_error;
 pub mod session;
 pub mod state;
 pub mod tensor;

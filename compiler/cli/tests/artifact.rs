@@ -52,6 +52,29 @@ fn libraries_and_objects_run_as_the_model_does() {
 }
 
 #[test]
+fn one_file_serves_all_lengths_of_its_ranges() {
+    let folder = Folder::new();
+    let (model, artifact) = (shipped("digits.onnx"), folder.path("ranges.so"));
+    expect(0, &["compile", &model, "-o", &artifact, "--dim", "batch=1..8"]);
+    let (out, _) = expect(0, &["inspect", &artifact]);
+    assert!(out.contains("f32[<=8,1,8,8]") && out.contains("batch: 1 to 8"), "{out}");
+    let images = |batch: u8| {
+        let pixels: Vec<f32> = (0..usize::from(batch) * 64).map(|i| (i % 17) as f32).collect();
+        folder.write("images.pb", &pb(&[batch, 1, 8, 8], &pixels))
+    };
+    for batch in [1, 3, 8] {
+        let given = images(batch);
+        let value = json(0, &["run", &artifact, "-i", &given]);
+        assert_eq!(value["outputs"][0]["shape"], serde_json::json!([batch, 10]));
+        let times = ["--time", "1ms", "--warmup", "1ms"];
+        json(0, &[&["bench", &artifact, "-i", &given], &times[..]].concat());
+        expect(0, &["verify", &artifact, "--model", &model, "-i", &given]);
+    }
+    let (_, err) = expect(2, &["run", &artifact, "-i", &images(9)]);
+    assert!(err.contains("does not fit input image"), "{err}");
+}
+
+#[test]
 fn inspect_shows_what_the_file_says_of_itself() {
     let folder = Folder::new();
     let artifact = compiled(&folder, "digits.so", &[]);

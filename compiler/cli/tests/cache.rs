@@ -211,6 +211,14 @@ fn specialisations_are_kept_as_well() {
     let (kept, rest) = entries(&cache);
     assert!(kept.len() == 3 && rest.is_empty(), "{kept:?} {rest:?}");
     assert!(run(&cached) == expected);
+    // One executable for a range is an entry of its own, and each range is.
+    for (most, count) in [(8, 4), (9, 5), (8, 5)] {
+        let ranged = cached.clone().dim_range("batch", 1..=most);
+        let executable = ranged.compile_ranges(&model).expect("it compiles");
+        let outputs = executable.run(&[("image", images(3).view())]).expect("a run");
+        assert_eq!(outputs[0].1.shape(), [3, 10]);
+        assert_eq!(entries(&cache).0.len(), count);
+    }
 }
 
 fn start(cache: &str) -> Child {

@@ -2,10 +2,12 @@
 
 pub mod boxes;
 pub mod contract;
+pub mod cursor;
 pub mod eval;
 pub mod index;
 pub mod ir;
 pub mod lower;
+pub mod moves;
 pub mod nest;
 pub mod rewrite;
 pub mod text;
