@@ -183,7 +183,8 @@ impl Compiler {
         let graph = self.graph(model)?;
         let key = cache::key(&graph, self.egraph, &cpu);
         cache::compile(folder, &key, self.threads, |name| {
-            let form = Form { kind: Kind::Shared, name: name.to_string(), weights: None };
+            let form =
+                Form { kind: Kind::Shared, name: name.to_string(), file: None, weights: None };
             Ok(self.package_of(&graph, model.hash(), &form)?.file)
         })
     }

@@ -34,7 +34,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// What `kiln compile digits.onnx -o digits.so --dim batch=1` does.
 fn compile() -> Result<PathBuf, Box<dyn Error>> {
     let model = kiln::Model::open(kiln_examples::shipped("digits.onnx"), &kiln::Limits::default())?;
-    let form = kiln::Form { kind: kiln::Kind::Shared, name: "digits".into(), weights: None };
+    let form =
+        kiln::Form { kind: kiln::Kind::Shared, name: "digits".into(), file: None, weights: None };
     let package = kiln::Compiler::new().dim("batch", 1).package(&model, &form)?;
     // Not in the folder for temporary files: anybody may write there.
     let program = std::env::current_exe()?;

@@ -46,7 +46,8 @@ impl Drop for Server {
     }
 }
 
-const FORM: fn() -> Form = || Form { kind: Kind::Shared, name: "net".into(), weights: None };
+const FORM: fn() -> Form =
+    || Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
 
 /// 64-bit Arm and RISC-V.
 pub fn emulators() -> [Emulator; 2] {

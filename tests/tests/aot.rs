@@ -88,11 +88,13 @@ impl Work {
     }
 
     fn package(&self, kind: Kind, weights: Option<&str>) -> Package {
-        let form = Form { kind, name: "net".into(), weights: weights.map(String::from) };
+        let weights = weights.map(String::from);
+        let file = Some(format!("net.{}", ending(kind)));
+        let form = Form { kind, name: "net".into(), file, weights: weights.clone() };
         let package = self.compiler.package(&self.model, &form).expect("a package");
         fs::write(self.path(&format!("net.{}", ending(kind))), &package.file).expect("a file");
         fs::write(self.path("net.h"), &package.header).expect("a header");
-        if let (Some(name), Some(weights)) = (weights, &package.weights) {
+        if let (Some(name), Some(weights)) = (&weights, &package.weights) {
             fs::write(self.path(name), weights.bytes()).expect("weights");
         }
         package
@@ -247,7 +249,7 @@ fn a_shared_library_needs_nothing_and_changes_nothing() {
 }
 
 #[test]
-fn a_rust_program_links_the_object() {
+fn programs_of_the_examples_link_the_object() {
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/embed");
     let folder = tempfile::tempdir().expect("a folder");
     for file in ["Cargo.toml", "build.rs", "src/main.rs"] {
@@ -257,9 +259,18 @@ fn a_rust_program_links_the_object() {
     }
     let model = example.join("../digits.onnx");
     let model = Model::open(model, &Limits::default()).expect("the model of the example");
-    let form = Form { kind: Kind::Object, name: "digits".into(), weights: None };
+    let form = Form { kind: Kind::Object, name: "digits".into(), file: None, weights: None };
     let package = Compiler::new().dim("batch", 1).package(&model, &form).expect("a package");
     fs::write(folder.path().join("digits.o"), package.file).expect("an object");
+    fs::write(folder.path().join("digits.h"), package.header).expect("a header");
+    if there(C.command) {
+        let mut build = Command::new(C.command);
+        build.args(C.flags).args(STRICT).arg("-I").arg(folder.path());
+        build.arg(example.join("digits.c")).arg(folder.path().join("digits.o"));
+        done(build.arg("-o").arg(folder.path().join("digits")));
+        let said = done(&mut Command::new(folder.path().join("digits")));
+        assert!(said.contains("is a 6"), "{said}");
+    }
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["run", "-q", "--release", "--offline"]).current_dir(folder.path());
     cargo.env("CARGO_TARGET_DIR", folder.path().join("target"));

@@ -156,7 +156,7 @@ fn several_levels_are_loaded() {
         skip("this machine is older than x86-64-v3");
         return;
     }
-    let form = Form { kind: Kind::Shared, name: "net".into(), weights: None };
+    let form = Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
     let compiler = Compiler::new().target(level("multi"));
     let package = compiler.package_of(&graph, [0; 32], &form).expect("a package");
     let folder = tempfile::tempdir().expect("a folder");

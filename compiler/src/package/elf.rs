@@ -38,7 +38,7 @@ enum Segment {
 }
 
 /// A shared library of an object that leaves no name open but that of the weights.
-pub fn shared(object: &[u8], weights: &[u8], soname: &str) -> Packed<Vec<u8>> {
+pub fn shared(object: &[u8], weights: &[u8], soname: Option<&str>) -> Packed<Vec<u8>> {
     let file = ElfFile64::<Endianness>::parse(object).map_err(failed)?;
     let machine = file.elf_header().e_machine.get(Endianness::Little);
     let mut pieces = pieces(&file, weights)?;
@@ -97,7 +97,7 @@ struct Function<'a> {
 struct Layout<'a, 'p> {
     pieces: &'p mut Vec<Piece<'a>>,
     functions: Vec<Function<'a>>,
-    soname: &'p str,
+    soname: Option<&'p str>,
     machine: u16,
     flags: u32,
     page: usize,
@@ -115,7 +115,7 @@ struct Numbers {
     all: Vec<StringId>,
     /// For each function that is exported.
     dynamic: Vec<StringId>,
-    soname: StringId,
+    soname: Option<StringId>,
 }
 
 /// Where the tables and segments are.
@@ -132,7 +132,7 @@ fn number<'a>(
     w: &mut Writer<'a>,
     pieces: &'a [String],
     functions: &[Function<'a>],
-    soname: &'a str,
+    soname: Option<&'a str>,
 ) -> Numbers {
     w.reserve_null_section_index();
     w.reserve_hash_section_index();
@@ -156,7 +156,7 @@ fn number<'a>(
             w.reserve_dynamic_symbol_index();
         }
     }
-    let soname = w.add_dynamic_string(soname.as_bytes());
+    let soname = soname.map(|name| w.add_dynamic_string(name.as_bytes()));
     Numbers { sections, all, dynamic, soname }
 }
 
@@ -164,7 +164,7 @@ impl<'a, 'p> Layout<'a, 'p> {
     fn new(
         file: &ElfFile64<'a>,
         pieces: &'p mut Vec<Piece<'a>>,
-        soname: &'p str,
+        soname: Option<&'p str>,
         machine: u16,
     ) -> Self {
         let mut functions: Vec<Function> = file
@@ -258,7 +258,12 @@ impl<'a, 'p> Layout<'a, 'p> {
         w.pad_until(places.dynamic);
         w.write_align_dynamic();
         let dynstr_len = w.dynstr_len() as u64;
-        w.write_dynamic_string(DT_SONAME, numbers.soname).map_err(failed)?;
+        match numbers.soname {
+            Some(soname) => w.write_dynamic_string(DT_SONAME, soname),
+            // An entry that says nothing keeps the place.
+            None => w.write_dynamic(DT_DEBUG, 0),
+        }
+        .map_err(failed)?;
         for (tag, value) in [
             (DT_HASH, places.hash as u64),
             (DT_STRTAB, places.dynstr as u64),

@@ -33,6 +33,9 @@ pub struct Form {
     pub kind: Kind,
     /// What its functions begin with: a C identifier.
     pub name: String,
+    /// The name of the file, by which programs that were linked to a shared library look for it;
+    /// none where they look for the path that they were linked with.
+    pub file: Option<String>,
     /// The file name of the weights, where they lie beside.
     pub weights: Option<String>,
 }
@@ -43,6 +46,8 @@ pub struct Package {
     pub file: Vec<u8>,
     /// Its C header.
     pub header: String,
+    /// Bytes of memory that a run takes from its caller; with ranges of dims, the longest one.
+    pub scratch_bytes: usize,
     /// The weights, where they lie beside.
     pub weights: Option<Constants>,
 }
@@ -113,6 +118,7 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
         about: &about,
     };
     let beside = form.weights.as_deref().map(|file| (file, constants.len()));
+    let scratch_bytes = driver::scratch_bytes(&plan) as usize;
     let header = header::header(&form.name, &plan, &about, beside);
     let mut code = object::code(&parts, cpu, verify)?;
     let bytes = constants.len();
@@ -140,7 +146,7 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
     code.manifest(&manifest);
     let inside: &[u8] = if external { &[] } else { constants.bytes() };
     let mut file = match form.kind {
-        Kind::Shared => elf::shared(&code.write()?, inside, &format!("{}.so", form.name))?,
+        Kind::Shared => elf::shared(&code.write()?, inside, form.file.as_deref())?,
         Kind::Object | Kind::Archive => {
             code.weights(inside);
             code.write()?
@@ -150,7 +156,7 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
     if form.kind == Kind::Archive {
         file = object::archive(&file, &format!("{}.o", form.name), cpu.triple.system)?;
     }
-    Ok(Package { file, header, weights: external.then_some(constants) })
+    Ok(Package { file, header, scratch_bytes, weights: external.then_some(constants) })
 }
 
 fn features(cpu: &Cpu) -> Vec<String> {

@@ -112,7 +112,8 @@ fn package(
     };
     let weights = beside("weights").filter(|_| args.weights == Weights::External);
     let file_name = |path: &PathBuf| path.file_name().map(|n| n.to_string_lossy().into_owned());
-    let form = Form { kind, name, weights: weights.as_ref().and_then(file_name) };
+    let file = path.map(Path::to_path_buf).as_ref().and_then(file_name);
+    let form = Form { kind, name, file, weights: weights.as_ref().and_then(file_name) };
     let package = term.during("compile", None, || compiler.package(model, &form))?;
     if emit == Emit::Header {
         return Ok(package.header.into_bytes());
@@ -121,6 +122,12 @@ fn package(
         files::write(path, |out| out.write_all(weights.bytes()))?;
         term.note(format_args!("wrote {} ({})", model_name(path), bytes(weights.len() as u64)));
     }
+    let longest = match args.model.dim.iter().any(|(_, range)| range.least < range.most) {
+        true => " for the longest dims",
+        false => "",
+    };
+    let scratch = bytes(package.scratch_bytes as u64);
+    term.note(format_args!("a run takes {scratch} of memory{longest}"));
     if let Some(path) = beside("h") {
         files::write(&path, |out| out.write_all(package.header.as_bytes()))?;
         term.note(format_args!("wrote {}", model_name(&path)));
