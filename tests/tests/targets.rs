@@ -1,5 +1,9 @@
 //! Code for machines that this one is not, run by emulators.
 
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
 use kiln::backend::cpu::Cpu;
 use kiln::graph::Graph;
 use kiln::graph::eval::Value;
@@ -7,7 +11,7 @@ use kiln::onnx::{ImportOptions, import};
 use kiln::tensor::Tensor;
 use kiln::{Compiler, Executable, Form, Kind};
 use kiln_tests::cases::{Case, read_case};
-use kiln_tests::machines::{Emulator, Machine, machines};
+use kiln_tests::machines::{Emulator, Machine, emulators, machines};
 use kiln_tests::{Tolerance, difference, oracle, run_compiled, skip};
 
 /// Small enough to be emulated in seconds.
@@ -47,6 +51,47 @@ fn models_run_on_other_architectures() {
             println!("{what}: {:.1} s", start.elapsed().as_secs_f64());
             check(&what, &got, &case.outputs);
             check(&format!("{what} beside this machine"), &got, &here);
+        }
+    }
+}
+
+/// The linkers of other architectures take objects and archives.
+#[test]
+fn programs_of_other_architectures_link_models() {
+    let Some((graph, case)) = model("cnn_b1") else { return };
+    for emulator in emulators() {
+        if Machine::new(emulator.clone()).is_none() {
+            continue;
+        }
+        let target = emulator.cpu.triple.name;
+        for (kind, name) in [(Kind::Object, "net.o"), (Kind::Archive, "net.a")] {
+            let folder = tempfile::tempdir().expect("a folder");
+            let path = |name: &str| folder.path().join(name);
+            let form = Form { kind, name: "net".into(), weights: None };
+            let compiler = Compiler::new().target(emulator.cpu.clone());
+            let package = compiler.package_of(&graph, [0; 32], &form).expect("a package");
+            fs::write(path(name), package.file).expect("a file");
+            fs::write(path("net.h"), package.header).expect("a header");
+            for (i, input) in case.inputs.iter().enumerate() {
+                fs::write(path(&format!("input_{i}.bin")), input.bytes()).expect("an input");
+            }
+            let mut cc = Command::new(emulator.cc);
+            cc.args(["-std=c99", "-O1", "-Wall", "-Wextra", "-Werror", "-DNAME=net"]);
+            cc.arg("-DHEADER=\"net.h\"").arg("-I").arg(folder.path());
+            cc.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("aot/run.c"));
+            cc.arg(path(name)).arg("-o").arg(path("program"));
+            let mut run = Command::new(emulator.qemu[0]);
+            run.args(&emulator.qemu[1..]).arg(path("program")).arg(folder.path());
+            for command in [&mut cc, &mut run] {
+                let output = command.output().expect("a command that starts");
+                let said = String::from_utf8_lossy(&output.stderr);
+                assert!(output.status.success(), "{target}, {command:?}: {said}");
+            }
+            for (i, want) in case.outputs.iter().enumerate() {
+                let bytes = fs::read(path(&format!("output_{i}.bin"))).expect("an output");
+                let got = Tensor::from_bytes(want.dtype(), want.shape(), &bytes).expect("a size");
+                check(&format!("{name} of {target}"), &[got], std::slice::from_ref(want));
+            }
         }
     }
 }
@@ -116,7 +161,7 @@ fn several_levels_are_loaded() {
     let package = compiler.package_of(&graph, [0; 32], &form).expect("a package");
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("net.so");
-    std::fs::write(&path, package.file).expect("a file");
+    fs::write(&path, package.file).expect("a file");
     let pool = std::sync::Arc::new(kiln_runtime::pool::Pool::new(1).expect("threads"));
     // SAFETY: the file was written above.
     let loaded = unsafe { Executable::load(&path, pool) }.expect("a file that loads");
