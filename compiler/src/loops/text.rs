@@ -17,13 +17,11 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
+use super::cursor::{Cursor, Parsed, digits};
 use super::ir::{Buffer, Count, Expr, Kind, Loops, Number, Param, Place, Range, Scope, Stmt, Var};
 use super::verify::typed;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
-
-/// Loops and values nest no deeper in text; what reads them is recursive.
-const MAX_DEPTH: usize = 512;
 
 /// The text of a kernel.
 pub fn print(loops: &Loops) -> String {
@@ -116,8 +114,6 @@ fn expr(e: &Expr) -> String {
     }
 }
 
-type Parsed<T> = std::result::Result<T, String>;
-
 /// Reads kernels, as many as there are. Their types fit; whether they stay within their buffers
 /// is for [`verify`](super::verify::verify) to say.
 pub fn parse(text: &str) -> Result<Vec<Loops>> {
@@ -132,87 +128,6 @@ pub fn parse(text: &str) -> Result<Vec<Loops>> {
         let place = format!("line {line}, column {column}");
         Error::new(ErrorKind::Model, Diagnostic::new("K0903", why).tensor(place).found(found))
     })
-}
-
-/// A text and how far it is read.
-struct Cursor<'a> {
-    text: &'a str,
-    at: usize,
-    depth: usize,
-}
-
-impl<'a> Cursor<'a> {
-    /// What is left, without space before it.
-    fn rest(&mut self) -> &'a str {
-        let rest = self.text[self.at..].trim_start();
-        self.at = self.text.len() - rest.len();
-        rest
-    }
-
-    /// Takes a mark, if it is next.
-    fn eat(&mut self, mark: &str) -> bool {
-        let is_next = self.rest().starts_with(mark);
-        self.at += if is_next { mark.len() } else { 0 };
-        is_next
-    }
-
-    fn expect(&mut self, mark: &str) -> Parsed<()> {
-        if self.eat(mark) { Ok(()) } else { Err(format!("`{mark}` is missing")) }
-    }
-
-    fn span(&mut self, belongs: impl Fn(char) -> bool) -> &'a str {
-        let rest = self.rest();
-        rest.find(|c| !belongs(c)).map_or(rest, |end| &rest[..end])
-    }
-
-    /// The word that is next, not taken; empty where a mark is next.
-    fn peek(&mut self) -> &'a str {
-        self.span(|c| c.is_ascii_alphanumeric() || c == '_')
-    }
-
-    fn word(&mut self) -> &'a str {
-        let word = self.peek();
-        self.at += word.len();
-        word
-    }
-
-    /// What a word means, by `meaning`; the cursor stays at the word where it means nothing.
-    fn one<T>(&mut self, what: &str, meaning: impl Fn(&str) -> Option<T>) -> Parsed<T> {
-        let word = self.peek();
-        let found = meaning(word).ok_or_else(|| format!("`{word}` is no {what}"))?;
-        self.at += word.len();
-        Ok(found)
-    }
-
-    fn number<T: std::str::FromStr>(&mut self, what: &str) -> Parsed<T> {
-        let word = self.span(|c| c.is_ascii_digit() || c == '-');
-        let number = word.parse().map_err(|_| format!("`{word}` is no {what}"))?;
-        self.at += word.len();
-        Ok(number)
-    }
-
-    /// `i3`, or `b3` with another letter.
-    fn numbered<T: std::str::FromStr>(&mut self, letter: char, what: &str) -> Parsed<T> {
-        self.one(what, |word| digits(word, letter)?.parse().ok())
-    }
-
-    /// Reads something that holds others of its kind.
-    fn nested<T>(&mut self, read: impl FnOnce(&mut Self) -> Parsed<T>) -> Parsed<T> {
-        if self.depth == MAX_DEPTH {
-            return Err(format!("more than {MAX_DEPTH} things within each other"));
-        }
-        self.depth += 1;
-        let result = read(self);
-        self.depth -= 1;
-        result
-    }
-}
-
-/// The digits of a word that is a letter and digits.
-fn digits(word: &str, letter: char) -> Option<&str> {
-    let digits = word.strip_prefix(letter)?;
-    let all = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
-    all.then_some(digits)
 }
 
 fn kernels(cursor: &mut Cursor) -> Parsed<Vec<Loops>> {
