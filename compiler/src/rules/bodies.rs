@@ -135,9 +135,22 @@ impl Bodies {
         if order.len() > MAX_ARGS {
             return None;
         }
+        if body.nodes.iter().any(|n| repeats_a_move(&body.nodes, n)) {
+            return None;
+        }
         classify(&body.nodes)?;
         Some((self.number(body), order))
     }
+}
+
+/// A permutation of a permutation, or a reshape of a reshape: rules have made one of both, and the
+/// body with that one is tried as well.
+fn repeats_a_move(nodes: &[Node], node: &Node) -> bool {
+    let inner = node.args.first().map(|a| &nodes[a.index()].op);
+    matches!(
+        (&node.op, inner),
+        (Op::Permute(_), Some(Op::Permute(_))) | (Op::Reshape(_), Some(Op::Reshape(_)))
+    )
 }
 
 /// Copies a body in canonical form, another one in the place of one of its arguments.

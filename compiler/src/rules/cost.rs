@@ -175,7 +175,7 @@ fn contract_us(contract: &Contract, constant: [bool; 2]) -> f64 {
             || longest
                 .is_none_or(|a| contract.maps[k].last().is_some_and(|i| i.coefficient(a) == 1))
     };
-    // An operand that is not constant is packed in each run, where every index picks another element.
+    // An operand that is not constant is packed in each run, where no index picks two elements.
     let pure = |k: usize| contract.maps[k].iter().all(|a| a.terms.len() <= 1);
     let turned = (0..2).find(|&k| !unit(k) && !uses(1 - k) && pure(k));
     let picked = |k: usize| {

@@ -135,6 +135,10 @@ pub(super) fn merge_siblings(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     if group.len() < 2 || group.len() > MOST || !group.iter().any(|g| g.0 == class) {
         return None;
     }
+    // Other forms of the weights would make the same product again.
+    if merged_parts(egraph, class, x) >= group.len() {
+        return None;
+    }
     let weights: Vec<Id> = group.iter().map(|g| g.1).collect();
     let joined = add(egraph, Op::Concat(own.weights_axis as u8), &weights);
     let mut contract = own.contract.clone();
@@ -144,6 +148,18 @@ pub(super) fn merge_siblings(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let merged = add(egraph, Op::Contract(Box::new(contract)), &args);
     let extents: Vec<(Id, usize)> = group.iter().map(|g| (g.0, g.2)).collect();
     split(egraph, merged, own.axis, &extents, class)
+}
+
+/// Of how many products over `x` the merged one is that a class is a part of; 0 where it is none.
+fn merged_parts(egraph: &Egg, class: Id, x: Id) -> usize {
+    let parts = |weights: Id| {
+        find(egraph, weights, |n| matches!(n.op, Op::Concat(_)).then_some(n.args.len()))
+    };
+    let slices = egraph[class].nodes.iter().filter(|n| matches!(n.op, Op::Slice(_)));
+    let products = slices
+        .flat_map(|n| &egraph[n.args[0]].nodes)
+        .filter(|n| matches!(n.op, Op::Contract(_)) && n.args.iter().any(|a| egraph.find(*a) == x));
+    products.flat_map(|n| &n.args).filter_map(|&a| parts(a)).max().unwrap_or(0)
 }
 
 /// Makes classes equal to the parts of a value; gives the part that is one of them.
