@@ -67,7 +67,7 @@ fn programs_of_other_architectures_link_models() {
         for (kind, name) in [(Kind::Object, "net.o"), (Kind::Archive, "net.a")] {
             let folder = tempfile::tempdir().expect("a folder");
             let path = |name: &str| folder.path().join(name);
-            let form = Form { kind, name: "net".into(), weights: None };
+            let form = Form { kind, name: "net".into(), file: None, weights: None };
             let compiler = Compiler::new().target(emulator.cpu.clone());
             let package = compiler.package_of(&graph, [0; 32], &form).expect("a package");
             fs::write(path(name), package.file).expect("a file");
