@@ -25,7 +25,9 @@ def inputs(path):
             tensor = value.type.tensor_type
             shape = [max(d.dim_value, 1) for d in tensor.shape.dim]
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-            feed[value.name] = random.standard_normal(shape).astype(dtype)
+            array = random.standard_normal(shape)
+            # Integers are mostly indices, and 0 and 1 are inside of every table.
+            feed[value.name] = (array if dtype.kind == "f" else array > 0).astype(dtype)
     return feed
 
 
