@@ -49,7 +49,7 @@ impl Proof<'_> {
         let mut problems: Vec<Diagnostic> = nodes
             .filter_map(|(node, other)| {
                 let problem = self.node(node, other).err()?;
-                Some(problem.node(node.origin.as_ref()).tensor(op_text(&node.op)))
+                Some(problem.node(node.origin.as_ref()))
             })
             .collect();
         for (name, id) in &self.graph.outputs {
@@ -76,7 +76,11 @@ impl Proof<'_> {
         }
         if !self.same(&node.op, &other.op) {
             let problem = Diagnostic::new("K0110", "the length of a dim is computed with");
-            return Err(problem.found(format!("also as {}", op_text(&other.op))));
+            let found = match &node.op {
+                Op::Const(_) => "a constant that is another one for another length".to_string(),
+                op => format!("{}, and {} where it is longer", op_text(op), op_text(&other.op)),
+            };
+            return Err(problem.found(found));
         }
         if is_mixed(&node.ty) {
             let what = "what is in use of an axis cannot be told any more";
