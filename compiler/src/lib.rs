@@ -280,7 +280,7 @@ impl Compiler {
 
     /// Every stage as text.
     pub fn stages(&self, model: &Model) -> Result<Stages> {
-        self.stages_of(&self.graph(model)?)
+        self.stages_of(&self.graph_for_ranges(model)?)
     }
 
     /// The same from a graph on.

@@ -293,16 +293,25 @@ impl Model {
         shapes: &[(String, Vec<usize>)],
         values: &[(String, Tensor)],
     ) -> Result<Graph> {
+        let options = self.options(limits, dims, values);
+        onnx::import(self.bytes.clone(), &ImportOptions { shapes: shapes.to_vec(), ..options })
+    }
+
+    /// How the model is imported, where nothing is said of shapes and ranges.
+    fn options(
+        &self,
+        limits: &Limits,
+        dims: Vec<(String, usize)>,
+        values: &[(String, Tensor)],
+    ) -> ImportOptions {
         let bytes = usize::try_from(limits.max_bytes).unwrap_or(usize::MAX);
-        let options = ImportOptions {
+        ImportOptions {
             limits: onnx::Limits { nodes: limits.max_nodes, bytes, ..onnx::Limits::default() },
             dims,
-            shapes: shapes.to_vec(),
             folder: self.folder.clone(),
             values: values.to_vec(),
-            ranges: Vec::new(),
-        };
-        onnx::import(self.bytes.clone(), &options)
+            ..ImportOptions::default()
+        }
     }
 
     /// The graph of the model for all lengths of dims within their ranges.
@@ -330,16 +339,8 @@ impl Model {
         }
         let import = |lengths: Vec<(String, usize)>| {
             let fixed = settled.iter().filter(|s| !dims.iter().any(|dim| dim.name == s.0));
-            let bytes = usize::try_from(limits.max_bytes).unwrap_or(usize::MAX);
-            let options = ImportOptions {
-                limits: onnx::Limits { nodes: limits.max_nodes, bytes, ..onnx::Limits::default() },
-                dims: fixed.cloned().chain(lengths).collect(),
-                shapes: Vec::new(),
-                folder: self.folder.clone(),
-                values: values.to_vec(),
-                ranges: dims.clone(),
-            };
-            onnx::import(self.bytes.clone(), &options)
+            let options = self.options(limits, fixed.cloned().chain(lengths).collect(), values);
+            onnx::import(self.bytes.clone(), &ImportOptions { ranges: dims.clone(), ..options })
         };
         let most = dims.iter().map(|dim| (dim.name.clone(), dim.most)).collect();
         let mut graph = import(most)?;

@@ -15,7 +15,8 @@ const STEPS: [usize; 16] = [7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 5
 
 /// Lengths of the second import.
 pub fn longer(dims: &[PlanDim]) -> Vec<(String, usize)> {
-    let step = |(i, dim): (usize, &PlanDim)| (dim.name.clone(), dim.most + STEPS[i % 16]);
+    let step =
+        |(i, dim): (usize, &PlanDim)| (dim.name.clone(), dim.most.saturating_add(STEPS[i % 16]));
     dims.iter().enumerate().map(step).collect()
 }
 

@@ -457,7 +457,7 @@ fn lengths(plan: &Plan, inputs: &[TensorView<'_>]) -> Result<Dims, RunError> {
                 found: view.shape.to_vec(),
                 expected: port.clone(),
             })?;
-            let found = i64::try_from(extent).unwrap_or(i64::MAX) - more;
+            let found = i64::try_from(extent).unwrap_or(i64::MAX).saturating_sub(more);
             let range = &plan.dims[dim];
             if !usize::try_from(found).is_ok_and(|n| (range.least..=range.most).contains(&n)) {
                 let (dim, port) = (range.clone(), port.name.clone());

@@ -125,7 +125,7 @@ fn a_length_that_is_computed_with_is_refused_with_the_node() {
 }
 
 #[test]
-fn memory_is_that_of_the_longest_run_and_stays() {
+fn memory_is_that_of_the_longest_run() {
     let Some(model) = model("encoder") else { return };
     let bytes = |most: usize| {
         let compiler = Compiler::new().dim("batch", 1).dim_range("sequence", 1..=most);

@@ -124,6 +124,17 @@ impl Check<'_> {
                     if *kind == Kind::Parallel && !(outermost && alone) {
                         return Err(Unproven(format!("parallel loop i{var} is not outermost")));
                     }
+                    if let Some(range) = self.loops.range(*var) {
+                        // Emitters make all turns of these, or all from the first one.
+                        let fits = match kind {
+                            Kind::Serial => true,
+                            Kind::Parallel => range.from.is_none(),
+                            Kind::Vector | Kind::Unroll => false,
+                        };
+                        unless(fits, || {
+                            format!("a run cannot choose turns of {kind:?} loop i{var}")
+                        })?;
+                    }
                     self.ranges.insert(*var, (0, *extent as i128 - 1));
                     self.block(body, outermost && alone && *kind == Kind::Parallel)?;
                 }

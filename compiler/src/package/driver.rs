@@ -228,14 +228,11 @@ impl Driver<'_> {
         self.function(("task", Linkage::Local), &params, &[], |_, f| {
             let (work, index) = (f.params[0], f.params[1]);
             let [kernel, buffers, extent, chunks] = [0, 8, 16, 24].map(|at| f.load(work, at));
-            let mut bound = |index: Value| {
+            let next = f.b.ins().iadd_imm_s(index, 1);
+            let [begin, end] = [index, next].map(|index| {
                 let product = f.b.ins().imul(extent, index);
                 f.b.ins().udiv(product, chunks)
-            };
-            let begin = bound(index);
-            let next = f.b.ins().iadd_imm_s(index, 1);
-            let product = f.b.ins().imul(extent, next);
-            let end = f.b.ins().udiv(product, chunks);
+            });
             let (work, done) = (f.b.create_block(), f.b.create_block());
             let some = f.b.ins().icmp(IntCC::SignedLessThan, begin, end);
             f.b.ins().brif(some, work, &[], done, &[]);
