@@ -12,24 +12,26 @@ use kiln_runtime::tensor::DType;
 use super::index::{Index, add, flatten, scale};
 use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
-use super::{nest, rewrite};
+use super::{nest, rewrite, winograd};
 use crate::graph::op::{Affine, BinaryFn, Op};
 use crate::graph::used::iteration;
 
 /// A contraction while it is lowered: everything as functions of the loop variables.
-struct Product {
+pub struct Product {
     /// Variables of the result, outermost first.
-    vars: Vec<Var>,
+    pub vars: Vec<Var>,
     /// Variables of the sum.
-    summed: Vec<Var>,
+    pub summed: Vec<Var>,
     /// Operands at these variables.
-    operands: [Arc<Expr>; 2],
+    pub operands: [Arc<Expr>; 2],
     /// The cell that stands for the sum in the result.
-    cell: BufferId,
-    /// Where the result goes, and its value.
-    out: BufferId,
-    place: Place,
-    result: Arc<Expr>,
+    pub cell: BufferId,
+    /// Where the result goes.
+    pub out: BufferId,
+    /// The place there.
+    pub place: Place,
+    /// What goes there.
+    pub result: Arc<Expr>,
 }
 
 /// The kernels of a body with a contraction.
@@ -40,7 +42,11 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     let product = product(&mut lower, root, contract)?;
     let mut lowered = Lowered::default();
     match roles(&lower, &product) {
-        Some(roles) => tiles(lower, product, roles, &mut lowered)?,
+        Some(roles) => {
+            if !winograd::lower(&lower, &product, roles, &mut lowered)? {
+                tiles(lower, product, roles, &mut lowered)?;
+            }
+        }
         None => {
             let kernel = plain(lower, product, &mut lowered)?;
             lowered.kernels.push(kernel);
@@ -48,10 +54,11 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     }
     for (i, kernel) in lowered.kernels.iter_mut().enumerate() {
         let pack = kernel.buffers.iter().all(|b| b.param != Param::Out);
-        kernel.name = match (pack, i) {
-            (true, _) => format!("{name}.pack{i}"),
-            (false, 0) => name.to_string(),
-            (false, _) => format!("{name}.{i}"),
+        kernel.name = match (pack, i, kernel.name.as_str()) {
+            (true, _, "") => format!("{name}.pack{i}"),
+            (false, 0, "") => name.to_string(),
+            (false, _, "") => format!("{name}.{i}"),
+            (_, _, part) => format!("{name}.{part}"),
         };
     }
     Ok(lowered)
@@ -98,7 +105,7 @@ fn zero(dtype: DType) -> Expr {
 }
 
 /// The affine place of a plain load.
-fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
+pub fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
     match e {
         Expr::Load(buffer, Place { affine, dynamic: None }) => Some((*buffer, affine)),
         _ => None,
@@ -107,11 +114,11 @@ fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
 
 /// Which operand goes into lanes, and whether it is packed.
 #[derive(Clone, Copy)]
-struct Roles {
+pub struct Roles {
     /// The operand that moves along the last axis.
-    lanes: usize,
+    pub lanes: usize,
     /// Whether that operand is packed into panels.
-    packed: bool,
+    pub packed: bool,
 }
 
 fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
@@ -124,20 +131,13 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
         [s, 0] if s != 0 => 0,
         _ => return None,
     };
-    let constant = is_constant(lower, loads[lanes].0);
+    let constant = lower.is_constant(loads[lanes].0);
     let packed = steps[lanes] != 1 || constant;
     let (buffer, place) = (product.out, product.place.clone());
     let epilogue = Stmt::Store { buffer, place, value: (*product.result).clone() };
     let fits = (!packed || packable(lower, loads[lanes]))
         && nest::is_vector(&lower.buffers, &[epilogue], n as Var);
     (float && fits && !product.summed.is_empty()).then_some(Roles { lanes, packed })
-}
-
-fn is_constant(lower: &Lower, buffer: BufferId) -> bool {
-    match lower.buffers[buffer].param {
-        Param::Arg(i) => lower.args.constant.get(i).copied().unwrap_or(false),
-        Param::Scratch(_) | Param::Out | Param::Dims | Param::None => false,
-    }
 }
 
 /// An operand can be packed where every variable picks other elements, so that nothing repeats.
@@ -148,15 +148,24 @@ fn packable(lower: &Lower, (buffer, affine): (BufferId, &Affine)) -> bool {
 
 /// A piece of the last axis that is tiled in one way.
 #[derive(Clone, Copy)]
-struct Strip {
+pub struct Strip {
     /// First element.
-    start: usize,
+    pub start: usize,
     /// Number of tiles.
-    tiles: usize,
+    pub tiles: usize,
     /// Elements of a tile.
-    width: usize,
+    pub width: usize,
     /// Vectors of a tile; 0 where elements go one by one.
-    vectors: usize,
+    pub vectors: usize,
+}
+
+/// An operand that is packed into panels.
+pub struct Panels {
+    /// The scratch memory that holds it.
+    pub scratch: usize,
+    /// The place of an element in terms of the product's variables, with the tile as variable 255
+    /// and the element within the tile as variable 254.
+    pub place: Affine,
 }
 
 fn strips(n: usize, lanes: usize, vectors: usize) -> Vec<Strip> {
@@ -203,7 +212,7 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
                 pack(&lower, source, affine, (&order, n), strip, (scratch, offset))?;
             lowered.kernels.push(pack);
             offset += strip.tiles * strip.width * order_len(&lower, &order);
-            panel = Some((scratch, place));
+            panel = Some(Panels { scratch, place });
         }
         let mut copy = lower.fresh();
         copy.buffers = lower.buffers.clone();
@@ -236,7 +245,7 @@ fn panel_order(product: &Product, affine: &Affine, summed: &[Var], n: Var) -> Ve
 /// A kernel that copies a strip of an operand into panels `[tile][order..][width]`; and the place
 /// of an element in terms of the product's variables, with the tile as variable 255 and the
 /// element within the tile as variable 254.
-fn pack(
+pub fn pack(
     lower: &Lower,
     source: BufferId,
     affine: &Affine,
@@ -293,13 +302,13 @@ fn row_axis(product: &Product, roles: Roles) -> Option<Var> {
 }
 
 /// The register-tile kernel of one strip.
-fn tile(
+pub fn tile(
     mut lower: Lower,
     product: &Product,
     roles: Roles,
     summed: &[Var],
     strip: Strip,
-    panel: Option<(usize, Affine)>,
+    panel: Option<Panels>,
 ) -> Lowering<Loops> {
     let lanes = lower.target.lanes;
     let (&n, outer) =
@@ -312,7 +321,7 @@ fn tile(
     let step = if strip.vectors == 0 { 1 } else { lanes as i64 };
     let element = Affine::scaled(vector as usize, step).plus(lane as usize, 1);
     let mut operands = product.operands.clone();
-    if let Some((scratch, packed)) = panel {
+    if let Some(Panels { scratch, place: packed }) = panel {
         let len = plain_load(&operands[roles.lanes]).map(|l| packed_len(&lower, l.1)).unwrap_or(0);
         let buffer = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
         let place = packed.substitute(&|v| match v {
@@ -341,14 +350,24 @@ fn tile(
     let rows = rows_of(&body, &vars, n, roles);
     let vars: Vec<Var> = vars.into_iter().filter(|&v| Some(v) != rows).collect();
     let shape = Shape { vector, lane, scalar: strip.vectors == 0, rows };
-    let inner = row_tiles(&mut lower, product.cell, shape, strip, &sums, body)?;
-    let mut loops = vec![tile];
-    loops.extend(vars);
+    let inner = row_tiles(&mut lower, product.cell, shape, strip, &sums, body.clone())?;
+    // Along axes of both operands each turn has panels of its own; along others one panel serves
+    // all turns.
+    let own = |v: &Var| panel_moves(&body, roles, *v);
+    let (mut loops, shared): (Vec<Var>, Vec<Var>) = vars.into_iter().partition(own);
+    loops.push(tile);
+    loops.extend(shared);
     let (loops, single): (Vec<Var>, Vec<Var>) =
         loops.into_iter().partition(|&v| lower.extents[v as usize] > 1);
     let zero = Affine::constant(0);
     let inner = single.iter().fold(inner, |body, &v| rewrite::substitute(&body, v, &zero));
     Ok(finish(lower, loops, inner, product.cell))
+}
+
+/// Whether the operand in lanes moves along a variable.
+fn panel_moves(body: &[Stmt], roles: Roles, var: Var) -> bool {
+    let Stmt::Store { value: Expr::Fma(x, y, _), .. } = &body[0] else { return false };
+    plain_load([x, y][roles.lanes]).is_some_and(|l| l.1.coefficient(var as usize) != 0)
 }
 
 /// After coalescing: the innermost axis along which the broadcast operand moves and the lanes do
@@ -496,7 +515,7 @@ fn repacked(
     let Some((buffer, affine)) = plain_load(operand) else { return Ok(operand.clone()) };
     let step = affine.coefficient(n as usize);
     let useful = step != 0 && step != 1 && lower.buffers[buffer].dtype == DType::F32;
-    if !useful || !is_constant(lower, buffer) || !packable(lower, (buffer, affine)) {
+    if !useful || !lower.is_constant(buffer) || !packable(lower, (buffer, affine)) {
         return Ok(operand.clone());
     }
     let extent = lower.extents[n as usize];

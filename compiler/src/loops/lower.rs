@@ -25,6 +25,8 @@ pub struct Target {
     pub lanes: usize,
     /// Vector registers.
     pub registers: usize,
+    /// Whether a sum is that of the products that the model writes down, and not of fewer others.
+    pub exact: bool,
 }
 
 /// Kernels of one node, in order, and the scratch memory between them.
@@ -182,6 +184,14 @@ impl<'a> Lower<'a> {
     /// Type of a node.
     pub fn ty(&self, node: usize) -> &'a Type {
         &self.body.nodes[node].ty
+    }
+
+    /// Whether a buffer is an argument that is known when the model is compiled.
+    pub fn is_constant(&self, buffer: BufferId) -> bool {
+        match self.buffers[buffer].param {
+            Param::Arg(i) => self.args.constant.get(i).copied().unwrap_or(false),
+            Param::Scratch(_) | Param::Out | Param::Dims | Param::None => false,
+        }
     }
 
     /// A new buffer.
