@@ -17,19 +17,21 @@ use crate::graph::op::{Affine, BinaryFn, Op};
 use crate::graph::used::iteration;
 
 /// A contraction while it is lowered: everything as functions of the loop variables.
-struct Product {
+pub(super) struct Product {
     /// Variables of the result, outermost first.
-    vars: Vec<Var>,
+    pub(super) vars: Vec<Var>,
     /// Variables of the sum.
-    summed: Vec<Var>,
+    pub(super) summed: Vec<Var>,
     /// Operands at these variables.
-    operands: [Arc<Expr>; 2],
+    pub(super) operands: [Arc<Expr>; 2],
     /// The cell that stands for the sum in the result.
-    cell: BufferId,
-    /// Where the result goes, and its value.
-    out: BufferId,
-    place: Place,
-    result: Arc<Expr>,
+    pub(super) cell: BufferId,
+    /// Where the result goes.
+    pub(super) out: BufferId,
+    /// At which place.
+    pub(super) place: Place,
+    /// Its value.
+    pub(super) result: Arc<Expr>,
 }
 
 /// The kernels of a body with a contraction.
@@ -57,15 +59,21 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     Ok(lowered)
 }
 
-fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product> {
-    let node = &lower.body.nodes[contract];
-    let Op::Contract(spec) = &node.op else { return Err(Refused("a contraction".into())) };
+pub(super) fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product> {
     let ty = lower.ty(root).clone();
-    let cell = lower.register(node.ty.dtype, 1);
+    let cell = lower.register(lower.ty(contract).dtype, 1);
     let out = lower.out(&ty);
     let (index, vars) = lower.axes_of(&ty)?;
     lower.bind_cell(contract, Expr::Load(cell, origin_place()));
     let result = lower.value(root, &index)?;
+    let (operands, summed) = operands(lower, contract)?;
+    Ok(Product { vars, summed, operands, cell, out, place: flatten(&index, &ty.shape), result })
+}
+
+/// The operands of a contraction for the element that was asked for, and the variables of its sum.
+pub(super) fn operands(lower: &mut Lower, contract: usize) -> Lowering<([Arc<Expr>; 2], Vec<Var>)> {
+    let node = &lower.body.nodes[contract];
+    let Op::Contract(spec) = &node.op else { return Err(Refused("a contraction".into())) };
     let asked = lower.asked(contract).ok_or_else(|| Refused("a dead contraction".into()))?;
     let empty = spec.extents[spec.n_out..].contains(&0);
     let operands = [0, 1].map(|k: usize| lower.ty(node.args[k].index()));
@@ -88,8 +96,7 @@ fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product>
         lower.value(node.args[k].index(), &index)
     };
     let operands = [operand(0)?, operand(1)?];
-    let summed = if empty { Vec::new() } else { summed };
-    Ok(Product { vars, summed, operands, cell, out, place: flatten(&index, &ty.shape), result })
+    Ok((operands, if empty { Vec::new() } else { summed }))
 }
 
 fn zero(dtype: DType) -> Expr {
@@ -98,7 +105,7 @@ fn zero(dtype: DType) -> Expr {
 }
 
 /// The affine place of a plain load.
-fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
+pub(super) fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
     match e {
         Expr::Load(buffer, Place { affine, dynamic: None }) => Some((*buffer, affine)),
         _ => None,
@@ -141,25 +148,25 @@ fn is_constant(lower: &Lower, buffer: BufferId) -> bool {
 }
 
 /// An operand can be packed where every variable picks other elements, so that nothing repeats.
-fn packable(lower: &Lower, (buffer, affine): (BufferId, &Affine)) -> bool {
+pub(super) fn packable(lower: &Lower, (buffer, affine): (BufferId, &Affine)) -> bool {
     let picked = affine.terms.iter().map(|t| lower.extents[t.0 as usize]);
     picked.product::<usize>() <= lower.buffers[buffer].len
 }
 
 /// A piece of the last axis that is tiled in one way.
 #[derive(Clone, Copy)]
-struct Strip {
+pub(super) struct Strip {
     /// First element.
-    start: usize,
+    pub(super) start: usize,
     /// Number of tiles.
-    tiles: usize,
+    pub(super) tiles: usize,
     /// Elements of a tile.
-    width: usize,
+    pub(super) width: usize,
     /// Vectors of a tile; 0 where elements go one by one.
-    vectors: usize,
+    pub(super) vectors: usize,
 }
 
-fn strips(n: usize, lanes: usize, vectors: usize) -> Vec<Strip> {
+pub(super) fn strips(n: usize, lanes: usize, vectors: usize) -> Vec<Strip> {
     let mut strips = Vec::new();
     let mut start = 0;
     let wide = vectors * lanes;
@@ -214,11 +221,11 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
     Ok(())
 }
 
-fn order_len(lower: &Lower, order: &[Var]) -> usize {
+pub(super) fn order_len(lower: &Lower, order: &[Var]) -> usize {
     order.iter().map(|&v| lower.extents[v as usize]).product()
 }
 
-fn packed_len(lower: &Lower, affine: &Affine) -> usize {
+pub(super) fn packed_len(lower: &Lower, affine: &Affine) -> usize {
     affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product()
 }
 
@@ -236,7 +243,7 @@ fn panel_order(product: &Product, affine: &Affine, summed: &[Var], n: Var) -> Ve
 /// A kernel that copies a strip of an operand into panels `[tile][order..][width]`; and the place
 /// of an element in terms of the product's variables, with the tile as variable 255 and the
 /// element within the tile as variable 254.
-fn pack(
+pub(super) fn pack(
     lower: &Lower,
     source: BufferId,
     affine: &Affine,
@@ -365,16 +372,19 @@ fn rows_of(body: &[Stmt], vars: &[Var], _n: Var, roles: Roles) -> Option<Var> {
 
 /// Variables of a tile.
 #[derive(Clone, Copy)]
-struct Shape {
-    vector: Var,
-    lane: Var,
+pub(super) struct Shape {
+    /// Of the vectors of a tile.
+    pub(super) vector: Var,
+    /// Of their lanes.
+    pub(super) lane: Var,
     /// Elements one by one instead of in lanes.
-    scalar: bool,
-    rows: Option<Var>,
+    pub(super) scalar: bool,
+    /// Of the rows.
+    pub(super) rows: Option<Var>,
 }
 
 /// Loops over the row axis: whole tiles of P rows, then the rows that are left.
-fn row_tiles(
+pub(super) fn row_tiles(
     lower: &mut Lower,
     cell: BufferId,
     shape: Shape,

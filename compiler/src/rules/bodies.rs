@@ -115,6 +115,46 @@ impl Bodies {
         Some((*body, order.iter().map(arg).collect()))
     }
 
+    /// A kernel with its argument `at` computed inside by a second one, and that one's argument
+    /// `inner_at` by a third; where the three have loops.
+    pub fn fuse_three(
+        &mut self,
+        [first, second, third]: [(u32, &[u32]); 3],
+        [at, inner_at]: [usize; 2],
+    ) -> Option<(u32, Places)> {
+        let ops = [first, second, third].map(|k| self.ops(k.0)).iter().sum::<usize>();
+        if ops > MAX_OPS {
+            return None;
+        }
+        let mut args: Places = SmallVec::new();
+        let mut place = |arg: u32| {
+            let known = args.iter().position(|&a| a == arg);
+            known.unwrap_or_else(|| {
+                args.push(arg);
+                args.len() - 1
+            }) as u8
+        };
+        let [outer, middle, inner] =
+            [first, second, third].map(|k| k.1.iter().map(|&a| place(a)).collect::<Order>());
+        let nodes = [first, second, third].map(|k| self.get(k.0).nodes.as_slice());
+        let both = [nodes[0], nodes[1]];
+        let mut copy =
+            Copy::new(both, Some(at as u32), |part, k| [&outer, &middle][part][k as usize]);
+        copy.visit(0, nodes[0].len() - 1);
+        let (pair, order) = copy.finish();
+        let inside = order.iter().position(|&k| k == middle[inner_at])?;
+        let both = [pair.nodes.as_slice(), nodes[2]];
+        let mut copy =
+            Copy::new(both, Some(inside as u32), |part, k| [&order, &inner][part][k as usize]);
+        copy.visit(0, pair.nodes.len() - 1);
+        let (body, order) = copy.finish();
+        let moves_again = body.nodes.iter().any(|n| repeats_a_move(&body.nodes, n));
+        if order.len() > MAX_ARGS || moves_again || classify(&body.nodes) != Some(Kind::Attention) {
+            return None;
+        }
+        Some((self.number(body), order.iter().map(|&k| args[k as usize]).collect()))
+    }
+
     fn compose(
         &mut self,
         consumer: u32,
