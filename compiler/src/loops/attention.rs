@@ -8,7 +8,7 @@ use kiln_runtime::tensor::DType;
 
 use super::contract::{self, Product, Shape, Strip, plain_load};
 use super::index::{Index, add};
-use super::ir::{BufferId, Expr, Kind, Number, Param, Place, Scope, Stmt, Var};
+use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
 use super::{nest, rewrite};
 use crate::graph::op::{Affine, BinaryFn, ReduceFn};
@@ -20,7 +20,9 @@ const ROWS: usize = 24;
 const SCORES: usize = 1 << 16;
 /// Pieces for threads, where there are so many blocks.
 const PIECES: usize = 64;
-/// Rows at most for which keys are not brought into another order.
+/// Rows of a piece at least, so that it pays to bring keys and values into order for it.
+const MANY: usize = 128;
+/// Rows of a piece at most that get their products one by one, each a sum across lanes.
 const FEW: usize = 4;
 
 /// How rows are shared out: `pieces` times `blocks` blocks of `rows` rows, and the rows left over.
@@ -38,7 +40,7 @@ fn shares(total: usize, keys: usize, outer: usize) -> Shares {
     let whole = (most / 2 + 1..=most).rev().find(|&rows| total.is_multiple_of(rows));
     let rows = whole.unwrap_or(most);
     let blocks = total / rows;
-    let wanted = PIECES.div_ceil(outer);
+    let wanted = PIECES.div_ceil(outer).min((total / MANY).max(1));
     let pieces = (1..=blocks).rev().find(|p| *p <= wanted && blocks.is_multiple_of(*p));
     let pieces = pieces.unwrap_or(1);
     Shares { rows, blocks: blocks / pieces, pieces, left: total % rows }
@@ -60,12 +62,12 @@ struct Tiles {
 }
 
 /// How the axis of a contraction that is meant for lanes gets there.
-#[derive(Clone, PartialEq)]
+#[derive(Clone, PartialEq, Debug)]
 enum Way {
-    /// As it lies, in strips of so many vectors.
-    Lanes(usize),
-    /// Packed into panels, strip by strip: number of the scratch buffer, its length, places.
-    Panels(usize, usize, Vec<Affine>),
+    /// As it lies.
+    Lanes,
+    /// Packed into panels in a buffer, for each piece from a place on.
+    Panels(BufferId, Affine),
     /// One element after another, each a sum across lanes.
     Across,
     /// One element after another.
@@ -83,7 +85,7 @@ struct Block {
     mixed: Tiles,
 }
 
-/// The kernels of an attention.
+/// The kernel of an attention.
 pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lowering<Lowered> {
     let weight = lower.register(DType::F32, 1);
     lower.bind_cell(parts.weights, Expr::Load(weight, origin_place()));
@@ -92,56 +94,58 @@ pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lo
     lower.unbind(parts.weights);
     let (key, row) = row_of(&product, asked.as_deref())?;
     let (query, outer) = query_of(&product, parts, &row)?;
-    let extent = |lower: &Lower, v: Var| lower.extents[v as usize];
-    let keys = extent(&lower, key);
-    let count: usize = outer.iter().map(|&v| extent(&lower, v)).product();
-    let shares = shares(query.map_or(1, |q| extent(&lower, q)), keys, count);
+    let keys = lower.extents[key as usize];
+    let count: usize = outer.iter().map(|&v| lower.extents[v as usize]).product();
+    let shares = shares(query.map_or(1, |q| lower.extents[q as usize]), keys, count);
+    let mut pieces = Pieces { number: Affine::default(), count: 1, scratch: Vec::new() };
+    let (piece, turn) = (lower.var(shares.pieces)?, lower.var(shares.blocks)?);
+    for &v in outer.iter().chain([&piece]).rev() {
+        pieces.number = pieces.number.plus(v as usize, pieces.count as i64);
+        pieces.count *= lower.extents[v as usize];
+    }
     // Rows are not a power of two apart, so that they do not fight for the same lines of a cache.
     let step = keys.next_multiple_of(16);
     let step = if step.is_multiple_of(512) { step + 16 } else { step };
-    let len = count * shares.pieces * shares.rows * step;
-    let mut lowered = Lowered { scratch: vec![(DType::F32, len)], ..Lowered::default() };
-    let scratch = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(0));
-    let (piece, turn) = (lower.var(shares.pieces)?, lower.var(shares.blocks)?);
+    let (scratch, start) = pieces.buffer(&mut lower, shares.rows * step);
     let line = lower.var(shares.rows)?;
-    let mut start = Affine::scaled(line as usize, step as i64);
-    let mut stride = (shares.rows * step) as i64;
-    for &v in outer.iter().chain([&piece]).rev() {
-        start = start.plus(v as usize, stride);
-        stride *= extent(&lower, v) as i64;
-    }
-    let line_of = (scratch, Place::affine(start));
+    let line_of = (scratch, Place::affine(start.plus(line as usize, step as i64)));
     let mut scores = scores(&mut lower, parts, (&row, keys), &line_of)?;
-    let mut pick = |lower: &mut Lower, tiles: &mut Tiles| -> Lowering<()> {
-        tiles.way = way(lower, tiles, shares.rows, &mut lowered, name)?;
-        Ok(())
-    };
-    pick(&mut lower, &mut scores)?;
+    let rows = shares.blocks * shares.rows;
+    scores.way = way(&mut lower, &scores, (rows, query), &mut pieces);
     let softmax = softmax(&mut lower, parts, (&row, keys), &line_of)?;
     let mut mixed = mixed(product, parts.side, key, &line_of)?;
-    pick(&mut lower, &mut mixed)?;
+    mixed.way = way(&mut lower, &mixed, (rows, query), &mut pieces);
+    let mut inside = scores.pack(&mut lower)?;
+    inside.extend(mixed.pack(&mut lower)?);
     let block = Block { query, line, scores, softmax, mixed };
-    let height = shares.rows as i64;
-    let first = Affine::scaled(piece as usize, shares.blocks as i64 * height);
-    let body = block.lower(&mut lower, &first.plus(turn as usize, height), shares.rows)?;
-    let mut inside = match shares.blocks {
-        1 => rewrite::substitute(&body, turn, &Affine::constant(0)),
-        extent => vec![Stmt::For { var: turn, extent, kind: Kind::Serial, body }],
-    };
-    if shares.left > 0 {
-        let done = shares.pieces as i64 * shares.blocks as i64 * height;
-        let rest = block.lower(&mut lower, &Affine::constant(done), shares.left)?;
-        inside.extend(in_last(piece, shares.pieces, rest));
-    }
+    inside.extend(block.all(&mut lower, shares, (piece, turn))?);
     let loops = outer.into_iter().chain([piece]);
-    let (loops, single): (Vec<Var>, Vec<Var>) = loops.partition(|&v| extent(&lower, v) > 1);
+    let (loops, single): (Vec<Var>, Vec<Var>) = loops.partition(|&v| lower.extents[v as usize] > 1);
     let zero = Affine::constant(0);
     let inside = single.iter().fold(inside, |body, &v| rewrite::substitute(&body, v, &zero));
     let body = nest::wrap(&lower.extents, &loops, inside, loops.len());
-    let mut kernel = lower.finish(body);
-    kernel.name = name.to_string();
-    lowered.kernels.push(kernel);
-    Ok(lowered)
+    let kernels = vec![Loops { name: name.to_string(), ..lower.finish(body) }];
+    Ok(Lowered { kernels, scratch: pieces.scratch })
+}
+
+/// The pieces that threads share, and the scratch memory of them all.
+struct Pieces {
+    /// Number of a piece.
+    number: Affine,
+    count: usize,
+    scratch: Vec<(DType, usize)>,
+}
+
+impl Pieces {
+    /// A buffer with so many elements for each piece, and where those of a piece begin.
+    fn buffer(&mut self, lower: &mut Lower, each: usize) -> (BufferId, Affine) {
+        let (number, len) = (self.scratch.len(), self.count * each);
+        self.scratch.push((DType::F32, len));
+        let buffer = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(number));
+        let terms = self.number.terms.iter();
+        let start = terms.fold(Affine::default(), |a, t| a.plus(t.0 as usize, t.1 * each as i64));
+        (buffer, start)
+    }
 }
 
 /// The variable of keys, and the index of a row of weights, from the index that is asked for.
@@ -236,52 +240,39 @@ fn mixed(product: Product, side: usize, key: Var, line: &(BufferId, Index)) -> L
     Ok(Tiles { cell, lanes, summed, operands, store, way: Way::Single })
 }
 
-/// How a contraction gets into lanes; panels are packed by kernels before.
+/// How a contraction gets into lanes, for so many rows of a piece.
 fn way(
     lower: &mut Lower,
     tiles: &Tiles,
-    rows: usize,
-    lowered: &mut Lowered,
-    name: &str,
-) -> Lowering<Way> {
+    (rows, query): (usize, Option<Var>),
+    pieces: &mut Pieces,
+) -> Way {
     let n = tiles.lanes;
     let [Some(load), Some(other)] = [0, 1].map(|k: usize| plain_load(&tiles.operands[k])) else {
-        return Ok(Way::Single);
+        return Way::Single;
     };
     let step = load.1.coefficient(n as usize);
     let vector = nest::is_vector(&lower.buffers, std::slice::from_ref(&tiles.store), n);
     let alone = other.1.coefficient(n as usize) == 0;
-    let vectors = if rows == 1 { 4 } else { 2 };
-    if step == 1 && vector && alone {
-        return Ok(Way::Lanes(vectors));
-    }
     if let [v] = tiles.summed[..] {
         let along = |a: &Affine| a.coefficient(v as usize) == 1;
         let wide = lower.extents[v as usize] >= lower.target.lanes;
-        if rows <= FEW && wide && along(load.1) && along(other.1) {
-            return Ok(Way::Across);
+        if rows <= FEW && wide && step != 1 && along(load.1) && along(other.1) {
+            return Way::Across;
         }
     }
-    if step == 0 || !vector || !alone || !contract::packable(lower, load) {
-        return Ok(Way::Single);
+    let shared = query.is_none_or(|q| load.1.coefficient(q as usize) == 0);
+    match (vector && alone, step) {
+        (false, _) | (true, 0) => Way::Single,
+        (true, 1) if rows < MANY || !shared => Way::Lanes,
+        (true, _) if shared => {
+            let inner = tiles.summed.iter().chain([&n]);
+            let each = inner.map(|&v| lower.extents[v as usize]).product();
+            let (buffer, start) = pieces.buffer(lower, each);
+            Way::Panels(buffer, start)
+        }
+        (true, _) => Way::Single,
     }
-    let (source, affine) = (load.0, load.1.clone());
-    let len = contract::packed_len(lower, &affine);
-    let scratch = lowered.scratch.len();
-    lowered.scratch.push((DType::F32, len));
-    let order: Vec<Var> = affine.terms.iter().map(|t| t.0).filter(|v| *v != n).collect();
-    let mut places = Vec::new();
-    let mut offset = 0;
-    for strip in contract::strips(lower.extents[n as usize], lower.target.lanes, vectors) {
-        let from = (&order[..], n);
-        let (mut pack, place) =
-            contract::pack(lower, source, &affine, from, strip, (scratch, offset))?;
-        pack.name = format!("{name}.pack{}", lowered.kernels.len());
-        lowered.kernels.push(pack);
-        places.push(place);
-        offset += strip.tiles * strip.width * contract::order_len(lower, &order);
-    }
-    Ok(Way::Panels(scratch, len, places))
 }
 
 /// Statements that only the last piece runs.
@@ -296,6 +287,28 @@ fn in_last(piece: Var, pieces: usize, body: Vec<Stmt>) -> Vec<Stmt> {
 }
 
 impl Block {
+    /// The statements for all rows of a piece.
+    fn all(
+        &self,
+        lower: &mut Lower,
+        shares: Shares,
+        (piece, turn): (Var, Var),
+    ) -> Lowering<Vec<Stmt>> {
+        let height = shares.rows as i64;
+        let first = Affine::scaled(piece as usize, shares.blocks as i64 * height);
+        let body = self.lower(lower, &first.plus(turn as usize, height), shares.rows)?;
+        let mut out = match shares.blocks {
+            1 => rewrite::substitute(&body, turn, &Affine::constant(0)),
+            extent => vec![Stmt::For { var: turn, extent, kind: Kind::Serial, body }],
+        };
+        if shares.left > 0 {
+            let done = shares.pieces as i64 * shares.blocks as i64 * height;
+            let rest = self.lower(lower, &Affine::constant(done), shares.left)?;
+            out.extend(in_last(piece, shares.pieces, rest));
+        }
+        Ok(out)
+    }
+
     /// The statements of a block of `height` rows, the first of which is number `first`.
     fn lower(&self, lower: &mut Lower, first: &Affine, height: usize) -> Lowering<Vec<Stmt>> {
         let row = lower.var(height)?;
@@ -323,6 +336,70 @@ impl Block {
 }
 
 impl Tiles {
+    /// The strips of the axis in lanes.
+    fn strips(&self, lower: &Lower) -> Vec<Strip> {
+        let extent = lower.extents[self.lanes as usize];
+        match self.way {
+            Way::Single | Way::Across => {
+                vec![Strip { start: 0, tiles: 1, width: extent, vectors: 0 }]
+            }
+            Way::Lanes | Way::Panels(..) => contract::strips(extent, lower.target.lanes, 2),
+        }
+    }
+
+    /// Where an element of a panel stands: of a tile of a strip, one of its width.
+    fn panel(
+        &self,
+        lower: &Lower,
+        start: &Affine,
+        strip: Strip,
+        [tile, at]: [&Affine; 2],
+    ) -> Affine {
+        let mut stride = strip.width as i64;
+        let mut place = start.clone();
+        place.offset += at.offset;
+        place = at.terms.iter().fold(place, |a, t| a.plus(t.0 as usize, t.1));
+        for &v in self.summed.iter().rev() {
+            place = place.plus(v as usize, stride);
+            stride *= lower.extents[v as usize] as i64;
+        }
+        place.offset += strip.start as i64 * stride / strip.width as i64;
+        tile.terms.iter().fold(place, |a, t| a.plus(t.0 as usize, t.1 * stride))
+    }
+
+    /// Statements that bring the operand in lanes into panels.
+    fn pack(&self, lower: &mut Lower) -> Lowering<Vec<Stmt>> {
+        let (Way::Panels(buffer, start), Some((from, affine))) =
+            (&self.way, plain_load(&self.operands[0]))
+        else {
+            return Ok(Vec::new());
+        };
+        let mut out = Vec::new();
+        for strip in self.strips(lower) {
+            let (tile, lanes) = (lower.var(strip.tiles)?, lower.target.lanes);
+            let whole = affine.coefficient(self.lanes as usize) == 1 && strip.vectors > 0;
+            let width = if whole { lanes } else { strip.width };
+            let (step, at) = (lower.var(strip.width / width)?, lower.var(width)?);
+            let at_index = Affine::scaled(step as usize, width as i64).plus(at as usize, 1);
+            let tile_index = Affine::axis(tile as usize);
+            let place = self.panel(lower, start, strip, [&tile_index, &at_index]);
+            let index = at_index.plus(tile as usize, strip.width as i64);
+            let index = Affine { offset: strip.start as i64, ..index };
+            let lanes = self.lanes as usize;
+            let read =
+                affine.substitute(&|v| if v == lanes { index.clone() } else { Affine::axis(v) });
+            let value = Expr::Load(from, Place::affine(read));
+            let store = Stmt::Store { buffer: *buffer, place: Place::affine(place), value };
+            let kind = if whole { Kind::Vector } else { Kind::Unroll };
+            let body = vec![Stmt::For { var: at, extent: width, kind, body: vec![store] }];
+            let loops: Vec<Var> = [tile].into_iter().chain(self.summed.iter().copied()).collect();
+            let extent = strip.width / width;
+            let body = vec![Stmt::For { var: step, extent, kind: Kind::Unroll, body }];
+            out.extend(nest::wrap(&lower.extents, &loops, body, 0));
+        }
+        Ok(out)
+    }
+
     /// The statements for the rows of a block; `here` says where these are.
     fn lower(
         &self,
@@ -330,21 +407,12 @@ impl Tiles {
         rows: Option<Var>,
         here: &dyn Fn(&[Stmt]) -> Vec<Stmt>,
     ) -> Lowering<Vec<Stmt>> {
-        let extent = lower.extents[self.lanes as usize];
-        let single = || vec![Strip { start: 0, tiles: 1, width: extent, vectors: 0 }];
-        let strips = match self.way {
-            Way::Across => return self.across(lower, rows, here),
-            Way::Single => single(),
-            Way::Lanes(vectors) => contract::strips(extent, lower.target.lanes, vectors),
-            Way::Panels(_, _, ref places) => {
-                let two = contract::strips(extent, lower.target.lanes, 2);
-                let four = || contract::strips(extent, lower.target.lanes, 4);
-                if two.len() == places.len() { two } else { four() }
-            }
-        };
+        if self.way == Way::Across {
+            return self.across(lower, rows, here);
+        }
         let mut out = Vec::new();
-        for (k, strip) in strips.into_iter().enumerate() {
-            out.extend(self.strip(lower, rows, (strip, k), here)?);
+        for strip in self.strips(lower) {
+            out.extend(self.strip(lower, rows, strip, here)?);
         }
         Ok(out)
     }
@@ -354,7 +422,7 @@ impl Tiles {
         &self,
         lower: &mut Lower,
         rows: Option<Var>,
-        (strip, k): (Strip, usize),
+        strip: Strip,
         here: &dyn Fn(&[Stmt]) -> Vec<Stmt>,
     ) -> Lowering<Vec<Stmt>> {
         let tile = lower.var(strip.tiles)?;
@@ -364,16 +432,14 @@ impl Tiles {
         };
         let step = if strip.vectors == 0 { 1 } else { lower.target.lanes as i64 };
         let element = Affine::scaled(vector as usize, step).plus(lane as usize, 1);
-        let mut load = self.operands[0].clone();
-        if let Way::Panels(scratch, len, places) = &self.way {
-            let buffer = lower.buffer(DType::F32, *len, Scope::Global, Param::Scratch(*scratch));
-            let place = places[k].substitute(&|v| match v {
-                255 => Affine::axis(tile as usize),
-                254 => element.clone(),
-                v => Affine::axis(v),
-            });
-            load = Arc::new(Expr::Load(buffer, Place::affine(place)));
-        }
+        let load = match &self.way {
+            Way::Panels(buffer, start) => {
+                let tile = Affine::axis(tile as usize);
+                let place = self.panel(lower, start, strip, [&tile, &element]);
+                Arc::new(Expr::Load(*buffer, Place::affine(place)))
+            }
+            Way::Lanes | Way::Across | Way::Single => self.operands[0].clone(),
+        };
         let index = element.plus(tile as usize, strip.width as i64);
         let index = Affine { offset: strip.start as i64, ..index };
         let body = [self.update(load), self.store.clone()];

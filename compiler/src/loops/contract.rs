@@ -148,7 +148,7 @@ fn is_constant(lower: &Lower, buffer: BufferId) -> bool {
 }
 
 /// An operand can be packed where every variable picks other elements, so that nothing repeats.
-pub(super) fn packable(lower: &Lower, (buffer, affine): (BufferId, &Affine)) -> bool {
+fn packable(lower: &Lower, (buffer, affine): (BufferId, &Affine)) -> bool {
     let picked = affine.terms.iter().map(|t| lower.extents[t.0 as usize]);
     picked.product::<usize>() <= lower.buffers[buffer].len
 }
@@ -221,11 +221,11 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
     Ok(())
 }
 
-pub(super) fn order_len(lower: &Lower, order: &[Var]) -> usize {
+fn order_len(lower: &Lower, order: &[Var]) -> usize {
     order.iter().map(|&v| lower.extents[v as usize]).product()
 }
 
-pub(super) fn packed_len(lower: &Lower, affine: &Affine) -> usize {
+fn packed_len(lower: &Lower, affine: &Affine) -> usize {
     affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product()
 }
 
@@ -243,7 +243,7 @@ fn panel_order(product: &Product, affine: &Affine, summed: &[Var], n: Var) -> Ve
 /// A kernel that copies a strip of an operand into panels `[tile][order..][width]`; and the place
 /// of an element in terms of the product's variables, with the tile as variable 255 and the
 /// element within the tile as variable 254.
-pub(super) fn pack(
+fn pack(
     lower: &Lower,
     source: BufferId,
     affine: &Affine,

@@ -419,12 +419,12 @@ pub fn reduce_pass(
     let zero = Place::affine(Affine::default());
     let start = identity(f, ty.dtype);
     let update = Expr::Binary(f.binary(ty.dtype), cell_value(cell), value.clone());
-    let mut step = Vec::new();
+    let mut step = vec![Stmt::Store { buffer: cell, place: zero.clone(), value: update }];
+    // What is kept may take the place of what it is computed from.
     if let Some((_, buffer, start)) = &keep {
         let place = add(start, &flatten(&inner, shape));
         step.push(Stmt::Store { buffer: *buffer, place, value: (*value).clone() });
     }
-    step.push(Stmt::Store { buffer: cell, place: zero.clone(), value: update });
     let step = coalesce(lower, &mut vars, step);
     let mut out = vec![Stmt::Store { buffer: cell, place: zero, value: start.clone() }];
     match vars.pop() {
