@@ -194,11 +194,19 @@ impl Attention {
 /// Adds the attentions that the kernels of a value and those of its operands make together: no two
 /// of the three are a kernel, so fusing one by one does not get there.
 pub fn add(graph: &mut ChoiceGraph, kernels: &mut [Vec<Kernel>]) {
+    let is_softmax = |graph: &ChoiceGraph, k: &&Kernel| {
+        let nodes = &graph.bodies.get(k.body).nodes;
+        nodes.iter().filter(|n| matches!(n.op, Op::Reduce(..))).count() == 2
+    };
     for value in 0..kernels.len() {
         let mut found: Vec<(f64, Kernel)> = Vec::new();
         for outer in of_kind(graph, &kernels[value], Kind::Contract) {
             for (at, &weights) in outer.args.iter().enumerate() {
-                for row in of_kind(graph, &kernels[weights as usize], Kind::Row) {
+                let rows = of_kind(graph, &kernels[weights as usize], Kind::Row);
+                for row in rows {
+                    if !is_softmax(graph, &row) {
+                        continue;
+                    }
                     let all = [outer, row];
                     found.extend(attentions(graph, kernels, all, at, value as u32));
                 }
