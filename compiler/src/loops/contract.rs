@@ -64,15 +64,22 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     Ok(lowered)
 }
 
-fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product> {
-    let node = &lower.body.nodes[contract];
-    let Op::Contract(spec) = &node.op else { return Err(Refused("a contraction".into())) };
+/// A contraction of a body whose result is `root`, as functions of loop variables.
+pub fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product> {
     let ty = lower.ty(root).clone();
-    let cell = lower.register(node.ty.dtype, 1);
+    let cell = lower.register(lower.ty(contract).dtype, 1);
     let out = lower.out(&ty);
     let (index, vars) = lower.axes_of(&ty)?;
     lower.bind_cell(contract, Expr::Load(cell, origin_place()));
     let result = lower.value(root, &index)?;
+    let (operands, summed) = operands(lower, contract)?;
+    Ok(Product { vars, summed, operands, cell, out, place: flatten(&index, &ty.shape), result })
+}
+
+/// The operands of a contraction for the element that was asked for, and the variables of its sum.
+pub fn operands(lower: &mut Lower, contract: usize) -> Lowering<([Arc<Expr>; 2], Vec<Var>)> {
+    let node = &lower.body.nodes[contract];
+    let Op::Contract(spec) = &node.op else { return Err(Refused("a contraction".into())) };
     let asked = lower.asked(contract).ok_or_else(|| Refused("a dead contraction".into()))?;
     let empty = spec.extents[spec.n_out..].contains(&0);
     let operands = [0, 1].map(|k: usize| lower.ty(node.args[k].index()));
@@ -95,8 +102,7 @@ fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product>
         lower.value(node.args[k].index(), &index)
     };
     let operands = [operand(0)?, operand(1)?];
-    let summed = if empty { Vec::new() } else { summed };
-    Ok(Product { vars, summed, operands, cell, out, place: flatten(&index, &ty.shape), result })
+    Ok((operands, if empty { Vec::new() } else { summed }))
 }
 
 fn zero(dtype: DType) -> Expr {
@@ -168,7 +174,8 @@ pub struct Panels {
     pub place: Affine,
 }
 
-fn strips(n: usize, lanes: usize, vectors: usize) -> Vec<Strip> {
+/// The last axis in pieces: tiles of so many vectors, whole vectors that are left, single elements.
+pub fn strips(n: usize, lanes: usize, vectors: usize) -> Vec<Strip> {
     let mut strips = Vec::new();
     let mut start = 0;
     let wide = vectors * lanes;
@@ -384,16 +391,19 @@ fn rows_of(body: &[Stmt], vars: &[Var], _n: Var, roles: Roles) -> Option<Var> {
 
 /// Variables of a tile.
 #[derive(Clone, Copy)]
-struct Shape {
-    vector: Var,
-    lane: Var,
+pub struct Shape {
+    /// Of the vectors of a tile.
+    pub vector: Var,
+    /// Of their lanes.
+    pub lane: Var,
     /// Elements one by one instead of in lanes.
-    scalar: bool,
-    rows: Option<Var>,
+    pub scalar: bool,
+    /// Of the rows.
+    pub rows: Option<Var>,
 }
 
 /// Loops over the row axis: whole tiles of P rows, then the rows that are left.
-fn row_tiles(
+pub fn row_tiles(
     lower: &mut Lower,
     cell: BufferId,
     shape: Shape,
