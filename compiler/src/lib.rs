@@ -26,6 +26,7 @@ mod package;
 pub mod plan;
 mod ranges;
 pub mod rules;
+mod states;
 
 #[cfg(test)]
 mod tests;
@@ -33,7 +34,7 @@ mod tests;
 pub use cache::CacheUse;
 pub use half;
 pub use kiln_runtime::load::ArtifactFile;
-pub use kiln_runtime::session::{Executable, Session};
+pub use kiln_runtime::session::{Executable, RunError, Session};
 pub use kiln_runtime::{code, manifest, npz, tensor};
 pub use load::{is_artifact, load, load_opened, open_artifact};
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
@@ -64,6 +65,7 @@ pub struct Compiler {
     dims: Vec<(String, DimRange)>,
     shapes: Vec<(String, Vec<usize>)>,
     values: Vec<(String, tensor::Tensor)>,
+    states: Vec<(String, String)>,
     cache: Option<PathBuf>,
 }
 
@@ -87,6 +89,7 @@ impl Compiler {
             dims: Vec::new(),
             shapes: Vec::new(),
             values: Vec::new(),
+            states: Vec::new(),
             cache: None,
         }
     }
@@ -150,6 +153,15 @@ impl Compiler {
         self
     }
 
+    /// Makes an output the next value of an input: sessions keep it, and neither is given any more.
+    /// A `*` in both names stands for the same text, as in `past_*` and `present_*`. Where the
+    /// output is the input with more behind it, along an axis that has the length of a dim with a
+    /// range, it is appended to where it lies.
+    pub fn state(mut self, input: &str, output: &str) -> Compiler {
+        self.states.push((input.to_string(), output.to_string()));
+        self
+    }
+
     /// Keeps what is compiled in this folder, and takes it from there the next time. Code is
     /// loaded from it: it must belong to this user, and nobody else may write it.
     pub fn cache(self, folder: impl Into<PathBuf>) -> Compiler {
@@ -210,13 +222,15 @@ impl Compiler {
             return self.graph(model);
         }
         let dims = model.settle(&self.shapes, &self.dims)?;
-        model.import_ranges(&self.limits, dims, &self.dims, &self.values)
+        let graph = model.import_ranges(&self.limits, dims, &self.dims, &self.values)?;
+        states::keep(graph, &self.states)
     }
 
     /// The graph of a model.
     pub fn graph(&self, model: &Model) -> Result<Graph> {
         let dims = model.settle(&self.shapes, &self.dims)?;
-        model.import(&self.limits, dims, &self.shapes, &self.values)
+        let graph = model.import(&self.limits, dims, &self.shapes, &self.values)?;
+        states::keep(graph, &self.states)
     }
 
     /// The graph as kernels.

@@ -135,7 +135,7 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
 
 fn is_constant(lower: &Lower, buffer: BufferId) -> bool {
     match lower.buffers[buffer].param {
-        Param::Arg(i) => lower.constant_args.get(i).copied().unwrap_or(false),
+        Param::Arg(i) => lower.args.constant.get(i).copied().unwrap_or(false),
         Param::Scratch(_) | Param::Out | Param::Dims | Param::None => false,
     }
 }
