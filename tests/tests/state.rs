@@ -1,13 +1,14 @@
 //! Sessions that keep states give what the same model gives when its states are passed by hand.
 
+use kiln::onnx::read_tensor;
 use kiln::tensor::{DType, Tensor, TensorView};
 use kiln::{Compiler, Executable, Limits, Model, Session};
-use kiln_tests::{Random, oracle};
+use kiln_tests::{Random, Tolerance, difference, oracle};
 
 fn executable(name: &str, compiler: &Compiler) -> Option<Executable> {
     let path = oracle("dynamic")?.join(name).join("model.onnx");
     let model = Model::open(path, &Limits::default()).expect("a model");
-    Some(compiler.compile_ranges(&model).expect("an executable"))
+    Some(compiler.compile_ranges(&model).unwrap_or_else(|e| panic!("{name}: {e}")))
 }
 
 /// Pairs of inputs and outputs of the language model.
@@ -175,6 +176,88 @@ fn text_is_the_same_with_caches_in_the_session_and_by_hand() {
     });
     let text = error.expect_err("a cache that is full").to_string();
     assert!(text.contains("dim `past` 81, expected 1 to 80"), "{text}");
+}
+
+/// What a decoder of `tests/models/generation.py` begins with.
+const FIRST: i64 = 7;
+
+/// The scores of a decoder after a token.
+type Step<'a> = dyn FnMut(&[(&str, TensorView)]) -> Vec<(String, Tensor)> + 'a;
+
+/// Tokens that follow, each the best that was not said before, and the scores of the last.
+fn greedy(steps: std::ops::Range<usize>, said: &mut Vec<i64>, step: &mut Step) -> Tensor {
+    let mut last = None;
+    for position in steps {
+        let (token, place) = (number(said[position]), number(position as i64));
+        let outputs = step(&[("input_ids", token.view()), ("position_ids", place.view())]);
+        let (_, logits) = outputs.into_iter().find(|(name, _)| name == "logits").expect("logits");
+        let mut scores = logits.as_slice::<f32>().expect("f32").to_vec();
+        said.iter().for_each(|&token| scores[token as usize] = f32::NEG_INFINITY);
+        let best = (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+        said.push(best.expect("a vocabulary") as i64);
+        last = Some(logits);
+    }
+    last.expect("a step")
+}
+
+/// A decoder says the same as it does in onnxruntime, with caches by hand and in a session.
+fn decoder_says_what_is_stored(name: &str) {
+    let compiler = Compiler::new().threads(2).dim_range("past", 1..=80);
+    let Some(executable) = executable(name, &compiler) else { return };
+    let folder = oracle("dynamic").expect("the folder of the model").join(name);
+    let stored = |kind: &str| {
+        let bytes = std::fs::read(folder.join(format!("{kind}.pb"))).expect("a file");
+        read_tensor(bytes.into()).expect("a tensor")
+    };
+    let (tokens, logits) = (stored("tokens"), stored("logits"));
+    let tokens = tokens.as_slice::<i64>().expect("i64");
+    let inputs = executable.plan().inputs.iter().filter(|port| port.name.starts_with("past"));
+    let mut caches: Vec<(String, Tensor)> = inputs
+        .map(|port| {
+            let shape = [port.shape[0], port.shape[1], 1, port.shape[3]];
+            (port.name.clone(), Tensor::zeros(DType::F32, &shape))
+        })
+        .collect();
+    let empty = caches.clone();
+    let present = |past: &str| past.replace("past_key_values", "present");
+    let mut said = vec![FIRST];
+    let found = greedy(0..tokens.len(), &mut said, &mut |given| {
+        let mut inputs = given.to_vec();
+        inputs.extend(caches.iter().map(|(name, value)| (name.as_str(), value.view())));
+        let outputs = executable.run(&inputs).expect("a step");
+        for (name, value) in &mut caches {
+            let output = outputs.iter().find(|(output, _)| *output == present(name));
+            *value = output.expect("a cache").1.clone();
+        }
+        outputs
+    });
+    assert_eq!(said[1..], *tokens, "{name}, caches by hand");
+    let tolerance = Tolerance { rtol: 1e-3, atol: 1e-3 };
+    let far = difference(&found, &logits, tolerance);
+    assert!(far.is_none(), "{name}: {far:?}");
+    let kept = |session: Session, (name, value): &(String, Tensor)| {
+        let mut session = session.keep(name, &present(name)).expect("a cache");
+        session.set_state(name, value.clone()).expect("a first value");
+        session
+    };
+    let mut session = empty.iter().fold(executable.session(), kept);
+    let mut run = |given: &[(&str, TensorView)]| session.run(given).expect("a step");
+    let mut said = vec![FIRST];
+    let same = greedy(0..tokens.len(), &mut said, &mut run);
+    assert_eq!(said[1..], *tokens, "{name}, caches in a session");
+    assert_eq!(same.bytes(), found.bytes(), "{name}, caches in a session");
+}
+
+#[test]
+fn gpt2_says_what_onnxruntime_says() {
+    decoder_says_what_is_stored("gpt2_step_opset20");
+    decoder_says_what_is_stored("gpt2_step_opset23");
+}
+
+#[test]
+fn llama_says_what_onnxruntime_says() {
+    decoder_says_what_is_stored("llama_step_opset20");
+    decoder_says_what_is_stored("llama_step_opset23");
 }
 
 #[test]
