@@ -1,5 +1,5 @@
-//! Convolutions of 3 by 3 with fewer products: F(m, 3) of Winograd's minimal filtering, m * m results
-//! at a time (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015).
+//! Convolutions of 3 by 3 with fewer products: F(m, 3) of Winograd's minimal filtering, m * m
+//! results at a time (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015).
 //!
 //! A tile of n by n elements of the input, n = m + 2, becomes n * n numbers, and so do the weights,
 //! when the model is compiled. Their products are summed over the channels, for each of the n * n
