@@ -234,6 +234,7 @@ pub fn assemble(
         dims: graph.dims.clone(),
         inputs: graph.inputs.iter().map(|(name, ty)| port(name, ty)).collect(),
         outputs: graph.outputs.iter().map(|(name, id)| port(name, graph.ty(*id))).collect(),
+        states: graph.states.clone(),
         steps: steps(program, |l| !l.constant, &layout),
         arena_bytes: layout.arena_bytes,
     };

@@ -26,6 +26,7 @@ mod package;
 pub mod plan;
 mod ranges;
 pub mod rules;
+mod states;
 
 #[cfg(test)]
 mod tests;
@@ -33,7 +34,7 @@ mod tests;
 pub use cache::CacheUse;
 pub use half;
 pub use kiln_runtime::load::ArtifactFile;
-pub use kiln_runtime::session::{Executable, Session};
+pub use kiln_runtime::session::{Executable, RunError, Session};
 pub use kiln_runtime::{code, manifest, npz, tensor};
 pub use load::{is_artifact, load, load_opened, open_artifact};
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
@@ -48,6 +49,7 @@ use graph::Graph;
 use graph::verify::verify;
 use kiln_runtime::artifact::Constants;
 use kiln_runtime::plan::Plan;
+use loops::lower::Target;
 use manifest::Hash;
 use plan::kernels::{Program, program};
 
@@ -57,6 +59,7 @@ pub struct Compiler {
     threads: usize,
     egraph: bool,
     wide: bool,
+    exact: bool,
     target: Option<Cpu>,
     verify_code: bool,
     limits: Limits,
@@ -64,6 +67,7 @@ pub struct Compiler {
     dims: Vec<(String, DimRange)>,
     shapes: Vec<(String, Vec<usize>)>,
     values: Vec<(String, tensor::Tensor)>,
+    states: Vec<(String, String)>,
     cache: Option<PathBuf>,
 }
 
@@ -80,6 +84,7 @@ impl Compiler {
             threads: 1,
             egraph: true,
             wide: true,
+            exact: false,
             target: None,
             verify_code: cfg!(debug_assertions),
             limits: Limits::default(),
@@ -87,6 +92,7 @@ impl Compiler {
             dims: Vec::new(),
             shapes: Vec::new(),
             values: Vec::new(),
+            states: Vec::new(),
             cache: None,
         }
     }
@@ -104,6 +110,13 @@ impl Compiler {
     /// Whether vectors wider than 128 bits may be used.
     pub fn wide(self, wide: bool) -> Compiler {
         Compiler { wide, ..self }
+    }
+
+    /// Whether convolutions sum the products that the model writes down, and not fewer others
+    /// (Winograd's minimal filtering, whose results differ by some 1e-5 of their size, and whose
+    /// weights take up to four times the memory).
+    pub fn exact_convolutions(self, exact: bool) -> Compiler {
+        Compiler { exact, ..self }
     }
 
     /// The CPU that code is made for; by default the one that this runs on.
@@ -150,6 +163,15 @@ impl Compiler {
         self
     }
 
+    /// Makes an output the next value of an input: sessions keep it, and neither is given any more.
+    /// A `*` in both names stands for the same text, as in `past_*` and `present_*`. Where the
+    /// output is the input with more behind it, along an axis that has the length of a dim with a
+    /// range, it is appended to where it lies.
+    pub fn state(mut self, input: &str, output: &str) -> Compiler {
+        self.states.push((input.to_string(), output.to_string()));
+        self
+    }
+
     /// Keeps what is compiled in this folder, and takes it from there the next time. Code is
     /// loaded from it: it must belong to this user, and nobody else may write it.
     pub fn cache(self, folder: impl Into<PathBuf>) -> Compiler {
@@ -182,7 +204,7 @@ impl Compiler {
         };
         let cpu = self.cpu();
         cpu.must_run_here()?;
-        let key = cache::key(graph, self.egraph, &cpu);
+        let key = cache::key(graph, (self.egraph, self.exact), &cpu);
         cache::compile(folder, &key, self.threads, |name| {
             let form =
                 Form { kind: Kind::Shared, name: name.to_string(), file: None, weights: None };
@@ -210,13 +232,15 @@ impl Compiler {
             return self.graph(model);
         }
         let dims = model.settle(&self.shapes, &self.dims)?;
-        model.import_ranges(&self.limits, dims, &self.dims, &self.values)
+        let graph = model.import_ranges(&self.limits, dims, &self.dims, &self.values)?;
+        states::keep(graph, &self.states)
     }
 
     /// The graph of a model.
     pub fn graph(&self, model: &Model) -> Result<Graph> {
         let dims = model.settle(&self.shapes, &self.dims)?;
-        model.import(&self.limits, dims, &self.shapes, &self.values)
+        let graph = model.import(&self.limits, dims, &self.shapes, &self.values)?;
+        states::keep(graph, &self.states)
     }
 
     /// The graph as kernels.
@@ -226,7 +250,8 @@ impl Compiler {
 
     /// The loops of a graph of kernels.
     pub fn lower(&self, kernels: &Graph) -> Result<Program> {
-        program(&verify(kernels.clone())?, self.cpu().target())
+        let target = Target { exact: self.exact, ..self.cpu().target() };
+        program(&verify(kernels.clone())?, target)
     }
 
     /// The executable of a graph of kernels and its loops.

@@ -327,11 +327,6 @@ impl Model {
             .filter(|(_, range)| range.least < range.most)
             .map(|(name, r)| PlanDim { name: name.clone(), least: r.least, most: r.most })
             .collect();
-        if let Some(empty) = dims.iter().find(|dim| dim.least == 0) {
-            let problem = Diagnostic::new("K0109", "a dim that may be 0 long");
-            let problem = problem.tensor(empty.name.clone()).expected("at least 1");
-            return Err(Error::new(ErrorKind::Usage, problem));
-        }
         if dims.len() > DIMS {
             let problem = Diagnostic::new("K0109", "too many dims with a range");
             let problem = problem.expected(format!("{DIMS} at most"));

@@ -87,6 +87,9 @@ impl Proof<'_> {
             let what = "what is in use of an axis cannot be told any more";
             return Err(Diagnostic::new("K0110", what).found(type_text(&node.ty)));
         }
+        if let Op::Slice(axes) = &node.op {
+            self.slice(self.graph.ty(node.args[0]), axes)?;
+        }
         let hidden = |arg: usize, axis: usize| self.hidden(node.args[arg], axis);
         let involved = match &node.op {
             Op::Reduce(_, axes) => axes.iter().any(|&axis| hidden(0, axis.into())),
@@ -115,6 +118,27 @@ impl Proof<'_> {
             true => differ("an axis is as long as a dim that it does not depend on"),
             false => Ok(()),
         }
+    }
+
+    /// A slice of an axis in use in part has all that is in use, or the first element, which is
+    /// there in every run.
+    fn slice(&self, ty: &Type, axes: &[(i64, i64, usize)]) -> std::result::Result<(), Diagnostic> {
+        for (axis, &(_, step, extent)) in axes.iter().enumerate() {
+            let Some(Span::Dim { dim, more }) = span(ty, axis) else { continue };
+            let PlanDim { name, least, most } = &self.graph.dims[usize::from(dim)];
+            let more = i64::from(more);
+            let whole = step == 1 && *most as i64 + more <= extent as i64;
+            if !whole && (extent > 1 || *least as i64 + more < 1) {
+                let what = match extent > 1 {
+                    true => "a piece of an axis whose length is that of a dim",
+                    false => "the first element of an axis that may be 0 long",
+                };
+                let found = format!("axis {axis} of {}", type_text(ty));
+                let range = format!("dim `{name}` is {least} to {most} long");
+                return Err(Diagnostic::new("K0110", what).found(found).expected(range));
+            }
+        }
+        Ok(())
     }
 
     /// Whether operations differ in extents only.

@@ -16,6 +16,7 @@ pub mod npz;
 pub mod plan;
 pub mod pool;
 mod run_error;
+mod scratch;
 pub mod session;
 pub mod state;
 pub mod tensor;

@@ -39,6 +39,18 @@ pub struct PlanDim {
     pub most: usize,
 }
 
+/// An output that the next run reads as an input.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PlanState {
+    /// Index of the input.
+    pub input: usize,
+    /// Index of the output.
+    pub output: usize,
+    /// Whether both are the same memory, which a run appends to. It has room for the whole shape of
+    /// the port, with strides of that shape, however long its dims are.
+    pub in_place: bool,
+}
+
 /// Dims that a plan may have.
 pub const DIMS: usize = 16;
 
@@ -120,6 +132,8 @@ pub struct Plan {
     pub inputs: Vec<Port>,
     /// What a run writes.
     pub outputs: Vec<Port>,
+    /// Outputs that the next run reads as inputs.
+    pub states: Vec<PlanState>,
     /// Launches in order.
     pub steps: Vec<Step>,
     /// Bytes of memory for intermediate values.
@@ -162,12 +176,35 @@ pub enum PlanError {
     /// The size of an input or output overflows.
     #[error("the size of `{0}` overflows")]
     Size(String),
+    /// A state of ports that are not there, or that cannot share memory.
+    #[error("state {0} pairs ports that do not fit together")]
+    State(usize),
     /// An axis is as long as a dim that is not there, or the axis is not.
     #[error("the extents of `{0}` depend on what is not there")]
     Length(String),
 }
 
 impl Plan {
+    /// Whether an input is memory of a state that is appended to where it lies.
+    pub fn is_input_kept(&self, input: usize) -> bool {
+        self.states.iter().any(|state| state.in_place && state.input == input)
+    }
+
+    /// The same for an output.
+    pub fn is_output_kept(&self, output: usize) -> bool {
+        self.states.iter().any(|state| state.in_place && state.output == output)
+    }
+
+    /// The inputs as a run with the longest dims takes them: room that states have beyond is left.
+    pub fn longest_inputs(&self) -> Vec<Port> {
+        let mut dims = [0; DIMS];
+        for (length, dim) in dims.iter_mut().zip(&self.dims) {
+            *length = i64::try_from(dim.most).unwrap_or(i64::MAX);
+        }
+        let longest = |port: &Port| Port { shape: port.shape_for(&dims), ..port.clone() };
+        self.inputs.iter().map(longest).collect()
+    }
+
     /// Checks every index and size of the plan against the code and the constants beside it.
     pub fn check(&self, entries: usize, constant_bytes: usize) -> Result<(), PlanError> {
         for port in self.inputs.iter().chain(&self.outputs) {
@@ -180,6 +217,17 @@ impl Plan {
             };
             if self.dims.len() > DIMS || !port.lengths.iter().all(fits) {
                 return Err(PlanError::Length(port.name.clone()));
+            }
+        }
+        for (index, state) in self.states.iter().enumerate() {
+            let ports = self.inputs.get(state.input).zip(self.outputs.get(state.output));
+            let fit = |(take, give): (&Port, &Port)| {
+                take.dtype == give.dtype && (!state.in_place || take.shape == give.shape)
+            };
+            let again =
+                |other: &PlanState| other.input == state.input || other.output == state.output;
+            if !ports.is_some_and(fit) || self.states[..index].iter().any(again) {
+                return Err(PlanError::State(index));
             }
         }
         for (index, step) in self.steps.iter().enumerate() {
@@ -269,6 +317,10 @@ impl fmt::Display for Plan {
         for (index, port) in self.outputs.iter().enumerate() {
             writeln!(f, "output {index} {port}")?;
         }
+        for PlanState { input, output, in_place } in &self.states {
+            let how = if *in_place { "is appended to input" } else { "is the next input" };
+            writeln!(f, "state: output {output} {how} {input}")?;
+        }
         writeln!(f, "arena {} bytes", self.arena_bytes)?;
         for (index, step) in self.steps.iter().enumerate() {
             writeln!(f, "step {index} {step}")?;
@@ -292,6 +344,7 @@ mod tests {
             dims: Vec::new(),
             inputs: vec![port("x")],
             outputs: vec![port("y")],
+            states: Vec::new(),
             steps: vec![Step {
                 name: "relu".into(),
                 kernel: 0,
@@ -340,6 +393,11 @@ mod tests {
             let mut wrong = plan();
             (wrong.steps[0].extent, wrong.steps[0].chunks) = (extent, chunks);
             assert!(matches!(wrong.check(1, 0), Err(PlanError::Extent { .. })));
+        }
+        let pair = |input, output| PlanState { input, output, in_place: false };
+        for states in [vec![pair(1, 0)], vec![pair(0, 1)], vec![pair(0, 0), pair(0, 0)]] {
+            let wrong = Plan { states, ..plan() };
+            assert!(matches!(wrong.check(1, 0), Err(PlanError::State(_))));
         }
         let mut huge = plan();
         huge.outputs[0].shape = vec![usize::MAX, 2];

@@ -89,6 +89,17 @@ pub enum RunError {
         /// What is wrong.
         why: String,
     },
+    /// States that never were that long, or are not kept in place.
+    #[error(
+        "no state can go back to where dim `{dim}` was {length}: none that is kept in place \
+        has it, or one is shorter"
+    )]
+    Rewind {
+        /// The dim.
+        dim: String,
+        /// The length to go back to.
+        length: usize,
+    },
     /// A tensor with another number of bytes than its shape says.
     #[error("`{}` has {found} bytes, expected {expected_bytes} for {expected}", expected.name)]
     Bytes {

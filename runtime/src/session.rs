@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::artifact::Artifact;
-use crate::memory::AlignedBytes;
-use crate::plan::{DIMS, Dims, Length, Place, Plan, PlanError, Port};
+use crate::plan::{DIMS, Dims, Length, Plan, PlanError, Port};
 use crate::pool::Pool;
 pub use crate::run_error::{Names, RunError};
+use crate::scratch::{Scratch, room_bytes};
 use crate::state::State;
 use crate::tensor::{DType, Tensor, TensorView, TensorViewMut, size_bytes};
 
@@ -63,7 +63,8 @@ impl Executable {
     /// file counts too, though others may share it.
     pub fn memory_bytes(&self) -> usize {
         let Artifact { plan, code, constants } = self.artifact();
-        constants.len() + code.bytes().len() + plan.arena_bytes
+        let rooms: usize = room_bytes(plan).sum();
+        constants.len() + code.bytes().len() + plan.arena_bytes + rooms
     }
 
     /// The threads that runs share.
@@ -80,19 +81,23 @@ impl Executable {
         inputs: &[(&str, TensorView<'_>)],
     ) -> Result<Vec<(String, Tensor)>, RunError> {
         let plan = self.plan();
-        run_named(plan, inputs, |views, outputs| self.run_into(views, outputs))
+        let made = run_named(plan, inputs, |views, outputs| self.run_into(views, outputs))?;
+        let name = |(port, tensor): (usize, Tensor)| (plan.outputs[port].name.clone(), tensor);
+        Ok(made.into_iter().map(name).collect())
     }
 
     /// Runs the model on tensors in the order of [`inputs`](Self::inputs) and
     /// [`outputs`](Self::outputs). Does not allocate once there were as many runs at a time before.
     ///
     /// # Errors
-    /// When their number, a type or a shape is not that of the model.
+    /// When their number, a type or a shape is not that of the model, and where the model was
+    /// compiled to keep a state in place: sessions run it.
     pub fn run_into(
         &self,
         inputs: &[TensorView<'_>],
         outputs: &mut [TensorViewMut<'_>],
     ) -> Result<(), RunError> {
+        self.keeps_nothing()?;
         let dims = check(self.plan(), inputs, outputs)?;
         let mut scratch = self.take_scratch();
         *scratch.dims = dims;
@@ -110,6 +115,7 @@ impl Executable {
         inputs: &[TensorView<'_>],
         outputs: &mut [TensorViewMut<'_>],
     ) -> Result<Vec<(String, u64)>, RunError> {
+        self.keeps_nothing()?;
         let dims = check(self.plan(), inputs, outputs)?;
         let mut scratch = self.take_scratch();
         *scratch.dims = dims;
@@ -120,10 +126,24 @@ impl Executable {
         Ok(names.zip(times).collect())
     }
 
-    /// A session: the same model with memory of its own.
+    /// A session: the same model with memory of its own. It keeps the states that the model was
+    /// compiled with. Those that grow begin empty, where their dims may be 0 long.
     pub fn session(&self) -> Session {
-        let (scratch, states) = (Scratch::new(&self.0.artifact), Vec::new());
+        let (scratch, states) = (Scratch::new(&self.0.artifact), State::of(self.plan()));
         Session { scratch, states, executable: self.clone() }
+    }
+
+    /// Refuses a run without a session of a model that needs one.
+    fn keeps_nothing(&self) -> Result<(), RunError> {
+        let plan = self.plan();
+        match plan.states.iter().find(|state| state.in_place) {
+            None => Ok(()),
+            Some(state) => Err(RunError::State {
+                input: plan.inputs[state.input].name.clone(),
+                output: plan.outputs[state.output].name.clone(),
+                why: "it is kept where it lies, which takes a session: `session().run`".into(),
+            }),
+        }
     }
 
     fn take_scratch(&self) -> Scratch {
@@ -158,7 +178,8 @@ impl Session {
 
     /// Keeps an output as the next value of an input: neither is given any more. An input of fixed
     /// shape starts with zeros, one that has the length of a dim with what
-    /// [`set_state`](Self::set_state) gives it.
+    /// [`set_state`](Self::set_state) gives it. The value is a tensor that each run makes anew; a
+    /// model that is compiled with the state appends to it where it lies.
     ///
     /// # Errors
     /// When there is no such input or output, they do not fit together, or one is kept already.
@@ -176,10 +197,35 @@ impl Session {
         Ok(self)
     }
 
-    /// The value of a state, by the name of its input.
-    pub fn state(&self, input: &str) -> Option<&Tensor> {
-        let inputs = self.executable.inputs();
-        self.states.iter().find(|s| inputs[s.input].name == input)?.value.as_ref()
+    /// A copy of a state, by the name of its input.
+    pub fn state(&self, input: &str) -> Option<Tensor> {
+        let plan = self.executable.plan();
+        let state = self.states.iter().find(|s| plan.inputs[s.input].name == input)?;
+        state.get(plan, &self.scratch.rooms)
+    }
+
+    /// Forgets the last rows of states that grow: those that are as long as the named dim become as
+    /// long as when it was that long. Drafts of text are taken back so.
+    ///
+    /// # Errors
+    /// Where no state that is kept in place has that dim, or one is shorter already.
+    pub fn rewind(&mut self, dim: &str, length: usize) -> Result<(), RunError> {
+        let plan = &self.executable.0.artifact.plan;
+        let number = plan.dims.iter().position(|d| d.name == dim);
+        let states = &mut self.states;
+        let done = number.and_then(|number| {
+            let before = states.clone();
+            let one = |state: &mut State| state.rewind(plan, number, length);
+            let found = states.iter_mut().map(one).collect::<Option<Vec<bool>>>();
+            match found.filter(|found| found.contains(&true)) {
+                None => {
+                    *states = before;
+                    None
+                }
+                Some(_) => Some(()),
+            }
+        });
+        done.ok_or_else(|| RunError::Rewind { dim: dim.into(), length })
     }
 
     /// Gives a state a value, by the name of its input.
@@ -202,7 +248,7 @@ impl Session {
             let found = value.shape().to_vec();
             return Err(RunError::Shape { found, expected: port.clone() });
         }
-        self.states[at].value = Some(value);
+        self.states[at].set(self.executable.plan(), &mut self.scratch.rooms, value);
         Ok(())
     }
 
@@ -236,13 +282,18 @@ impl Session {
             }
             all.push((name, state.view(plan)?));
         }
-        let outputs = run_named(plan, &all, |views, outputs| self.launch(plan, views, outputs))?;
-        let mut given = Vec::with_capacity(outputs.len());
-        for (index, output) in outputs.into_iter().enumerate() {
-            match states.iter_mut().find(|state| state.output == index) {
-                Some(state) => state.value = Some(output.1),
-                None => given.push(output),
+        let made = run_named(plan, &all, |views, outputs| self.launch(plan, views, outputs))?;
+        let (mut given, mut kept) = (Vec::with_capacity(made.len()), Vec::new());
+        for (port, tensor) in made {
+            match states.iter().any(|state| state.output == port) {
+                true => kept.push((port, tensor)),
+                false => given.push((plan.outputs[port].name.clone(), tensor)),
             }
+        }
+        for state in states {
+            let made = kept.iter().position(|(port, _)| *port == state.output);
+            let made = made.map(|at| kept.swap_remove(at).1);
+            state.advance(plan, &self.scratch.dims, made);
         }
         Ok(given)
     }
@@ -282,9 +333,8 @@ impl Session {
     /// Forgets all earlier runs: states are as they were before the first one.
     pub fn reset(&mut self) {
         self.scratch.arena.bytes_mut().fill(0);
-        for state in &mut self.states {
-            state.value = State::initial(&self.executable.plan().inputs[state.input]);
-        }
+        let plan = &self.executable.0.artifact.plan;
+        self.states.iter_mut().for_each(|state| state.reset(plan));
     }
 
     /// A session that goes on from where this one is, independently of it.
@@ -292,52 +342,10 @@ impl Session {
         let mut fork = self.executable.session();
         fork.states = self.states.clone();
         fork.scratch.arena.bytes_mut().copy_from_slice(self.scratch.arena.bytes());
-        fork
-    }
-}
-
-/// The memory of one run at a time.
-struct Scratch {
-    arena: AlignedBytes,
-    /// Lengths of dims in this run.
-    dims: Box<Dims>,
-    /// The arguments of all steps, one after the other.
-    buffers: Vec<*mut u8>,
-}
-
-// SAFETY: the pointers go to the arena, which moves along with them, to the constants, which are
-// only read, and to tensors of a run, which sets them anew before it uses them.
-unsafe impl Send for Scratch {}
-// SAFETY: a shared scratch gives access to the bytes of the arena only, and these to be read.
-unsafe impl Sync for Scratch {}
-
-impl Scratch {
-    /// Zeroed memory, with all pointers set that stay the same from run to run.
-    fn new(artifact: &Artifact) -> Scratch {
-        let mut arena = AlignedBytes::zeroed(artifact.plan.arena_bytes);
-        let base = arena.bytes_mut().as_mut_ptr();
-        let constants = artifact.constants.bytes().as_ptr().cast_mut();
-        let mut dims = Box::new([0; DIMS]);
-        let lengths: *mut u8 = dims.as_mut_ptr().cast();
-        let places = artifact.plan.steps.iter().flat_map(|step| &step.buffers);
-        let buffers = places.map(|&place| match place {
-            Place::Input(_) | Place::Output(_) => std::ptr::null_mut(),
-            Place::Arena(offset) => base.wrapping_add(offset),
-            Place::Const(offset) => constants.wrapping_add(offset),
-            Place::Dims => lengths,
-        });
-        Scratch { buffers: buffers.collect(), arena, dims }
-    }
-
-    fn bind(&mut self, plan: &Plan, inputs: &[TensorView<'_>], outputs: &mut [TensorViewMut<'_>]) {
-        let places = plan.steps.iter().flat_map(|step| &step.buffers);
-        for (buffer, &place) in self.buffers.iter_mut().zip(places) {
-            match place {
-                Place::Input(port) => *buffer = inputs[port].bytes.as_ptr().cast_mut(),
-                Place::Output(port) => *buffer = outputs[port].bytes.as_mut_ptr(),
-                Place::Arena(_) | Place::Const(_) | Place::Dims => {}
-            }
+        for (to, from) in fork.scratch.rooms.iter_mut().zip(&self.scratch.rooms) {
+            to.bytes_mut().copy_from_slice(from.bytes());
         }
+        fork
     }
 }
 
@@ -364,7 +372,7 @@ impl Shared {
         mut times: Option<&mut [u64]>,
     ) {
         let plan = &self.artifact.plan;
-        scratch.bind(plan, inputs, outputs);
+        scratch.bind(inputs, outputs);
         let mut first = 0;
         for (index, step) in plan.steps.iter().enumerate() {
             let start = times.is_some().then(Instant::now);
@@ -392,17 +400,26 @@ impl Shared {
     }
 }
 
+/// Runs on tensors given by name; gives the outputs that are not kept in place, by number.
 fn run_named(
     plan: &Plan,
     inputs: &[(&str, TensorView<'_>)],
     run_into: impl FnOnce(&[TensorView<'_>], &mut [TensorViewMut<'_>]) -> Result<(), RunError>,
-) -> Result<Vec<(String, Tensor)>, RunError> {
+) -> Result<Vec<(usize, Tensor)>, RunError> {
     let views = by_port(plan, inputs)?;
     let dims = lengths(plan, &views)?;
-    let zeros =
-        |port: &Port| (port.name.clone(), Tensor::zeros(port.dtype, &port.shape_for(&dims)));
-    let mut outputs: Vec<(String, Tensor)> = plan.outputs.iter().map(zeros).collect();
-    let mut targets: Vec<_> = outputs.iter_mut().map(|(_, tensor)| tensor.view_mut()).collect();
+    let shapes: Vec<Vec<usize>> = plan.outputs.iter().map(|port| port.shape_for(&dims)).collect();
+    let mut outputs: Vec<(usize, Tensor)> = (0..shapes.len())
+        .filter(|&port| !plan.is_output_kept(port))
+        .map(|port| (port, Tensor::zeros(plan.outputs[port].dtype, &shapes[port])))
+        .collect();
+    let mut made = outputs.iter_mut();
+    let target = |(port, shape)| match plan.is_output_kept(port) {
+        true => TensorViewMut { dtype: plan.outputs[port].dtype, shape, bytes: &mut [] },
+        false => made.next().expect("a tensor for each output that is not kept").1.view_mut(),
+    };
+    let mut targets: Vec<TensorViewMut> =
+        shapes.iter().map(Vec::as_slice).enumerate().map(target).collect();
     run_into(&views, &mut targets)?;
     Ok(outputs)
 }
@@ -438,11 +455,15 @@ fn check(
     check_count("inputs", inputs.len(), plan.inputs.len())?;
     check_count("outputs", outputs.len(), plan.outputs.len())?;
     let dims = lengths(plan, inputs)?;
-    for (port, view) in plan.inputs.iter().zip(inputs) {
-        check_port(port, &dims, view.dtype, view.shape, view.bytes.len())?;
+    // What is kept in place comes without bytes: the run knows its memory.
+    let bytes = |kept: bool, len: usize| (!kept).then_some(len);
+    for (i, (port, view)) in plan.inputs.iter().zip(inputs).enumerate() {
+        let bytes = bytes(plan.is_input_kept(i), view.bytes.len());
+        check_port(port, &dims, (view.dtype, view.shape, bytes))?;
     }
-    for (port, view) in plan.outputs.iter().zip(outputs) {
-        check_port(port, &dims, view.dtype, view.shape, view.bytes.len())?;
+    for (i, (port, view)) in plan.outputs.iter().zip(outputs).enumerate() {
+        let bytes = bytes(plan.is_output_kept(i), view.bytes.len());
+        check_port(port, &dims, (view.dtype, view.shape, bytes))?;
     }
     Ok(dims)
 }
@@ -481,9 +502,7 @@ fn check_count(what: &'static str, found: usize, expected: usize) -> Result<(), 
 fn check_port(
     port: &Port,
     dims: &Dims,
-    dtype: DType,
-    shape: &[usize],
-    bytes: usize,
+    (dtype, shape, bytes): (DType, &[usize], Option<usize>),
 ) -> Result<(), RunError> {
     if dtype != port.dtype {
         return Err(RunError::DType { found: dtype, expected: port.clone() });
@@ -499,9 +518,10 @@ fn check_port(
     }
     // `Plan::check` made sure that the size exists.
     let expected_bytes = size_bytes(dtype, shape).unwrap_or(usize::MAX);
-    if bytes != expected_bytes {
-        let expected = port.clone();
-        return Err(RunError::Bytes { found: bytes, expected_bytes, expected });
+    match bytes {
+        Some(found) if found != expected_bytes => {
+            Err(RunError::Bytes { found, expected_bytes, expected: port.clone() })
+        }
+        Some(_) | None => Ok(()),
     }
-    Ok(())
 }

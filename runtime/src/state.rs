@@ -1,7 +1,12 @@
 //! What a session keeps from run to run: outputs that the next run reads as inputs, such as the
 //! cache of a transformer or the state of a recurrent network.
+//!
+//! A state that the model was compiled with and that only grows lies in memory with room for the
+//! longest: a run writes what is new behind what is there. Any other is a tensor that a run makes
+//! anew.
 
-use crate::plan::{Plan, Port};
+use crate::memory::AlignedBytes;
+use crate::plan::{Dims, Plan, PlanState, Port};
 use crate::session::RunError;
 use crate::tensor::{Tensor, TensorView};
 
@@ -12,8 +17,15 @@ pub struct State {
     pub input: usize,
     /// Index of the output.
     pub output: usize,
-    /// Its value; none where it may be of any length and none was given.
-    pub value: Option<Tensor>,
+    value: Value,
+}
+
+#[derive(Clone, Debug)]
+enum Value {
+    /// A tensor of its own; none where it may be of any length and none was given.
+    Tensor(Option<Tensor>),
+    /// In the memory of that number; the extents in use, where they are known.
+    Room(usize, Option<Vec<usize>>),
 }
 
 impl State {
@@ -35,33 +47,179 @@ impl State {
         let from = find(&plan.outputs, output, "output")?;
         let to = find(&plan.inputs, input, "input")?;
         let (give, take) = (&plan.outputs[from], &plan.inputs[to]);
-        let dim = |port: &Port, axis| port.lengths.iter().find(|l| l.axis == axis).map(|l| l.dim);
-        let fits = give.dtype == take.dtype
-            && give.shape.len() == take.shape.len()
-            && (0..take.shape.len()).all(|axis| match (dim(give, axis), dim(take, axis)) {
-                (None, None) => give.shape[axis] == take.shape[axis],
-                (give, take) => give == take,
-            });
-        if !fits {
+        if !fit(give, take) {
             return Err(wrong(format!("the output is {give}, the input {take}")));
         }
-        Ok(State { input: to, output: from, value: State::initial(take) })
+        Ok(State { input: to, output: from, value: Value::Tensor(initial(take)) })
     }
 
-    /// The value before the first run: zeros, where the model says how many.
-    pub fn initial(port: &Port) -> Option<Tensor> {
-        port.lengths.is_empty().then(|| Tensor::zeros(port.dtype, &port.shape))
+    /// The states that a model was compiled with.
+    pub fn of(plan: &Plan) -> Vec<State> {
+        let mut rooms = 0;
+        let state = |&PlanState { input, output, in_place }: &PlanState| {
+            let port = &plan.inputs[input];
+            let value = match in_place {
+                false => Value::Tensor(initial(port)),
+                true => {
+                    rooms += 1;
+                    Value::Room(rooms - 1, empty(plan, port))
+                }
+            };
+            State { input, output, value }
+        };
+        plan.states.iter().map(state).collect()
     }
 
-    /// The value, to be read by a run.
+    /// The value before the first run.
+    pub fn reset(&mut self, plan: &Plan) {
+        let port = &plan.inputs[self.input];
+        match &mut self.value {
+            Value::Tensor(value) => *value = initial(port),
+            Value::Room(_, shape) => *shape = empty(plan, port),
+        }
+    }
+
+    /// The value, to be read by a run; without bytes where a run knows the memory.
     ///
     /// # Errors
     /// When there is none yet.
     pub fn view(&self, plan: &Plan) -> Result<TensorView<'_>, RunError> {
-        self.value.as_ref().map(Tensor::view).ok_or_else(|| RunError::State {
+        let dtype = plan.inputs[self.input].dtype;
+        let view = match &self.value {
+            Value::Tensor(value) => value.as_ref().map(Tensor::view),
+            Value::Room(_, shape) => {
+                shape.as_ref().map(|shape| TensorView { dtype, shape, bytes: &[] })
+            }
+        };
+        view.ok_or_else(|| RunError::State {
             input: plan.inputs[self.input].name.clone(),
             output: plan.outputs[self.output].name.clone(),
             why: "it has no value yet; `set_state` gives it one".into(),
         })
+    }
+
+    /// A copy of the value.
+    pub fn get(&self, plan: &Plan, rooms: &[AlignedBytes]) -> Option<Tensor> {
+        let (room, shape) = match &self.value {
+            Value::Tensor(value) => return value.clone(),
+            Value::Room(room, shape) => (&rooms[*room], shape.as_ref()?),
+        };
+        let port = &plan.inputs[self.input];
+        let mut tensor = Tensor::zeros(port.dtype, shape);
+        let to = tensor.bytes_mut();
+        for (dense, roomy, len) in runs(port, shape) {
+            to[dense..dense + len].copy_from_slice(&room.bytes()[roomy..roomy + len]);
+        }
+        Some(tensor)
+    }
+
+    /// Takes a value that the port admits.
+    pub fn set(&mut self, plan: &Plan, rooms: &mut [AlignedBytes], new: Tensor) {
+        match &mut self.value {
+            Value::Tensor(value) => *value = Some(new),
+            Value::Room(room, shape) => {
+                let to = rooms[*room].bytes_mut();
+                for (dense, roomy, len) in runs(&plan.inputs[self.input], new.shape()) {
+                    to[roomy..roomy + len].copy_from_slice(&new.bytes()[dense..dense + len]);
+                }
+                *shape = Some(new.shape().to_vec());
+            }
+        }
+    }
+
+    /// Takes what a run made of it: the tensor, or more of its memory, as much as dims say.
+    pub fn advance(&mut self, plan: &Plan, dims: &Dims, made: Option<Tensor>) {
+        match &mut self.value {
+            Value::Tensor(value) => *value = made,
+            Value::Room(_, shape) => *shape = Some(plan.outputs[self.output].shape_for(dims)),
+        }
+    }
+
+    /// Makes the axes that are as long as a dim so long that the dim has a length again that it
+    /// had. What was written after that is forgotten. Returns whether there is such an axis, or
+    /// nothing where it never was so long.
+    pub fn rewind(&mut self, plan: &Plan, dim: usize, length: usize) -> Option<bool> {
+        let Value::Room(_, Some(shape)) = &mut self.value else { return Some(false) };
+        let lengths = plan.inputs[self.input].lengths.iter().filter(|l| l.dim == dim);
+        let mut found = false;
+        for at in lengths {
+            let extent = usize::try_from(length as i64 + at.more).ok()?;
+            if extent > shape[at.axis] {
+                return None;
+            }
+            (shape[at.axis], found) = (extent, true);
+        }
+        Some(found)
+    }
+}
+
+/// Whether an output may be the next value of an input.
+fn fit(give: &Port, take: &Port) -> bool {
+    let dim = |port: &Port, axis| port.lengths.iter().find(|l| l.axis == axis).map(|l| l.dim);
+    give.dtype == take.dtype
+        && give.shape.len() == take.shape.len()
+        && (0..take.shape.len()).all(|axis| match (dim(give, axis), dim(take, axis)) {
+            (None, None) => give.shape[axis] == take.shape[axis],
+            (give, take) => give == take,
+        })
+}
+
+/// The value before the first run: zeros, where the model says how many.
+fn initial(port: &Port) -> Option<Tensor> {
+    port.lengths.is_empty().then(|| Tensor::zeros(port.dtype, &port.shape))
+}
+
+/// The extents of nothing, where all dims of a port may be 0 long.
+fn empty(plan: &Plan, port: &Port) -> Option<Vec<usize>> {
+    let least = |dim: usize| plan.dims[dim].least as i64;
+    let none = port.lengths.iter().all(|l| least(l.dim) + l.more == 0);
+    let extent = |(axis, &extent)| match port.lengths.iter().any(|l| l.axis == axis) {
+        true => 0,
+        false => extent,
+    };
+    none.then(|| port.shape.iter().enumerate().map(extent).collect())
+}
+
+/// Pieces of a tensor of a shape that lie one after another in the memory of a port, which has
+/// room for the port's shape: byte offsets in the tensor and in the memory, and lengths.
+fn runs(port: &Port, shape: &[usize]) -> impl Iterator<Item = (usize, usize, usize)> {
+    let split = (0..shape.len()).rev().find(|&axis| shape[axis] != port.shape[axis]).unwrap_or(0);
+    let len = shape[split.min(shape.len())..].iter().product::<usize>() * port.dtype.bytes();
+    let outer = shape[..split].to_vec();
+    let room = port.shape.clone();
+    let step = room[split.min(room.len())..].iter().product::<usize>() * port.dtype.bytes();
+    let count: usize = if len == 0 { 0 } else { outer.iter().product() };
+    (0..count).map(move |i| {
+        let (mut rest, mut row, mut width) = (i, 0, 1);
+        for axis in (0..outer.len()).rev() {
+            row += rest % outer[axis] * width;
+            rest /= outer[axis];
+            width *= room[axis];
+        }
+        (i * len, row * step, len)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Length;
+    use crate::tensor::DType;
+
+    #[test]
+    fn a_dense_tensor_spreads_over_its_room() {
+        let length = |&axis: &usize| Length { axis, dim: axis, more: 0 };
+        let port = |shape: &[usize], ranged: &[usize]| Port {
+            lengths: ranged.iter().map(length).collect(),
+            ..Port::new("x", DType::I32, shape)
+        };
+        let found = |port: &Port, shape: &[usize]| runs(port, shape).collect::<Vec<_>>();
+        assert_eq!(found(&port(&[2, 5, 3], &[1]), &[2, 2, 3]), [(0, 0, 24), (24, 60, 24)]);
+        assert_eq!(found(&port(&[2, 5, 3], &[1]), &[2, 5, 3]), [(0, 0, 120)]);
+        assert_eq!(found(&port(&[2, 5, 3], &[1]), &[2, 0, 3]), []);
+        let both = port(&[3, 2, 4], &[0, 2]);
+        let expected = [(0, 0, 4), (4, 16, 4), (8, 32, 4), (12, 48, 4)];
+        assert_eq!(found(&both, &[2, 2, 1]), expected);
+        assert_eq!(found(&port(&[], &[]), &[]), [(0, 0, 4)]);
     }
 }

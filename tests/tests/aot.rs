@@ -204,6 +204,46 @@ fn one_file_serves_all_lengths_of_dims() {
 }
 
 #[test]
+fn a_program_in_c_keeps_its_caches_in_place() {
+    let Some(models) = oracle("dynamic") else { return };
+    if !there(C.command) {
+        return;
+    }
+    let model = models.join("language/model.onnx");
+    let model = Model::open(model, &Limits::default()).expect("a model");
+    let compiler = Compiler::new().dim_range("past", 0..=64).state("past_*", "present_*");
+    let mut session = compiler.compile_ranges(&model).expect("an executable").session();
+    let (mut token, mut expected) = (7i64, String::new());
+    for position in 0..64 {
+        let (given, place) = (
+            Tensor::from_slice(&[1, 1], &[token]),
+            Tensor::from_slice(&[1, 1], &[position as i64]),
+        );
+        let outputs = session.run(&[("token", given.view()), ("position", place.view())]);
+        let outputs = outputs.expect("a step");
+        let scores = outputs[0].1.as_slice::<f32>().expect("scores");
+        let best = (0..scores.len()).rev().max_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+        token = best.expect("a vocabulary") as i64;
+        expected += &format!("{token} ");
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let work = Work { folder, model, expected: Vec::new(), compiler };
+    work.package(Kind::Shared, None);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("aot/generate.c");
+    let program = work.path("generate");
+    let mut build = Command::new(C.command);
+    build.args(C.flags).args(STRICT).arg("-I").arg(work.folder.path());
+    build.args(["-DNAME=net", "-DHEADER=\"net.h\""]).arg(source).arg(work.path("net.so"));
+    build.arg(format!("-Wl,-rpath,{}", work.folder.path().display())).arg("-o").arg(&program);
+    done(&mut build);
+    assert_eq!(done(Command::new(&program).args(["7", "64"])), expected);
+    // One more than there is room for.
+    let output = Command::new(&program).args(["7", "66"]).output().expect("a run");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && text.contains("dim `past`"), "{text}");
+}
+
+#[test]
 fn a_shared_library_needs_nothing_and_changes_nothing() {
     let Some(models) = oracle("models") else { return };
     let work = Work::new(&models.join("cnn_b1"));

@@ -53,6 +53,80 @@ fn session(executable: &Executable) -> Session {
     start(session)
 }
 
+/// The language model, with its caches in place.
+fn in_place(past: std::ops::RangeInclusive<usize>) -> Option<Executable> {
+    let compiler = Compiler::new().dim_range("past", past).state("past_*", "present_*");
+    executable("language", &compiler)
+}
+
+#[test]
+fn text_is_the_same_where_caches_are_appended_to_in_place() {
+    let compiler = Compiler::new().dim_range("past", 1..=80);
+    let Some(plain) = executable("language", &compiler) else { return };
+    let expected = generate(&mut session(&plain), 7, 0..64);
+    let executable = in_place(1..=80).expect("the same model");
+    let plan = executable.plan();
+    assert!(plan.states.len() == 4 && plan.states.iter().all(|state| state.in_place), "{plan}");
+    // Nothing reads a cache but attention, and no copies are left.
+    assert!(!plan.steps.iter().any(|s| s.name == "take in" || s.name == "give out"), "{plan}");
+    let mut session = start(executable.session());
+    assert_eq!(generate(&mut session, 7, 0..20), expected[..20]);
+    let mut fork = session.fork();
+    assert_eq!(generate(&mut session, expected[19], 20..64), expected[20..]);
+    let rows = session.state("past_k1").expect("a cache");
+    assert_eq!(rows.shape(), [1, 2, 65, 16]);
+    assert_eq!(generate(&mut fork, expected[19], 20..64), expected[20..]);
+    assert_eq!(fork.state("past_k1").expect("a cache"), rows);
+    // Back to a draft, and on from there.
+    session.rewind("past", 31).expect("it was that long");
+    assert_eq!(generate(&mut session, expected[29], 30..64), expected[30..]);
+    assert!(session.rewind("past", 66).is_err() && session.rewind("batch", 1).is_err());
+    assert_eq!(session.state("past_k1").expect("a cache"), rows);
+    // As full as it may be, and no further.
+    let error = (64..90).try_for_each(|position| {
+        let (given, place) = (number(1), number(position));
+        session.run(&[("token", given.view()), ("position", place.view())]).map(|_| ())
+    });
+    let text = error.expect_err("a cache that is full").to_string();
+    assert!(text.contains("dim `past` 81, expected 1 to 80"), "{text}");
+    // Without a session there is nowhere to keep it.
+    let (token, cache) = (number(0), empty());
+    let mut inputs = vec![("token", token.view()), ("position", token.view())];
+    let names = caches();
+    inputs.extend(names.iter().map(|(input, _)| (input.as_str(), cache.view())));
+    let text = executable.run(&inputs).expect_err("a run without a session").to_string();
+    assert!(text.contains("session"), "{text}");
+}
+
+#[test]
+fn a_cache_may_begin_empty() {
+    let Some(executable) = in_place(0..=80) else { return };
+    let mut session = executable.session();
+    let tokens = generate(&mut session, 7, 0..64);
+    assert_eq!(session.state("past_v0").expect("a cache").shape(), [1, 2, 64, 16]);
+    session.reset();
+    assert_eq!(generate(&mut session, 7, 0..64), tokens);
+    // The same by hand, with tensors of no rows.
+    let compiler = Compiler::new().dim_range("past", 0..=80);
+    let plain = self::executable("language", &compiler).expect("the same model");
+    let mut session = caches().into_iter().fold(plain.session(), |session, (input, output)| {
+        session.keep(&input, &output).expect("a cache")
+    });
+    for (input, _) in caches() {
+        session.set_state(&input, Tensor::zeros(DType::F32, &[1, 2, 0, 16])).expect("a cache");
+    }
+    assert_eq!(generate(&mut session, 7, 0..64), tokens);
+    // Shapes that are fixed mean the same.
+    let model = oracle("dynamic").expect("it was there").join("language").join("model.onnx");
+    let model = Model::open(model, &Limits::default()).expect("a model");
+    let on_demand = Compiler::new().on_demand(&model);
+    let (token, place, cache) = (number(7), number(0), Tensor::zeros(DType::F32, &[1, 2, 0, 16]));
+    let mut inputs = vec![("token", token.view()), ("position", place.view())];
+    let names = caches();
+    inputs.extend(names.iter().map(|(input, _)| (input.as_str(), cache.view())));
+    assert_eq!(best(&on_demand.run(&inputs).expect("a step")), tokens[0]);
+}
+
 fn start(mut session: Session) -> Session {
     caches().iter().for_each(|(input, _)| session.set_state(input, empty()).expect("a cache"));
     session

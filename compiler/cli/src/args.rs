@@ -143,6 +143,10 @@ pub struct BuildArgs {
     /// Leave out optimisation by equality saturation
     #[arg(long, help_heading = "Compiler")]
     pub no_egraph: bool,
+    /// Sum the products of convolutions as the model writes them down: less memory for weights,
+    /// smaller differences, slower
+    #[arg(long, help_heading = "Compiler")]
+    pub exact_conv: bool,
     /// Use 128-bit vectors only
     #[arg(long, help_heading = "Compiler")]
     pub no_wide: bool,
@@ -155,6 +159,16 @@ pub struct CacheArgs {
     /// from it, so it must be private to you. Its files may be removed at any time
     #[arg(long, value_name = "DIR", help_heading = "Compiler")]
     pub cache: Option<PathBuf>,
+}
+
+/// What is kept from run to run.
+#[derive(Args, Clone, Debug, Default)]
+pub struct StateArgs {
+    /// Keep an output as the next value of an input, such as h=next_h, or past_*=present_* for all
+    /// pairs with the same text for *. A cache that grows along a dim with a range, as in
+    /// --dim past=0..1024, is appended to where it lies; may be given several times
+    #[arg(long, value_name = "INPUT=OUTPUT", value_parser = parse_pair, help_heading = "Model")]
+    pub state: Vec<(String, String)>,
 }
 
 /// `kiln check`
@@ -174,6 +188,9 @@ pub struct CompileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub build: BuildArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub states: StateArgs,
     /// File to write; without it, text goes to standard output. A header for C goes beside a
     /// library or object: model.so and model.h
     #[arg(short, long, value_name = "FILE")]
@@ -257,6 +274,13 @@ pub struct RunArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub inputs: InputArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub states: StateArgs,
+    /// Runs, each with the states that the one before left; the outputs are those of the last
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: u32,
     /// File for the outputs: .npz, with their names as keys, or .npy for a single one;
     /// without it, a summary goes to standard output
     #[arg(short, long, value_name = "FILE")]
@@ -278,6 +302,9 @@ pub struct BenchArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub inputs: InputArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub states: StateArgs,
     /// How long to run before measuring
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_time)]
     pub warmup: Duration,
@@ -370,6 +397,15 @@ fn parse_dim(text: &str) -> Result<(String, DimRange), String> {
         return Err(format!("{typical} is not in {least}..{most}"));
     }
     Ok((name.into(), DimRange { least, most, typical }))
+}
+
+fn parse_pair(text: &str) -> Result<(String, String), String> {
+    let wrong = || "expected INPUT=OUTPUT, such as past_k=present_k".to_string();
+    let (input, output) = text.split_once('=').ok_or_else(wrong)?;
+    match input.is_empty() || output.is_empty() {
+        true => Err(wrong()),
+        false => Ok((input.into(), output.into())),
+    }
 }
 
 /// A number of bytes, with a suffix for a power of 1024.

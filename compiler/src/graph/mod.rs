@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use kiln_runtime::plan::PlanDim;
+use kiln_runtime::plan::{PlanDim, PlanState};
 use smallvec::SmallVec;
 
 use op::{Op, Type};
@@ -83,6 +83,8 @@ pub struct Graph {
     pub inputs: Vec<(String, Type)>,
     /// Outputs with their names, in the order of the model.
     pub outputs: Vec<(String, NodeId)>,
+    /// Outputs that the next run reads as inputs.
+    pub states: Vec<PlanState>,
     /// Constants that `Op::Const` names. Shared: graphs of one model hold the same table.
     pub constants: Arc<Vec<Constant>>,
     /// Bodies that `Op::Fused` names.
@@ -96,6 +98,7 @@ impl Graph {
         Graph {
             dims: other.dims.clone(),
             inputs: other.inputs.clone(),
+            states: other.states.clone(),
             constants: other.constants.clone(),
             ..Graph::default()
         }
@@ -116,6 +119,11 @@ impl Graph {
         (0..self.nodes.len() as u32).map(NodeId)
     }
 
+    /// The state that is appended to where it lies, from that input on.
+    pub fn grows(&self, input: usize) -> Option<PlanState> {
+        self.states.iter().find(|state| state.in_place && state.input == input).copied()
+    }
+
     /// The constant that a node is, if it is one.
     pub fn constant(&self, id: NodeId) -> Option<&Constant> {
         match self.node(id).op {
@@ -128,9 +136,9 @@ impl Graph {
     /// equal texts and equal constants are equal.
     pub fn describe(&self) -> String {
         // All fields, so that none is forgotten. What is known again follows from the nodes.
-        let Graph { nodes, dims, inputs, outputs, constants, bodies, known: _ } = self;
+        let Graph { nodes, dims, inputs, outputs, states, constants, bodies, known: _ } = self;
         let types: Vec<&Type> = constants.iter().map(|constant| &constant.ty).collect();
-        format!("{dims:?}\n{inputs:?}\n{outputs:?}\n{types:?}\n{bodies:?}\n{nodes:?}")
+        format!("{dims:?}\n{inputs:?}\n{outputs:?}\n{states:?}\n{types:?}\n{bodies:?}\n{nodes:?}")
     }
 
     /// The graph without nodes that no output needs; inputs stay.

@@ -86,7 +86,9 @@ fn of(op: &Op, args: &[&Type], ty: &Type) -> Used {
         Op::Slice(axes) => list(axes.iter().enumerate().map(|(a, &(start, step, extent))| {
             let span = span(args[0], a)?;
             match (start, step, extent) {
-                (0, 1, extent) if extent == args[0].shape[a] => Some(span),
+                // The first elements, as many as there are; that a run does not use more of the
+                // whole than this is for `ranges.rs` to prove.
+                (0, 1, extent) if extent > 1 || args[0].shape[a] == 1 => Some(span),
                 // Every run uses the first element.
                 (0, _, 1) => None,
                 _ => Some(Span::Mixed),

@@ -3,7 +3,7 @@
 //! it is the rows that are copied and those that are computed, in one kernel.
 
 use super::index::{Index, add, flatten, scale};
-use super::ir::{Loops, Stmt, Var};
+use super::ir::{Expr, Loops, Param, Stmt, Var};
 use super::lower::{Lower, Lowering, Refused, origin_place};
 use super::nest::{coalesce, parallel_prefix, vectorize, wrap};
 use crate::graph::op::Type;
@@ -93,6 +93,13 @@ pub fn store(
             to[axis] = add(&to[axis], shift);
         }
         let place = flatten(&to, &into.shape);
+        // What is there already.
+        if let Expr::Load(from, found) = &*value
+            && lower.args.appended.is_some_and(|a| lower.buffers[*from].param == Param::Arg(a))
+            && *found == place
+        {
+            continue;
+        }
         let own: Vec<Var> = own.into_iter().flatten().collect();
         if single {
             return Ok(super::nest::store_nest(lower, own, out, place, value));

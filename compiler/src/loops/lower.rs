@@ -26,6 +26,8 @@ pub struct Target {
     pub lanes: usize,
     /// Vector registers.
     pub registers: usize,
+    /// Whether a sum is that of the products that the model writes down, and not of fewer others.
+    pub exact: bool,
 }
 
 /// Kernels of one node, in order, and the scratch memory between them.
@@ -44,16 +46,25 @@ pub struct Refused(pub String);
 /// Result of lowering a piece.
 pub type Lowering<T> = Result<T, Refused>;
 
+/// What is known of the arguments of a body.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Arguments<'a> {
+    /// Value of an argument that is a constant of one element.
+    pub scalars: &'a [Option<Number>],
+    /// Which arguments are constants.
+    pub constant: &'a [bool],
+    /// The argument that lies in the memory of the result, at the same places.
+    pub appended: Option<usize>,
+}
+
 /// What lowering knows of one body while it builds a kernel of it.
 pub struct Lower<'a> {
     /// The body.
     pub body: &'a Body,
     /// Constants that bodies name.
     pub constants: &'a [Constant],
-    /// Value of an argument that is a constant of one element.
-    pub scalars: &'a [Option<Number>],
-    /// Which arguments are constants.
-    pub constant_args: &'a [bool],
+    /// Its arguments.
+    pub args: Arguments<'a>,
     /// The machine.
     pub target: Target,
     /// Buffers so far.
@@ -79,16 +90,15 @@ enum Bound {
     Row { buffer: BufferId, start: Index, axis: usize },
 }
 
-/// The kernels of a body. For each argument: its value where it is a one-element constant, and
-/// whether it is a constant.
+/// The kernels of a body.
 pub fn lower(
     body: &Body,
     constants: &[Constant],
-    (scalars, constant_args): (&[Option<Number>], &[bool]),
+    args: Arguments,
     target: Target,
     name: &str,
 ) -> Lowering<Lowered> {
-    let lower = Lower::new(body, constants, scalars, constant_args, target);
+    let lower = Lower::new(body, constants, args, target);
     let root = lower.peel();
     let is = |test: fn(&Op) -> bool| body.nodes.iter().position(|n| test(&n.op));
     if let Some(parts) = attention::find(&body.nodes) {
@@ -131,16 +141,14 @@ impl<'a> Lower<'a> {
     pub fn new(
         body: &'a Body,
         constants: &'a [Constant],
-        scalars: &'a [Option<Number>],
-        constant_args: &'a [bool],
+        args: Arguments<'a>,
         target: Target,
     ) -> Lower<'a> {
         let bound = body.nodes.iter().map(|_| None).collect();
         Lower {
             body,
             constants,
-            scalars,
-            constant_args,
+            args,
             target,
             buffers: Vec::new(),
             extents: Vec::new(),
@@ -159,7 +167,7 @@ impl<'a> Lower<'a> {
 
     /// Another kernel of the same body.
     pub fn fresh(&self) -> Lower<'a> {
-        Lower::new(self.body, self.constants, self.scalars, self.constant_args, self.target)
+        Lower::new(self.body, self.constants, self.args, self.target)
     }
 
     /// Takes over which turns of loops the run decides.
@@ -180,6 +188,14 @@ impl<'a> Lower<'a> {
     /// Type of a node.
     pub fn ty(&self, node: usize) -> &'a Type {
         &self.body.nodes[node].ty
+    }
+
+    /// Whether a buffer is an argument that is known when the model is compiled.
+    pub fn is_constant(&self, buffer: BufferId) -> bool {
+        match self.buffers[buffer].param {
+            Param::Arg(i) => self.args.constant.get(i).copied().unwrap_or(false),
+            Param::Scratch(_) | Param::Out | Param::Dims | Param::None => false,
+        }
     }
 
     /// A new buffer.
@@ -322,7 +338,7 @@ impl<'a> Lower<'a> {
 
     /// An element of an argument.
     fn load_arg(&mut self, arg: usize, ty: &Type, index: &[Index]) -> Arc<Expr> {
-        if let Some(number) = self.scalars.get(arg).copied().flatten() {
+        if let Some(number) = self.args.scalars.get(arg).copied().flatten() {
             return Arc::new(Expr::Const(ty.dtype, number));
         }
         let buffer = self.buffer(ty.dtype, ty.numel(), Scope::Global, Param::Arg(arg));

@@ -13,3 +13,4 @@ pub mod nest;
 pub mod rewrite;
 pub mod text;
 pub mod verify;
+pub mod winograd;

@@ -170,7 +170,9 @@ pub fn concat(parent: Lower, root: usize, axis: usize) -> Lowering<Vec<Loops>> {
                 // What comes after a piece in use in part moves up to it.
                 shift = add(&shift, &from_expr(lower.length(before, axis)));
             }
-            kernels.push(boxes::store(lower, arg.index(), ty, (axis, &shift))?);
+            let kernel = boxes::store(lower, arg.index(), ty, (axis, &shift))?;
+            // What is there already needs no kernel.
+            kernels.extend((!kernel.body.is_empty()).then_some(kernel));
         }
         match span(piece, axis) {
             None => start += piece.shape[axis],

@@ -161,7 +161,8 @@ fn in_lanes(lower: &mut Lower, body: &[Stmt], var: Var, lane: Var, index: &Affin
     lanes_inside(body, lane, lanes)
 }
 
-fn writes(body: &[Stmt], buffer: BufferId) -> bool {
+/// Whether statements store to a buffer.
+pub fn writes(body: &[Stmt], buffer: BufferId) -> bool {
     body.iter().any(|s| match s {
         Stmt::For { body, .. } => writes(body, buffer),
         Stmt::Store { buffer: b, .. } => *b == buffer,

@@ -302,8 +302,12 @@ impl Driver<'_> {
         self.function((&name, Linkage::Local), &[POINTER], &[types::I32], |this, f| {
             let call = f.params[0];
             let plan = this.parts.plan;
-            let inputs = this.tensors(f, Call::INPUTS, &plan.inputs);
-            let outputs = this.tensors(f, Call::OUTPUTS, &plan.outputs);
+            let inputs = this.tensors(f, Call::INPUTS, &plan.inputs, |_| false);
+            let kept = |port| plan.is_output_kept(port);
+            let mut outputs = this.tensors(f, Call::OUTPUTS, &plan.outputs, kept);
+            for state in plan.states.iter().filter(|state| state.in_place) {
+                outputs[state.output] = inputs[state.input];
+            }
             let arena = this.arena(f);
             let weights = match weights {
                 Some(id) => this.address(f, id),
@@ -366,9 +370,16 @@ impl Driver<'_> {
     }
 
     /// Pointers to all tensors of one side; only empty ones may be null.
-    fn tensors(&mut self, f: &mut Body, at: i32, ports: &[Port]) -> Vec<Value> {
-        if ports.is_empty() {
-            return Vec::new();
+    /// The caller's pointers to tensors; `kept` says which of them nobody follows.
+    fn tensors(
+        &mut self,
+        f: &mut Body,
+        at: i32,
+        ports: &[Port],
+        kept: impl Fn(usize) -> bool,
+    ) -> Vec<Value> {
+        if (0..ports.len()).all(&kept) {
+            return vec![f.number(0); ports.len()];
         }
         let call = f.params[0];
         let array = f.load(call, at);
@@ -376,7 +387,7 @@ impl Driver<'_> {
         let mut pointers = Vec::new();
         for (i, port) in ports.iter().enumerate() {
             let pointer = f.load(array, i as i32 * 8);
-            if port.size_bytes() != Some(0) {
+            if port.size_bytes() != Some(0) && !kept(i) {
                 f.leave_if_null(pointer);
             }
             pointers.push(pointer);

@@ -153,7 +153,9 @@ fn port(out: &mut String, name: &str, side: &str, index: usize, port: &Port) {
 
 /// Types of the interface in C.
 const STRUCTS: &str = "\
-/* An input or output: a dense tensor, outermost axis first. */
+/* An input or output: a tensor, outermost axis first. It is dense, but where it is a state: then an
+   output is the next value of an input and lies in its memory, of size bytes, with the strides of
+   the whole shape however long its dims are. A run writes behind what is there. */
 typedef struct kiln_port {
     const char *name;     /* in the model, UTF-8 */
     const int64_t *shape; /* rank extents; the most where the axis has a dim */
@@ -162,7 +164,7 @@ typedef struct kiln_port {
     size_t rank;
     size_t size;          /* bytes; the most where there are dims */
     int32_t type;         /* enum kiln_type */
-    int32_t reserved;
+    int32_t state;        /* 0, or 1 + the index of the output or input that is the same memory */
 } kiln_port;
 
 /* A dim of the model whose length each run decides. */
@@ -285,6 +287,14 @@ pub fn header(name: &str, plan: &Plan, about: &str, external: Option<(&str, usiz
     for (side, ports) in [("input", &plan.inputs), ("output", &plan.outputs)] {
         for (index, p) in ports.iter().enumerate() {
             port(&mut out, name, side, index, p);
+            let kept = plan.states.iter().filter(|state| state.in_place && side == "output");
+            for state in kept.filter(|state| state.output == index) {
+                _ = writeln!(
+                    out,
+                    "/* a state: written into the memory of input {} */",
+                    state.input
+                );
+            }
         }
         _ = writeln!(out, "#define {}_{}S {}\n", name.to_uppercase(), side.to_uppercase(), {
             ports.len()

@@ -10,7 +10,7 @@ use crate::graph::used::span;
 use crate::graph::{Args, Body, Node};
 use crate::loops::index::{Index, add, clamp, flatten, from_expr, to_expr};
 use crate::loops::ir::{Expr, Loops, Number, Param, Place, Scope};
-use crate::loops::lower::{Lower, Lowering, Target};
+use crate::loops::lower::{Arguments, Lower, Lowering, Target};
 use crate::loops::nest::store_nest;
 
 /// Which way values go.
@@ -26,7 +26,7 @@ pub enum Way {
 pub fn border(ty: &Type, way: Way, target: Target) -> Lowering<Loops> {
     let node = Node { op: Op::Input(0), args: Args::new(), ty: ty.clone(), origin: "copy".into() };
     let body = Body { nodes: vec![node] };
-    let mut lower = Lower::new(&body, &[], &[None], &[false], target);
+    let mut lower = Lower::new(&body, &[], Arguments::default(), target);
     let from = lower.buffer(ty.dtype, ty.numel(), Scope::Global, Param::Arg(0));
     let to = lower.out(ty);
     let (index, vars) = lower.axes_of(ty)?;

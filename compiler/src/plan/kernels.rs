@@ -11,7 +11,8 @@ use crate::graph::op::Op;
 use crate::graph::verify::Verified;
 use crate::graph::{Graph, NodeId};
 use crate::loops::ir::{DIMS, Loops, Number, Param, Scope};
-use crate::loops::lower::{Lowered, Target, lower, one_number};
+use crate::loops::lower::{Arguments, Lowered, Target, lower, one_number};
+use crate::loops::nest::writes;
 
 /// Where a value comes from.
 #[derive(Clone, Debug, PartialEq)]
@@ -79,8 +80,8 @@ pub fn program(graph: &Verified<Graph>, target: Target) -> Result<Program> {
         let slot = build.node(id);
         build.program.values.push(slot);
     }
-    for (_, id) in &graph.outputs {
-        let slot = build.output(*id)?;
+    for (i, (_, id)) in graph.outputs.iter().enumerate() {
+        let slot = build.output(i, *id)?;
         build.program.outputs.push(slot);
     }
     if !build.problems.is_empty() {
@@ -111,7 +112,7 @@ impl Build<'_> {
         match &node.op {
             Op::Input(i) => {
                 let given = self.slot(Source::Input(*i as usize), bytes, false);
-                if node.ty.used.is_empty() {
+                if node.ty.used.is_empty() || self.graph.grows(*i as usize).is_some() {
                     return given;
                 }
                 let inside = self.slot(Source::Made, bytes, false);
@@ -154,8 +155,9 @@ impl Build<'_> {
             .map(|a| self.program.slots[self.program.values[a.index()]].constant)
             .collect();
         let body = &self.graph.bodies[body];
-        let info = (scalars.as_slice(), constant_args.as_slice());
-        lower(body, &self.graph.constants, info, self.target, &node.origin).map_err(|refused| {
+        let args =
+            Arguments { scalars: &scalars, constant: &constant_args, appended: self.appended(id) };
+        lower(body, &self.graph.constants, args, self.target, &node.origin).map_err(|refused| {
             let ops: Vec<String> = body
                 .nodes
                 .iter()
@@ -167,6 +169,21 @@ impl Build<'_> {
                 .found(format!("{} in {}", refused.0, ops.join("; ")))
                 .help("--no-egraph compiles without this fusion; please report the model")
         })
+    }
+
+    /// The argument whose memory the result of a node is written behind.
+    fn appended(&self, id: NodeId) -> Option<usize> {
+        let state = self.graph.states.iter().find(|state| {
+            let mut output = self.graph.outputs[state.output].1;
+            while let Op::Reshape(_) = self.graph.node(output).op {
+                output = self.graph.node(output).args[0];
+            }
+            state.in_place && output == id
+        })?;
+        let source = Source::Input(state.input);
+        let lies =
+            |arg: &NodeId| self.program.slots[self.program.values[arg.index()]].source == source;
+        self.graph.node(id).args.iter().position(lies)
     }
 
     fn launches(&mut self, id: NodeId, lowered: Lowered, out: usize) {
@@ -220,9 +237,11 @@ impl Build<'_> {
 
     /// The slot of an output: its own memory, written by a kernel. Inputs, constants and values
     /// that are output twice are copied.
-    fn output(&mut self, id: NodeId) -> Result<usize> {
+    fn output(&mut self, output: usize, id: NodeId) -> Result<usize> {
         let slot = self.program.values[id.index()];
-        let own = self.graph.ty(id).used.is_empty()
+        // What has room inside has it outside as well where it is kept in place.
+        let kept = self.graph.states.iter().any(|state| state.in_place && state.output == output);
+        let own = (kept || self.graph.ty(id).used.is_empty())
             && self.program.slots[slot].source == Source::Made
             && !self.program.slots[slot].constant
             && !self.program.outputs.contains(&slot);
@@ -270,11 +289,9 @@ impl Build<'_> {
     }
 }
 
-/// The slot that a kernel writes: of its result, or of its scratch where it only packs.
+/// The slot that a kernel writes: of its result, or of scratch memory.
 pub fn written_slot(kernel: &Loops, slots: &[usize]) -> Option<usize> {
-    let global: Vec<Param> =
-        kernel.buffers.iter().filter(|b| b.scope == Scope::Global).map(|b| b.param).collect();
-    let out = global.iter().position(|p| *p == Param::Out);
-    let scratch = || global.iter().position(|p| matches!(p, Param::Scratch(_)));
-    out.or_else(scratch).map(|at| slots[at])
+    let global = (0..kernel.buffers.len()).filter(|&b| kernel.buffers[b].scope == Scope::Global);
+    let written = global.zip(slots).find(|(b, _)| writes(&kernel.body, *b));
+    written.map(|(_, slot)| *slot)
 }

@@ -6,4 +6,4 @@ pub mod kernels;
 pub mod memory;
 pub mod order;
 
-pub use kiln_runtime::plan::{Place, Plan, Port, Step};
+pub use kiln_runtime::plan::{Place, Plan, PlanState, Port, Step};

@@ -82,9 +82,11 @@ pub fn classify(nodes: &[Node]) -> Option<Kind> {
     if !concats.is_empty() {
         let parts: usize = concats.iter().map(|c| nodes[c.0].args.len()).product();
         let map = contracts.is_empty() && reduces.is_empty() && parts <= MAX_PARTS;
-        // Where a part is in use in part, only the run knows where the next one begins.
+        // Where a part is in use in part, only the run knows where the next one begins: each part
+        // is stored by itself then, so the concatenation is what is stored.
+        let top = body.peel(0);
         let known = |c: &(usize, usize)| {
-            nodes[c.0].args.iter().all(|a| span(&nodes[a.index()].ty, c.1).is_none())
+            c.0 == top || nodes[c.0].args.iter().all(|a| span(&nodes[a.index()].ty, c.1).is_none())
         };
         let fits =
             map && body.is_map() && concats.iter().all(|c| known(c) && body.is_parted(c.0, c.1));
@@ -144,13 +146,19 @@ impl Body<'_> {
         self.members().all(|n| !is_pointwise(self.op(n)) || numel(n) >= asked[n])
     }
 
+    /// The result but for reshapes, which change no byte of it; nothing before `least`.
+    fn peel(&self, least: usize) -> usize {
+        let mut root = self.nodes.len() - 1;
+        while let (Op::Reshape(_), true) = (self.op(root), root > least) {
+            root = self.nodes[root].args[0].index();
+        }
+        root
+    }
+
     /// Whether the parts of a concatenation are parts of the result, along an axis with others
     /// before it, which threads share.
     fn is_parted(&self, concat: usize, axis: usize) -> bool {
-        let mut root = self.nodes.len() - 1;
-        while let (Op::Reshape(_), true) = (self.op(root), root > concat) {
-            root = self.nodes[root].args[0].index();
-        }
+        let root = self.peel(concat);
         let mut axes: Vec<Option<usize>> = vec![None; root + 1];
         let Some(first) = axes.get_mut(concat) else { return false };
         *first = Some(axis);

@@ -39,6 +39,7 @@ pub fn executable(threads: usize, chunks: i64) -> Executable {
         chunks,
     };
     let plan = Plan {
+        states: Vec::new(),
         dims: Vec::new(),
         inputs: vec![port("a"), port("b")],
         outputs: vec![port("y")],

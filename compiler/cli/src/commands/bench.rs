@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use kiln::Executable;
-use kiln::tensor::{Tensor, TensorViewMut};
+use kiln::tensor::{Tensor, TensorView, TensorViewMut};
+use kiln::{Executable, RunError, Session};
 use serde_json::json;
 
 use crate::args::BenchArgs;
@@ -19,15 +19,12 @@ const MAX_RUNS: usize = 1 << 22;
 
 /// Measures and prints.
 pub fn run(args: &BenchArgs, term: &Term) -> Result<(), Failure> {
-    let ready = ready(&args.model, &args.build, &args.cache, &args.inputs, true, term)?;
+    let given = (&args.inputs, &args.states);
+    let ready = ready(&args.model, &args.build, &args.cache, given, true, term)?;
     let Ready { executable, inputs, read: load, compile } = ready;
-    let mut outputs = outputs(&executable, &inputs)?;
-    term.during("warm up", Some(args.warmup), || {
-        measure(&executable, &inputs, &mut outputs, args.warmup)
-    })?;
-    let mut times = term.during("measure", Some(args.time), || {
-        measure(&executable, &inputs, &mut outputs, args.time)
-    })?;
+    let mut run = Run::new(&executable, &inputs)?;
+    term.during("warm up", Some(args.warmup), || run.measure(args.warmup))?;
+    let mut times = term.during("measure", Some(args.time), || run.measure(args.time))?;
     times.sort_unstable();
     let ms = |time: Duration| time.as_nanos() as f64 / 1e6;
     let (threads, rss) = (executable.pool().threads(), peak_rss_mb());
@@ -52,7 +49,7 @@ pub fn run(args: &BenchArgs, term: &Term) -> Result<(), Failure> {
     let mut text = format!("{} runs on {threads} threads\n", times.len());
     text.extend(lines.iter().map(|(name, figure)| format!("{name:<10}{figure:>12}\n")));
     if args.kernels {
-        let kernels = kernels(&executable, &inputs, &mut outputs)?;
+        let kernels = run.kernels()?;
         let rows = kernels.iter().map(|(name, ns)| json!({ "name": name, "ns": ns }));
         value["kernels"] = rows.collect();
         text += &table(&kernels);
@@ -60,54 +57,97 @@ pub fn run(args: &BenchArgs, term: &Term) -> Result<(), Failure> {
     term.report(value, &text)
 }
 
-/// Tensors for the outputs, as large as the inputs make them.
-fn outputs(executable: &Executable, inputs: &Inputs) -> Result<Vec<Tensor>, Failure> {
-    let outputs = executable.run(&inputs.named());
-    let outputs = outputs.map_err(|error| Failure::usage(error.to_string()))?;
-    Ok(outputs.into_iter().map(|(_, tensor)| tensor).collect())
+/// A model with what it is run on again and again.
+struct Run<'a> {
+    executable: &'a Executable,
+    inputs: &'a Inputs,
+    way: Way<'a>,
 }
 
-fn targets(outputs: &mut [Tensor]) -> Vec<TensorViewMut<'_>> {
-    outputs.iter_mut().map(Tensor::view_mut).collect()
+enum Way<'a> {
+    /// Tensors go in, and out into the same memory in every run.
+    Into(Vec<Tensor>),
+    /// A session keeps states; after a run they go back to these lengths of dims.
+    Session(Box<Session>, Vec<(&'a str, TensorView<'a>)>, Vec<(String, usize)>),
 }
 
-/// Runs for as long as `length` says, at least once, and gives the time of each run.
-fn measure(
-    executable: &Executable,
-    inputs: &Inputs,
-    outputs: &mut [Tensor],
-    length: Duration,
-) -> Result<Vec<Duration>, Failure> {
-    let (views, mut targets) = (inputs.views(), targets(outputs));
-    let mut times = Vec::with_capacity(1 << 16);
-    let begin = Instant::now();
-    let mut now = begin;
-    while times.is_empty() || now - begin < length && times.len() < MAX_RUNS {
-        let result = executable.run_into(&views, &mut targets);
-        result.map_err(|error| Failure::usage(error.to_string()))?;
-        let end = Instant::now();
-        times.push(end - now);
-        now = end;
+impl<'a> Run<'a> {
+    fn new(executable: &'a Executable, inputs: &'a Inputs) -> Result<Run<'a>, Failure> {
+        let plan = executable.plan();
+        let failure = |error: RunError| Failure::usage(error.to_string());
+        if plan.states.iter().all(|state| !state.in_place) {
+            let outputs = executable.run(&inputs.named()).map_err(failure)?;
+            let outputs = outputs.into_iter().map(|(_, tensor)| tensor).collect();
+            return Ok(Run { executable, inputs, way: Way::Into(outputs) });
+        }
+        let (mut session, mut others) = (executable.session(), Vec::new());
+        let mut lengths: Vec<(String, usize)> = Vec::new();
+        for ((name, view), port) in inputs.named().into_iter().zip(&plan.inputs) {
+            let state = plan.states.iter().find(|s| plan.inputs[s.input].name == name);
+            let Some(state) = state else {
+                others.push((name, view));
+                continue;
+            };
+            let value = Tensor::from_bytes(view.dtype, view.shape, view.bytes);
+            let value = value.expect("a view has the bytes of its shape");
+            session.set_state(name, value).map_err(failure)?;
+            for length in port.lengths.iter().filter(|_| state.in_place) {
+                let dim = plan.dims[length.dim].name.clone();
+                let long = usize::try_from(view.shape[length.axis] as i64 - length.more);
+                lengths.extend(long.ok().map(|long| (dim, long)));
+            }
+        }
+        lengths.sort();
+        lengths.dedup();
+        Ok(Run { executable, inputs, way: Way::Session(Box::new(session), others, lengths) })
     }
-    Ok(times)
-}
 
-/// The median time of each kernel over a few runs, in the order in which they run.
-fn kernels(
-    executable: &Executable,
-    inputs: &Inputs,
-    outputs: &mut [Tensor],
-) -> Result<Vec<(String, u64)>, Failure> {
-    let (views, mut targets) = (inputs.views(), targets(outputs));
-    let profile = |_| executable.profile(&views, &mut targets);
-    let runs = (0..9).map(profile).collect::<Result<Vec<_>, _>>();
-    let runs = runs.map_err(|error| Failure::usage(error.to_string()))?;
-    let median = |step: usize| {
-        let mut times: Vec<u64> = runs.iter().map(|run| run[step].1).collect();
-        times.sort_unstable();
-        (kiln::error::sanitize(&runs[0][step].0), times[times.len() / 2])
-    };
-    Ok((0..runs[0].len()).map(median).collect())
+    fn once(&mut self) -> Result<(), RunError> {
+        match &mut self.way {
+            Way::Into(outputs) => {
+                let mut targets: Vec<TensorViewMut> =
+                    outputs.iter_mut().map(Tensor::view_mut).collect();
+                self.executable.run_into(&self.inputs.views(), &mut targets)
+            }
+            Way::Session(session, inputs, lengths) => {
+                session.run(inputs)?;
+                lengths.iter().try_for_each(|(dim, length)| session.rewind(dim, *length))
+            }
+        }
+    }
+
+    /// Runs for as long as `length` says, at least once, and gives the time of each run.
+    fn measure(&mut self, length: Duration) -> Result<Vec<Duration>, Failure> {
+        let mut times = Vec::with_capacity(1 << 16);
+        let begin = Instant::now();
+        let mut now = begin;
+        while times.is_empty() || now - begin < length && times.len() < MAX_RUNS {
+            self.once().map_err(|error| Failure::usage(error.to_string()))?;
+            let end = Instant::now();
+            times.push(end - now);
+            now = end;
+        }
+        Ok(times)
+    }
+
+    /// The median time of each kernel over a few runs, in the order in which they run.
+    fn kernels(&mut self) -> Result<Vec<(String, u64)>, Failure> {
+        let Way::Into(outputs) = &mut self.way else {
+            let text = "--kernels is not for models that keep a state in place";
+            return Err(Failure::usage(text).help("compile without --state for such a table"));
+        };
+        let views = self.inputs.views();
+        let mut targets: Vec<TensorViewMut> = outputs.iter_mut().map(Tensor::view_mut).collect();
+        let profile = |_| self.executable.profile(&views, &mut targets);
+        let runs = (0..9).map(profile).collect::<Result<Vec<_>, _>>();
+        let runs = runs.map_err(|error| Failure::usage(error.to_string()))?;
+        let median = |step: usize| {
+            let mut times: Vec<u64> = runs.iter().map(|run| run[step].1).collect();
+            times.sort_unstable();
+            (kiln::error::sanitize(&runs[0][step].0), times[times.len() / 2])
+        };
+        Ok((0..runs[0].len()).map(median).collect())
+    }
 }
 
 /// Kernels with the share that each has of the whole, the slowest first.

@@ -8,7 +8,7 @@ use kiln::{Compiler, Form, Kind, Model, identifier};
 use serde_json::json;
 
 use crate::args::{CompileArgs, Emit, Weights};
-use crate::commands::{compiler, model_name, open};
+use crate::commands::{compiler, model_name, open, with_states};
 use crate::failure::Failure;
 use crate::files;
 use crate::term::{Term, bytes};
@@ -23,7 +23,7 @@ pub fn run(args: &CompileArgs, term: &Term) -> Result<(), Failure> {
     }
     let cpu = Cpu::named(args.target.as_deref(), args.cpu.as_deref())?;
     let (model, _) = open(&args.model, term)?;
-    let compiler = compiler(&args.model, &args.build).target(cpu);
+    let compiler = with_states(compiler(&args.model, &args.build), &args.states).target(cpu);
     let contents = match kind(emit) {
         Some(kind) => package(args, (emit, kind), &compiler, &model, term)?,
         None => {

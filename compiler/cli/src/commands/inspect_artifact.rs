@@ -4,7 +4,7 @@ use std::path::Path;
 
 use kiln::error::sanitize;
 use kiln::manifest::{Weights, hex};
-use kiln::plan::Port;
+use kiln::plan::{Plan, PlanState, Port};
 use serde_json::{Value, json};
 
 use crate::commands::model_name;
@@ -37,6 +37,8 @@ pub fn run(path: &Path, term: &Term) -> Result<(), Failure> {
     outputs.iter().for_each(|port| text += &format!("output    {port}\n"));
     let dims: Vec<String> = plan.dims.iter().map(|dim| sanitize(&dim.to_string())).collect();
     dims.iter().for_each(|dim| text += &format!("dim       {dim}\n"));
+    let states = states(plan);
+    states.iter().for_each(|state| text += &format!("state     {state}\n"));
     // What the faster kernels need beyond what all of the file does.
     let names = |all: &[String]| all.iter().map(|name| sanitize(name)).collect::<Vec<_>>();
     let faster: Vec<Vec<String>> = manifest.faster.iter().map(|f| names(&f.features)).collect();
@@ -68,12 +70,22 @@ pub fn run(path: &Path, term: &Term) -> Result<(), Failure> {
     let step =
         |step: &kiln::plan::Step| json!({ "kernel": step.kernel, "name": sanitize(&step.name) });
     let value = json!({
-        "artifact": name, "inputs": inputs, "outputs": outputs, "dims": dims, "producer": producer,
-        "target": target, "features": features, "faster": faster, "runs_here": here.is_none(), "why": here,
+        "artifact": name, "inputs": inputs, "outputs": outputs, "dims": dims, "states": states,
+        "producer": producer, "target": target, "features": features, "faster": faster, "runs_here": here.is_none(), "why": here,
         "model_hash": hash, "prefix": prefix, "file_bytes": size, "text_bytes": text_size,
         "weight_bytes": weights, "weights_file": beside, "arena_bytes": plan.arena_bytes,
         "kernels": manifest.entries.len(),
         "steps": plan.steps.iter().map(step).collect::<Vec<Value>>(),
     });
     term.report(value, &text)
+}
+
+/// Pairs of inputs and outputs that are kept from run to run.
+fn states(plan: &Plan) -> Vec<String> {
+    let pair = |state: &PlanState| {
+        let (input, output) = (&plan.inputs[state.input].name, &plan.outputs[state.output].name);
+        let how = if state.in_place { " in place" } else { "" };
+        format!("{}={}{how}", sanitize(input), sanitize(output))
+    };
+    plan.states.iter().map(pair).collect()
 }

@@ -22,7 +22,7 @@ use kiln::error::sanitize;
 use kiln::tensor::TensorView;
 use kiln::{CacheUse, Compiler, Executable, Limits, Model};
 
-use crate::args::{BuildArgs, CacheArgs, InputArgs, ModelArgs};
+use crate::args::{BuildArgs, CacheArgs, InputArgs, ModelArgs, StateArgs};
 use crate::failure::Failure;
 use crate::input::{self, Given};
 use crate::term::Term;
@@ -63,6 +63,7 @@ fn compiler(model: &ModelArgs, build: &BuildArgs) -> Compiler {
         .threads(threads(build))
         .egraph(!build.no_egraph)
         .wide(!build.no_wide)
+        .exact_convolutions(build.exact_conv)
         .limits(limits(model));
     model.dim.iter().fold(compiler, |compiler, (name, extent)| compiler.dim_range(name, *extent))
 }
@@ -73,6 +74,11 @@ fn with_cache(compiler: Compiler, args: &CacheArgs) -> Compiler {
         Some(folder) => compiler.cache(folder),
         None => compiler,
     }
+}
+
+/// The compiler with the states that the flags name.
+fn with_states(compiler: Compiler, args: &StateArgs) -> Compiler {
+    args.state.iter().fold(compiler, |compiler, (input, output)| compiler.state(input, output))
 }
 
 /// Reads the tensors that the flags give, and tells the compiler the shapes that they settle.

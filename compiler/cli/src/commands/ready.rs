@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 
 use kiln::{ArtifactFile, Executable};
 
-use crate::args::{BuildArgs, CacheArgs, InputArgs, ModelArgs};
-use crate::commands::{compile, compiler, gather, model_name, open, threads, with_cache};
+use crate::args::{BuildArgs, CacheArgs, InputArgs, ModelArgs, StateArgs};
+use crate::commands::{
+    compile, compiler, gather, model_name, open, threads, with_cache, with_states,
+};
 use crate::failure::Failure;
-use crate::input::{self, Inputs};
+use crate::input::{self, Given, Inputs};
 use crate::term::Term;
 
 /// A model with tensors for its inputs.
@@ -28,21 +30,35 @@ pub fn ready(
     model: &ModelArgs,
     build: &BuildArgs,
     cache: &CacheArgs,
-    inputs: &InputArgs,
+    (inputs, states): (&InputArgs, &StateArgs),
     fallback: bool,
     term: &Term,
 ) -> Result<Ready, Failure> {
     if kiln::is_artifact(&model.model) {
         refuse_flags(model, build, cache)?;
+        refuse_states(model, states)?;
         let begin = Instant::now();
         let file = opened(&model.model, term)?;
         return loaded(file, &model.model, build, inputs, fallback, begin);
     }
     let (onnx, read) = open(model, term)?;
-    let compiler = with_cache(compiler(model, build), cache);
-    let (given, compiler) = gather(&onnx, inputs, fallback, &compiler)?;
-    let (executable, compile) = compile(&onnx, &compiler, term)?;
-    let inputs = given.complete(executable.inputs())?;
+    let compiler = with_states(with_cache(compiler(model, build), cache), states);
+    let (given, executable, compile) = match states.state.is_empty() {
+        true => {
+            let (given, compiler) = gather(&onnx, inputs, fallback, &compiler)?;
+            let (executable, compile) = compile(&onnx, &compiler, term)?;
+            (given, executable, compile)
+        }
+        // Whoever keeps a state runs often: one executable for all lengths of the dims.
+        false => {
+            let names = onnx.inputs().iter().map(|port| port.name.clone()).collect();
+            let given = input::gather(names, inputs, fallback)?;
+            let begin = Instant::now();
+            let executable = term.during("compile", None, || compiler.compile_ranges(&onnx))?;
+            (given, executable, begin.elapsed())
+        }
+    };
+    let inputs = complete(given, &executable, fallback)?;
     Ok(Ready { executable, inputs, read, compile: Some(compile) })
 }
 
@@ -64,8 +80,32 @@ pub fn loaded(
     let executable = unsafe { kiln::load_opened(file, path, threads(build)) }?;
     let read = begin.elapsed();
     let names = executable.inputs().iter().map(|port| port.name.clone()).collect();
-    let inputs = input::gather(names, inputs, fallback)?.complete(executable.inputs())?;
+    let inputs = complete(input::gather(names, inputs, fallback)?, &executable, fallback)?;
     Ok(Ready { executable, inputs, read, compile: None })
+}
+
+/// Tensors for all inputs; states that are not given begin as the model says, unless anything may
+/// be made up.
+fn complete(given: Given, executable: &Executable, fallback: bool) -> Result<Inputs, Failure> {
+    let plan = executable.plan();
+    let mut ports = Vec::new();
+    for (index, port) in plan.longest_inputs().into_iter().enumerate() {
+        let is_state = plan.states.iter().any(|state| state.input == index);
+        if !is_state || fallback || given.tensor(&port.name).is_some() {
+            ports.push(port);
+        }
+    }
+    given.complete(&ports)
+}
+
+/// States are decided when a model is compiled.
+fn refuse_states(model: &ModelArgs, states: &StateArgs) -> Result<(), Failure> {
+    if states.state.is_empty() {
+        return Ok(());
+    }
+    let name = model_name(&model.model);
+    let text = format!("--state is for models that are compiled, {name} is compiled already");
+    Err(Failure::usage(text).help("a compiled model keeps the states that it was compiled with"))
 }
 
 /// A flag that does nothing would be a promise that is not kept.
@@ -79,6 +119,7 @@ pub fn refuse_flags(
         ("--max-nodes", model.max_nodes.is_some()),
         ("--max-memory", model.max_memory.is_some()),
         ("--no-egraph", build.no_egraph),
+        ("--exact-conv", build.exact_conv),
         ("--no-wide", build.no_wide),
         ("--cache", cache.cache.is_some()),
     ];

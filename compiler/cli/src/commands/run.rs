@@ -1,4 +1,4 @@
-//! `kiln run`: compiles a model in memory, or loads a compiled one, and runs it once.
+//! `kiln run`: compiles a model in memory, or loads a compiled one, and runs it.
 
 use std::path::Path;
 use std::time::Instant;
@@ -6,6 +6,7 @@ use std::time::Instant;
 use kiln::error::sanitize;
 use kiln::plan::Port;
 use kiln::tensor::{Tensor, TensorView};
+use kiln::{Executable, RunError};
 use serde_json::{Value, json};
 
 use crate::args::RunArgs;
@@ -13,17 +14,16 @@ use crate::commands::model_name;
 use crate::commands::ready::ready;
 use crate::failure::Failure;
 use crate::files;
+use crate::input::Inputs;
 use crate::stats::values;
 use crate::term::{Term, milliseconds};
 
 /// Runs the model and writes its outputs, or a summary of them.
 pub fn run(args: &RunArgs, term: &Term) -> Result<(), Failure> {
-    let ready = ready(&args.model, &args.build, &args.cache, &args.inputs, false, term)?;
-    let (executable, inputs) = (ready.executable, ready.inputs);
-    let begin = Instant::now();
-    let outputs = executable.run(&inputs.named());
+    let given = (&args.inputs, &args.states);
+    let ready = ready(&args.model, &args.build, &args.cache, given, false, term)?;
+    let outputs = steps(&ready.executable, &ready.inputs, args.steps, term);
     let outputs = outputs.map_err(|error| Failure::usage(error.to_string()))?;
-    term.detail(format_args!("run: {}", milliseconds(begin.elapsed())));
     let Some(path) = &args.output else {
         let name = model_name(&args.model.model);
         let list: Vec<Value> = outputs.iter().map(|(name, t)| summary_json(name, t)).collect();
@@ -36,6 +36,37 @@ pub fn run(args: &RunArgs, term: &Term) -> Result<(), Failure> {
         term.report(json!({ "ok": true, "output": model_name(path) }), "")?;
     }
     Ok(())
+}
+
+/// Runs so many times; the outputs of the last run, with the states that it leaves.
+pub fn steps(
+    executable: &Executable,
+    inputs: &Inputs,
+    count: u32,
+    term: &Term,
+) -> Result<Vec<(String, Tensor)>, RunError> {
+    let (mut session, plan) = (executable.session(), executable.plan());
+    let is_state = |name: &str| plan.states.iter().any(|s| plan.inputs[s.input].name == name);
+    let (states, inputs): (Vec<_>, Vec<_>) =
+        inputs.named().into_iter().partition(|(name, _)| is_state(name));
+    for (name, view) in states {
+        let value = Tensor::from_bytes(view.dtype, view.shape, view.bytes);
+        session.set_state(name, value.expect("a view has the bytes of its shape"))?;
+    }
+    let mut outputs = Vec::new();
+    for step in 0..count {
+        let begin = Instant::now();
+        outputs = session.run(&inputs)?;
+        term.detail(format_args!("run {}: {}", step + 1, milliseconds(begin.elapsed())));
+    }
+    for state in &plan.states {
+        let value = session.state(&plan.inputs[state.input].name);
+        let name = plan.outputs[state.output].name.clone();
+        outputs.extend(value.map(|value| (name, value)));
+    }
+    let place = |name: &str| plan.outputs.iter().position(|port| port.name == name);
+    outputs.sort_by_key(|(name, _)| place(name));
+    Ok(outputs)
 }
 
 fn write(path: &Path, outputs: &[(String, Tensor)]) -> Result<(), Failure> {

@@ -8,6 +8,7 @@ use kiln::tensor::{Tensor, TensorView};
 
 use crate::args::{ModelArgs, VerifyArgs};
 use crate::commands::ready::{loaded, opened, refuse_flags};
+use crate::commands::run::steps;
 use crate::commands::verify::{Row, report, row, stored};
 use crate::commands::{compiler, open};
 use crate::failure::{Exit, Failure};
@@ -33,7 +34,7 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     let file = opened(&args.model.model, term)?;
     let model_hash = file.manifest.model_hash;
     let ready = loaded(file, &args.model.model, &args.build, &args.inputs, true, begin)?;
-    let found = ready.executable.run(&ready.inputs.named());
+    let found = steps(&ready.executable, &ready.inputs, 1, term);
     let found = found.map_err(|error| Failure::usage(error.to_string()))?;
     let mut rows: Vec<Row> = Vec::new();
     if let Some(reference) = &args.reference {

@@ -32,10 +32,10 @@ impl Tables {
     }
 
     /// Seven words for each port: offsets of name, shape, dims and what is added to these, then
-    /// rank, size and type.
-    fn ports(&mut self, ports: &[Port]) -> i64 {
+    /// rank, size, and type together with the port of a state.
+    fn ports(&mut self, ports: &[Port], partner: impl Fn(usize) -> Option<usize>) -> i64 {
         let mut words = Vec::new();
-        for port in ports {
+        for (i, port) in ports.iter().enumerate() {
             let name = self.text(&port.name);
             let shape = self.words(port.shape.iter().map(|&e| e as i64));
             let (mut dims, mut more) = (vec![-1; port.shape.len()], vec![0; port.shape.len()]);
@@ -45,7 +45,8 @@ impl Tables {
             let (dims, more) = (self.words(dims), self.words(more));
             let size = port.size_bytes().unwrap_or(usize::MAX);
             words.extend([name, shape, dims, more, port.shape.len() as i64, size as i64]);
-            words.push(type_code(port.dtype));
+            let state = partner(i).map_or(0, |partner| partner as i64 + 1);
+            words.push(type_code(port.dtype) | state << 32);
         }
         self.words(words)
     }
@@ -79,10 +80,15 @@ impl Driver<'_> {
             Ok(())
         })?;
         self.status_text(&mut tables)?;
-        for (name, ports) in [("input", &plan.inputs), ("output", &plan.outputs)] {
-            let table = tables.ports(ports);
-            self.row(name, table, ports.len(), (7, 4))?;
-        }
+        let kept = || plan.states.iter().filter(|state| state.in_place);
+        let table = tables.ports(&plan.inputs, |i| {
+            kept().find(|state| state.input == i).map(|state| state.output)
+        });
+        self.row("input", table, plan.inputs.len(), (7, 4))?;
+        let table = tables.ports(&plan.outputs, |o| {
+            kept().find(|state| state.output == o).map(|state| state.input)
+        });
+        self.row("output", table, plan.outputs.len(), (7, 4))?;
         let mut words = Vec::new();
         for dim in &plan.dims {
             words.extend([tables.text(&dim.name), dim.least as i64, dim.most as i64]);
