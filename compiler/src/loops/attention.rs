@@ -12,7 +12,7 @@ use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, 
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
 use super::{nest, rewrite};
 use crate::graph::op::{Affine, BinaryFn, ReduceFn};
-use crate::rules::attention::Attention;
+use crate::rules::attention::{Attention, FEW, MANY};
 
 /// Rows of a block at most.
 const ROWS: usize = 24;
@@ -20,11 +20,6 @@ const ROWS: usize = 24;
 const SCORES: usize = 1 << 16;
 /// Pieces for threads, where there are so many blocks.
 const PIECES: usize = 64;
-/// Rows of a piece at least, so that it pays to bring keys and values into order for it.
-const MANY: usize = 128;
-/// Rows of a piece at most that get their products one by one, each a sum across lanes.
-const FEW: usize = 4;
-
 /// How rows are shared out: `pieces` times `blocks` blocks of `rows` rows, and the rows left over.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Shares {

@@ -10,6 +10,10 @@ use super::kind::{Body, Kind, is_pointwise, only_splits};
 use crate::graph::Node;
 use crate::graph::op::{Contract, Op, ReduceFn};
 
+/// Rows at least for which keys and values are brought into the order in which they are read.
+pub const MANY: usize = 128;
+/// Rows at most whose products with keys are each a sum across lanes.
+pub const FEW: usize = 4;
 /// Keys at most: some rows of scores are kept together.
 pub const MAX_KEYS: usize = 1 << 14;
 /// Attentions kept for a value.
@@ -62,6 +66,16 @@ pub fn find(nodes: &[Node]) -> Option<Attention> {
 }
 
 impl Attention {
+    /// How many rows share keys and values: those of the innermost axis that only weights have.
+    pub fn rows(&self, nodes: &[Node]) -> usize {
+        let Op::Contract(mixed) = &nodes[self.mixed].op else { return 1 };
+        let uses = |k: usize, axis: usize| {
+            mixed.maps[k].iter().any(|a| a.coefficient(axis) != 0) && mixed.extents[axis] > 1
+        };
+        let own = |axis: &usize| uses(self.side, *axis) && !uses(1 - self.side, *axis);
+        (0..mixed.n_out).rev().find(own).map_or(1, |axis| mixed.extents[axis])
+    }
+
     /// Whether every value is used where it still is: scores make powers, these the weights, and
     /// those the result, and nothing else leads from one to the next.
     fn has_stages(&self, nodes: &[Node], above: &[usize]) -> bool {
@@ -191,20 +205,29 @@ impl Attention {
     }
 }
 
+/// Whether a body is a softmax of scores, the one argument that is as large: a maximum, then a sum.
+pub fn is_softmax(nodes: &[Node]) -> bool {
+    let is_fold = |n: &&Node| matches!(n.op, Op::Reduce(..));
+    let mut folds = nodes.iter().filter(is_fold);
+    let (Some(first), Some(second), None) = (folds.next(), folds.next(), folds.next()) else {
+        return false;
+    };
+    let is = |n: &Node, f: ReduceFn| matches!(n.op, Op::Reduce(g, _) if g == f);
+    let size = nodes[first.args[0].index()].ty.numel();
+    let large = nodes.iter().filter(|n| matches!(n.op, Op::Input(_)) && n.ty.numel() == size);
+    is(first, ReduceFn::Max) && is(second, ReduceFn::Sum) && large.count() == 1
+}
+
 /// Adds the attentions that the kernels of a value and those of its operands make together: no two
 /// of the three are a kernel, so fusing one by one does not get there.
 pub fn add(graph: &mut ChoiceGraph, kernels: &mut [Vec<Kernel>]) {
-    let is_softmax = |graph: &ChoiceGraph, k: &&Kernel| {
-        let nodes = &graph.bodies.get(k.body).nodes;
-        nodes.iter().filter(|n| matches!(n.op, Op::Reduce(..))).count() == 2
-    };
     for value in 0..kernels.len() {
         let mut found: Vec<(f64, Kernel)> = Vec::new();
         for outer in of_kind(graph, &kernels[value], Kind::Contract) {
             for (at, &weights) in outer.args.iter().enumerate() {
                 let rows = of_kind(graph, &kernels[weights as usize], Kind::Row);
                 for row in rows {
-                    if !is_softmax(graph, &row) {
+                    if !is_softmax(&graph.bodies.get(row.body).nodes) {
                         continue;
                     }
                     let all = [outer, row];

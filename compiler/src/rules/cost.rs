@@ -1,6 +1,7 @@
 //! What a kernel is modelled to cost on a CPU core: launch + the larger of traffic and arithmetic.
 //! The figures are those of one AVX2 core; only their ratios decide.
 
+use super::attention;
 use super::contract::through_view;
 use crate::graph::op::{BinaryFn, Contract, Op, UnaryFn};
 use crate::graph::{Body, Graph, Node, NodeId};
@@ -38,6 +39,7 @@ pub fn kernels_us(graph: &Graph) -> f64 {
 pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
     let mut bytes = body.root().ty.size_bytes() as f64;
     let mut work_us = 0.0;
+    let rows = attention::find(&body.nodes).map(|a| a.rows(&body.nodes));
     for (at, node) in body.nodes.iter().enumerate() {
         match &node.op {
             Op::Input(_) => bytes += bytes_read(body, at),
@@ -51,7 +53,10 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
                 work_us += match op {
                     Op::Contract(contract) => {
                         let read = through_views(body, contract, &node.args);
-                        contract_us(&read, [constant(0), constant(1)])
+                        match rows {
+                            Some(rows) => attention_us(&read, rows),
+                            None => contract_us(&read, [constant(0), constant(1)]),
+                        }
                     }
                     op => op_us(op, node.ty.numel() as f64, [constant(0), constant(1)]),
                 };
@@ -184,6 +189,22 @@ fn fewer_products(contract: &Contract, constant: [bool; 2]) -> Option<f64> {
     let summed = w.iter().any(|index| index.as_axis() == Some(channels));
     let both = fits(channels) && fits(out) && !x.iter().any(|i| i.coefficient(out) != 0);
     (pure && summed && both).then_some(if m == 4 { 2.2 } else { 1.5 })
+}
+
+/// A contraction of an attention with so many rows. Where they are many, each operand is packed for
+/// some of them at a time, wherever it lies; where they are few, keys are read as they lie.
+fn attention_us(contract: &Contract, rows: usize) -> f64 {
+    let flops = 2.0 * contract.extents.iter().map(|&e| e as f64).product::<f64>();
+    let us = |efficiency: f64| flops / FLOPS_PER_US / efficiency;
+    let along = |k: usize| {
+        let last = contract.extents.len() - 1;
+        contract.maps[k].last().is_some_and(|i| i.coefficient(last) == 1)
+    };
+    match rows {
+        attention::MANY.. => us(0.5) + flops / 2.0 / rows as f64 / PACKED_PER_US,
+        ..=attention::FEW if along(0) && along(1) => us(0.25),
+        _ => contract_us(contract, [false; 2]),
+    }
 }
 
 /// The last result axis goes into lanes: fast where one operand steps along it by one element or
