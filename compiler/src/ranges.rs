@@ -5,6 +5,7 @@
 use kiln_runtime::plan::PlanDim;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::graph::apart::apart;
 use crate::graph::op::{Op, Type};
 use crate::graph::text::{op_text, type_text};
 use crate::graph::used::{Span, is_mixed, iteration, span};
@@ -26,7 +27,8 @@ pub fn longer(dims: &[PlanDim]) -> Vec<(String, usize)> {
 /// # Errors
 /// All nodes that need a number where there is a range, at once.
 pub fn prove(graph: Graph, longer: &Graph) -> Result<Graph> {
-    let (graph, longer) = (graph.live(), longer.live());
+    let written = |graph: &Graph| apart(&graph.live()).live();
+    let (graph, longer) = (written(&graph), written(longer));
     let problems = match graph.nodes.len() == longer.nodes.len() {
         true => Proof { graph: &graph, longer: &longer }.problems(),
         false => vec![Diagnostic::new("K0110", "the length of a dim decides what is computed")],
@@ -83,7 +85,8 @@ impl Proof<'_> {
             };
             return Err(problem.found(found));
         }
-        if is_mixed(&node.ty) {
+        // What follows from it is not said again.
+        if is_mixed(&node.ty) && !node.args.iter().any(|&arg| is_mixed(self.graph.ty(arg))) {
             let what = "what is in use of an axis cannot be told any more";
             return Err(Diagnostic::new("K0110", what).found(type_text(&node.ty)));
         }
