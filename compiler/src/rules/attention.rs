@@ -16,8 +16,10 @@ pub const MANY: usize = 128;
 pub const FEW: usize = 4;
 /// Keys at most: some rows of scores are kept together.
 pub const MAX_KEYS: usize = 1 << 14;
-/// Attentions kept for a value.
-const KEEP: usize = 6;
+/// Attentions kept for a value, each over other arguments: what these cost, the selection knows.
+const KEEP: usize = 32;
+/// Ways to scale and mask scores that are tried in a softmax.
+const MASKS: usize = 4;
 
 /// The parts of an attention, as nodes of its body.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -225,12 +227,8 @@ pub fn add(graph: &mut ChoiceGraph, kernels: &mut [Vec<Kernel>]) {
         let mut found: Vec<(f64, Kernel)> = Vec::new();
         for outer in of_kind(graph, &kernels[value], Kind::Contract) {
             for (at, &weights) in outer.args.iter().enumerate() {
-                let rows = of_kind(graph, &kernels[weights as usize], Kind::Row);
-                for row in rows {
-                    if !is_softmax(&graph.bodies.get(row.body).nodes) {
-                        continue;
-                    }
-                    let all = [outer, row];
+                for row in softmaxes(graph, kernels, weights) {
+                    let all = [outer, &row];
                     found.extend(attentions(graph, kernels, all, at, value as u32));
                 }
             }
@@ -250,6 +248,23 @@ pub fn add(graph: &mut ChoiceGraph, kernels: &mut [Vec<Kernel>]) {
 
 fn of_kind<'a>(graph: &ChoiceGraph, kernels: &'a [Kernel], kind: Kind) -> Vec<&'a Kernel> {
     kernels.iter().filter(|k| !k.alias && graph.bodies.kind(k.body) == kind).collect()
+}
+
+/// The softmaxes of a value, as they are kept, and with what scales and masks their scores.
+fn softmaxes(graph: &mut ChoiceGraph, kernels: &[Vec<Kernel>], value: u32) -> Vec<Kernel> {
+    let rows = of_kind(graph, &kernels[value as usize], Kind::Row).into_iter();
+    let rows: Vec<&Kernel> = rows.filter(|k| is_softmax(&graph.bodies.get(k.body).nodes)).collect();
+    let mut all: Vec<Kernel> = rows.iter().map(|k| (*k).clone()).collect();
+    for row in rows {
+        for (at, &arg) in row.args.iter().enumerate() {
+            let maps = of_kind(graph, &kernels[arg as usize], Kind::Map).into_iter();
+            for map in maps.take(MASKS) {
+                let fused = super::cuts::fused(graph, row, at, map);
+                all.extend(fused.filter(|k| !all.contains(k) && !k.args.contains(&value)));
+            }
+        }
+    }
+    all
 }
 
 /// The attentions of a contraction and the rows that make its operand `at`.

@@ -129,7 +129,8 @@ fn visit(
     (best, kept.collect())
 }
 
-fn fused(
+/// A kernel with its argument `at` computed inside by another, where the two have loops.
+pub(super) fn fused(
     graph: &mut ChoiceGraph,
     consumer: &Kernel,
     at: usize,
