@@ -29,9 +29,10 @@ pub fn longer(dims: &[PlanDim]) -> Vec<(String, usize)> {
 pub fn prove(graph: Graph, longer: &Graph) -> Result<Graph> {
     let written = |graph: &Graph| apart(&graph.live()).live();
     let (graph, longer) = (written(&graph), written(longer));
+    let proof = Proof { graph: &graph, longer: &longer };
     let problems = match graph.nodes.len() == longer.nodes.len() {
-        true => Proof { graph: &graph, longer: &longer }.problems(),
-        false => vec![Diagnostic::new("K0110", "the length of a dim decides what is computed")],
+        true => proof.problems(),
+        false => vec![proof.parting()],
     };
     if problems.is_empty() {
         return Ok(graph);
@@ -47,6 +48,15 @@ struct Proof<'a> {
 }
 
 impl Proof<'_> {
+    /// Where graphs of other nodes part.
+    fn parting(&self) -> Diagnostic {
+        let mut pairs = self.graph.nodes.iter().zip(&self.longer.nodes);
+        let parts = |(a, b): &(&Node, &Node)| a.args != b.args || !self.same(&a.op, &b.op);
+        let node = pairs.find(parts).map(|pair| pair.0).or(self.graph.nodes.last());
+        let origin = node.map_or("", |node| node.origin.as_ref());
+        Diagnostic::new("K0110", "the length of a dim decides what is computed").node(origin)
+    }
+
     fn problems(&self) -> Vec<Diagnostic> {
         let nodes = self.graph.nodes.iter().zip(&self.longer.nodes);
         let mut problems: Vec<Diagnostic> = nodes
