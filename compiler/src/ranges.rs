@@ -5,6 +5,7 @@
 use kiln_runtime::plan::PlanDim;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::graph::apart::apart;
 use crate::graph::op::{Op, Type};
 use crate::graph::text::{op_text, type_text};
 use crate::graph::used::{Span, is_mixed, iteration, span};
@@ -26,10 +27,11 @@ pub fn longer(dims: &[PlanDim]) -> Vec<(String, usize)> {
 /// # Errors
 /// All nodes that need a number where there is a range, at once.
 pub fn prove(graph: Graph, longer: &Graph) -> Result<Graph> {
-    let (graph, longer) = (graph.live(), longer.live());
+    let written = |graph: &Graph| apart(&graph.live()).live();
+    let (graph, longer) = (written(&graph), written(longer));
     let problems = match graph.nodes.len() == longer.nodes.len() {
         true => Proof { graph: &graph, longer: &longer }.problems(),
-        false => vec![Diagnostic::new("K0110", "the length of a dim decides what is computed")],
+        false => vec![parting(&graph, &longer)],
     };
     if problems.is_empty() {
         return Ok(graph);
@@ -37,6 +39,21 @@ pub fn prove(graph: Graph, longer: &Graph) -> Result<Graph> {
     let help = "compile for one length (--dim NAME=N); in process, `on_demand` compiles for each";
     let problems = problems.into_iter().map(|problem| problem.help(help));
     Err(Error { kind: ErrorKind::Model, diagnostics: problems.collect() })
+}
+
+/// Where graphs of other lengths begin to differ in what they compute.
+fn parting(graph: &Graph, longer: &Graph) -> Diagnostic {
+    let mut nodes = graph.nodes.iter().zip(&longer.nodes);
+    let kind = |node: &Node| std::mem::discriminant(&node.op);
+    let first = nodes.find(|(a, b)| a.args != b.args || kind(a) != kind(b));
+    let problem = Diagnostic::new("K0110", "the length of a dim decides what is computed");
+    match first {
+        Some((a, b)) => {
+            let found = format!("{}, and {} where it is longer", op_text(&a.op), op_text(&b.op));
+            problem.node(a.origin.as_ref()).found(found)
+        }
+        None => problem,
+    }
 }
 
 struct Proof<'a> {
@@ -83,7 +100,8 @@ impl Proof<'_> {
             };
             return Err(problem.found(found));
         }
-        if is_mixed(&node.ty) {
+        // What follows from it is not said again.
+        if is_mixed(&node.ty) && !node.args.iter().any(|&arg| is_mixed(self.graph.ty(arg))) {
             let what = "what is in use of an axis cannot be told any more";
             return Err(Diagnostic::new("K0110", what).found(type_text(&node.ty)));
         }
@@ -187,13 +205,13 @@ fn is_corner(small: &Constant, large: &Constant) -> bool {
     })
 }
 
-/// The types of inputs whose axes have names that are dims, with what is in use.
-pub fn in_use(ty: Type, axis: usize, name: &str, dims: &[PlanDim]) -> Type {
+/// The type of an input one of whose axes is as long as a dim and some more, with what is in use.
+pub fn in_use(ty: Type, axis: usize, (name, more): (&str, usize), dims: &[PlanDim]) -> Type {
     let mut ty = ty;
     if let Some(dim) = dims.iter().position(|dim| dim.name == name)
         && ty.shape[axis] > 1
     {
-        ty.used.push((axis as u8, Span::Dim { dim: dim as u8, more: 0 }));
+        ty.used.push((axis as u8, Span::Dim { dim: dim as u8, more: more as i32 }));
     }
     ty
 }

@@ -139,7 +139,8 @@ def vit():
 
 
 def whisper_encoder():
-    size = dict(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128)
+    size = dict(d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128,
+                decoder_layers=1, decoder_attention_heads=4)
     kind = config("WhisperConfig", max_source_positions=50, **size)
     model = transformers.WhisperModel(kind).get_encoder()
     case = lambda batch: (torch.randn(batch, 80, 100),)

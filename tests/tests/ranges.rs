@@ -88,6 +88,14 @@ fn a_cache_may_have_any_length() {
 }
 
 #[test]
+fn axes_that_are_joined_and_parted_again_may_have_any_length() {
+    let lengths: Vec<Vec<usize>> =
+        [1, 2, 3, 4].iter().flat_map(|&b| [1, 2, 7, 8, 9, 20].map(|s| vec![b, s])).collect();
+    let lengths: Vec<&[usize]> = lengths.iter().map(Vec::as_slice).collect();
+    check("joined", &[("batch", 1, 4), ("sequence", 1, 20)], &lengths);
+}
+
+#[test]
 fn tensors_outside_of_a_range_are_refused_by_name() {
     let Some(model) = model("encoder") else { return };
     let compiler = Compiler::new().dim_range("batch", 2..=4).dim_range("sequence", 1..=64);

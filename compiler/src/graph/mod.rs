@@ -1,5 +1,6 @@
 //! The tensor graph: what a model computes, before anything is decided about how.
 
+pub mod apart;
 pub mod build;
 pub mod composite;
 pub mod eval;

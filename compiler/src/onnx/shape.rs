@@ -4,6 +4,7 @@ use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use super::call::{Call, Outputs, not_supported, one};
+use super::place;
 use crate::error::Diagnostic;
 use crate::graph::NodeId;
 use crate::graph::build::Added;
@@ -369,6 +370,11 @@ pub(super) fn gather_nd(call: &mut Call) -> Outputs {
     let depth = of.last().copied().unwrap_or(0);
     if batch + depth > shape.len() || of.is_empty() || batch >= of.len() {
         return Err(not_supported(format!("an index {of:?} into {shape:?}")));
+    }
+    if batch == 0
+        && let Some(view) = place::view(call, x, index)?
+    {
+        return one(view);
     }
     let lead = batch + depth;
     let mut place = nd_places(call, &shape[..lead], index, batch)?;
