@@ -58,10 +58,10 @@ impl std::fmt::Display for CacheUse {
 }
 
 /// The name of a compiled graph: equal names, equal code.
-pub(crate) fn key(graph: &Graph, egraph: bool, cpu: &Cpu) -> String {
+pub(crate) fn key(graph: &Graph, options: (bool, bool), cpu: &Cpu) -> String {
     let compiler = (env!("CARGO_PKG_VERSION"), env!("KILN_SOURCE"));
     let emitter = (cranelift_codegen::VERSION, manifest::VERSION);
-    let mut text = format!("{compiler:?} {emitter:?} {egraph} {cpu:?}\n{}\n", graph.describe());
+    let mut text = format!("{compiler:?} {emitter:?} {options:?} {cpu:?}\n{}\n", graph.describe());
     let constants: Vec<&[u8]> = graph.constants.iter().map(|c| &c.bytes[..]).collect();
     hashes(&constants).iter().for_each(|hash| text += &manifest::hex(hash));
     manifest::hex(blake3::hash(text.as_bytes()).as_bytes())

@@ -49,6 +49,7 @@ use graph::Graph;
 use graph::verify::verify;
 use kiln_runtime::artifact::Constants;
 use kiln_runtime::plan::Plan;
+use loops::lower::Target;
 use manifest::Hash;
 use plan::kernels::{Program, program};
 
@@ -58,6 +59,7 @@ pub struct Compiler {
     threads: usize,
     egraph: bool,
     wide: bool,
+    exact: bool,
     target: Option<Cpu>,
     verify_code: bool,
     limits: Limits,
@@ -82,6 +84,7 @@ impl Compiler {
             threads: 1,
             egraph: true,
             wide: true,
+            exact: false,
             target: None,
             verify_code: cfg!(debug_assertions),
             limits: Limits::default(),
@@ -107,6 +110,13 @@ impl Compiler {
     /// Whether vectors wider than 128 bits may be used.
     pub fn wide(self, wide: bool) -> Compiler {
         Compiler { wide, ..self }
+    }
+
+    /// Whether convolutions sum the products that the model writes down, and not fewer others
+    /// (Winograd's minimal filtering, whose results differ by some 1e-5 of their size, and whose
+    /// weights take up to four times the memory).
+    pub fn exact_convolutions(self, exact: bool) -> Compiler {
+        Compiler { exact, ..self }
     }
 
     /// The CPU that code is made for; by default the one that this runs on.
@@ -194,7 +204,7 @@ impl Compiler {
         };
         let cpu = self.cpu();
         cpu.must_run_here()?;
-        let key = cache::key(graph, self.egraph, &cpu);
+        let key = cache::key(graph, (self.egraph, self.exact), &cpu);
         cache::compile(folder, &key, self.threads, |name| {
             let form =
                 Form { kind: Kind::Shared, name: name.to_string(), file: None, weights: None };
@@ -240,7 +250,8 @@ impl Compiler {
 
     /// The loops of a graph of kernels.
     pub fn lower(&self, kernels: &Graph) -> Result<Program> {
-        program(&verify(kernels.clone())?, self.cpu().target())
+        let target = Target { exact: self.exact, ..self.cpu().target() };
+        program(&verify(kernels.clone())?, target)
     }
 
     /// The executable of a graph of kernels and its loops.

@@ -8,6 +8,8 @@ use crate::graph::Graph;
 use crate::graph::eval::{Data, Value, eval};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
 use crate::graph::scalar::round_float;
+use crate::graph::verify::Verified;
+use crate::loops::lower::Target;
 use crate::plan::kernels::{Program, program};
 use crate::plan::order::unfused;
 use crate::{loops, plan};
@@ -24,16 +26,20 @@ fn ramp(ty: &Type, seed: u64) -> Value {
 
 /// Compiles a graph unfused, runs it, and compares with the interpreter.
 fn check(graph: &Graph, tolerance: f64) {
+    check_kernels(graph, &unfused(graph).unwrap(), tolerance);
+}
+
+/// Compiles the kernels of a graph, runs them, and compares with the interpreter.
+fn check_kernels(graph: &Graph, kernels: &Verified<Graph>, tolerance: f64) {
     let inputs: Vec<Value> =
         graph.inputs.iter().enumerate().map(|(i, (_, ty))| ramp(ty, i as u64 + 1)).collect();
     let expected = eval(graph, &inputs);
     for wide in [false, true] {
         let cpu = Cpu::host(wide);
-        let kernels = unfused(graph).unwrap();
-        let program = program(&kernels, cpu.target()).unwrap();
-        check_loops(&kernels, &program, &inputs, (&expected, tolerance));
+        let program = program(kernels, cpu.target()).unwrap();
+        check_loops(kernels, &program, &inputs, (&expected, tolerance));
         let emitted = emit_all(&program.kernels, &cpu, true, false).unwrap();
-        let (plan, constants) = assemble(&kernels, &program, &emitted, 2).unwrap();
+        let (plan, constants) = assemble(kernels, &program, &emitted, 2).unwrap();
         let executable = load(&emitted, plan, constants, 2).unwrap();
         let tensors: Vec<Tensor> = inputs.iter().map(Value::to_tensor).collect();
         let named: Vec<(&str, TensorView)> =
@@ -377,5 +383,64 @@ fn constants_of_other_targets_are_folded_here() {
         for (got, want) in pairs {
             assert!((got - want).abs() < 1e-4 * want.abs().max(1.0), "{got} {want} {cpu:?}");
         }
+    }
+}
+
+/// A convolution of 3 by 3 with an epilogue, on data of unit variance.
+fn three_by_three([images, channels, height, width]: [usize; 4], out: usize) -> Graph {
+    let (mut graph, o) = (Graph::default(), "conv".into());
+    // As a convolution before it would give it.
+    let x = graph.input("x", Type::new(DType::F32, &[images, height, width, channels]));
+    let x = graph.permute(x, &[0, 3, 1, 2], &o).unwrap();
+    let unit = graph.binary_number(BinaryFn::Mul, x, 3f64.sqrt(), &o).unwrap();
+    let zero = graph.scalar(DType::F32, 0, 0.0, &o);
+    let padded = graph.add(
+        Op::Pad([(0, 0), (0, 0), (1, 1), (1, 1)].into_iter().collect()),
+        &[unit, zero],
+        &o,
+    );
+    let mut weight = |shape: &[usize], scale: f32, seed| {
+        let values = ramp(&Type::new(DType::F32, shape), seed).to_tensor();
+        let values: Vec<f32> =
+            values.as_slice::<f32>().unwrap().iter().map(|v| v * scale).collect();
+        graph.tensor(&Tensor::from_slice(shape, &values), &"w".into())
+    };
+    let w = weight(&[out, channels, 3, 3], (1.0 / (3 * channels) as f32).sqrt(), 5);
+    let bias = weight(&[1, out, 1, 1], 1.0, 6);
+    let steps = (&[1, 1][..], &[1, 1][..]);
+    let y = graph.conv([padded.unwrap(), w], steps, 1, &o).unwrap();
+    let y = graph.binary(BinaryFn::Add, y, bias, &o).unwrap();
+    let y = graph.binary_number(BinaryFn::Max, y, 0.0, &o).unwrap();
+    graph.outputs.push(("y".into(), y));
+    graph
+}
+
+#[test]
+fn convolutions_by_minimal_filtering() {
+    let sizes: [([usize; 4], usize); 7] = [
+        ([1, 16, 12, 12], 16),
+        ([2, 32, 14, 9], 48),
+        ([1, 24, 7, 7], 32),
+        ([3, 16, 5, 6], 16),
+        ([1, 16, 4, 23], 24),
+        ([1, 64, 13, 10], 32),
+        // Too few channels.
+        ([1, 8, 12, 12], 16),
+    ];
+    for (shape, out) in sizes {
+        let graph = three_by_three(shape, out);
+        let optimised = crate::rules::optimise(&graph, true).unwrap().graph;
+        check_kernels(&graph, &optimised, 3e-5);
+        let kernels = |exact| {
+            let target = Target { exact, ..Cpu::host(true).target() };
+            let program = program(&optimised, target).unwrap();
+            program.kernels.iter().filter(|k| k.name.ends_with(".products")).count()
+        };
+        assert_eq!(
+            (kernels(false), kernels(true)),
+            (usize::from(shape[1] >= 16), 0),
+            "{}",
+            crate::graph::text::print(&optimised)
+        );
     }
 }

@@ -13,7 +13,7 @@ use kiln_tests::cases::{folders, name_of, read_case};
 use kiln_tests::{Tolerance, difference, oracle};
 
 /// Kernels of a layer at most, by the beginning of a model's name.
-const MOST: [(&str, usize); 3] = [("bert", 12), ("minilm", 12), ("llama", 15)];
+const MOST: [(&str, usize); 3] = [("bert", 12), ("minilm", 12), ("llama", 14)];
 
 /// The relative tolerance of the ONNX suite; 2e-3 there for the deepest. Outputs near zero get
 /// room in proportion to the largest one.

@@ -246,6 +246,22 @@ fn decoder_says_what_is_stored(name: &str) {
     let same = greedy(0..tokens.len(), &mut said, &mut run);
     assert_eq!(said[1..], *tokens, "{name}, caches in a session");
     assert_eq!(same.bytes(), found.bytes(), "{name}, caches in a session");
+    // And where each is one piece of memory.
+    let compiler = compiler.state("past_key_values*", "present*");
+    let executable = self::executable(name, &compiler).expect("the same model");
+    let plan = executable.plan();
+    assert!(plan.states.len() == empty.len() && plan.states.iter().all(|state| state.in_place));
+    assert!(!plan.steps.iter().any(|s| s.name == "take in" || s.name == "give out"), "{plan}");
+    let mut session = executable.session();
+    for (name, value) in &empty {
+        session.set_state(name, value.clone()).expect("a first value");
+    }
+    let mut run = |given: &[(&str, TensorView)]| session.run(given).expect("a step");
+    let mut said = vec![FIRST];
+    let close = greedy(0..tokens.len(), &mut said, &mut run);
+    assert_eq!(said[1..], *tokens, "{name}, caches in place");
+    let far = difference(&close, &logits, tolerance);
+    assert!(far.is_none(), "{name}, caches in place: {far:?}");
 }
 
 #[test]

@@ -143,6 +143,10 @@ pub struct BuildArgs {
     /// Leave out optimisation by equality saturation
     #[arg(long, help_heading = "Compiler")]
     pub no_egraph: bool,
+    /// Sum the products of convolutions as the model writes them down: less memory for weights,
+    /// smaller differences, slower
+    #[arg(long, help_heading = "Compiler")]
+    pub exact_conv: bool,
     /// Use 128-bit vectors only
     #[arg(long, help_heading = "Compiler")]
     pub no_wide: bool,

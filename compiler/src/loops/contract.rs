@@ -12,24 +12,26 @@ use kiln_runtime::tensor::DType;
 use super::index::{Index, add, flatten, scale};
 use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
-use super::{nest, rewrite};
+use super::{nest, rewrite, winograd};
 use crate::graph::op::{Affine, BinaryFn, Op};
 use crate::graph::used::iteration;
 
 /// A contraction while it is lowered: everything as functions of the loop variables.
-struct Product {
+pub struct Product {
     /// Variables of the result, outermost first.
-    vars: Vec<Var>,
+    pub vars: Vec<Var>,
     /// Variables of the sum.
-    summed: Vec<Var>,
+    pub summed: Vec<Var>,
     /// Operands at these variables.
-    operands: [Arc<Expr>; 2],
+    pub operands: [Arc<Expr>; 2],
     /// The cell that stands for the sum in the result.
-    cell: BufferId,
-    /// Where the result goes, and its value.
-    out: BufferId,
-    place: Place,
-    result: Arc<Expr>,
+    pub cell: BufferId,
+    /// Where the result goes.
+    pub out: BufferId,
+    /// The place there.
+    pub place: Place,
+    /// What goes there.
+    pub result: Arc<Expr>,
 }
 
 /// The kernels of a body with a contraction.
@@ -40,7 +42,11 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     let product = product(&mut lower, root, contract)?;
     let mut lowered = Lowered::default();
     match roles(&lower, &product) {
-        Some(roles) => tiles(lower, product, roles, &mut lowered)?,
+        Some(roles) => {
+            if !winograd::lower(&lower, &product, roles, &mut lowered)? {
+                tiles(lower, product, roles, &mut lowered)?;
+            }
+        }
         None => {
             let kernel = plain(lower, product, &mut lowered)?;
             lowered.kernels.push(kernel);
@@ -48,24 +54,32 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     }
     for (i, kernel) in lowered.kernels.iter_mut().enumerate() {
         let pack = kernel.buffers.iter().all(|b| b.param != Param::Out);
-        kernel.name = match (pack, i) {
-            (true, _) => format!("{name}.pack{i}"),
-            (false, 0) => name.to_string(),
-            (false, _) => format!("{name}.{i}"),
+        kernel.name = match (pack, i, kernel.name.as_str()) {
+            (true, _, "") => format!("{name}.pack{i}"),
+            (false, 0, "") => name.to_string(),
+            (false, _, "") => format!("{name}.{i}"),
+            (_, _, part) => format!("{name}.{part}"),
         };
     }
     Ok(lowered)
 }
 
-fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product> {
-    let node = &lower.body.nodes[contract];
-    let Op::Contract(spec) = &node.op else { return Err(Refused("a contraction".into())) };
+/// A contraction of a body whose result is `root`, as functions of loop variables.
+pub fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product> {
     let ty = lower.ty(root).clone();
-    let cell = lower.register(node.ty.dtype, 1);
+    let cell = lower.register(lower.ty(contract).dtype, 1);
     let out = lower.out(&ty);
     let (index, vars) = lower.axes_of(&ty)?;
     lower.bind_cell(contract, Expr::Load(cell, origin_place()));
     let result = lower.value(root, &index)?;
+    let (operands, summed) = operands(lower, contract)?;
+    Ok(Product { vars, summed, operands, cell, out, place: flatten(&index, &ty.shape), result })
+}
+
+/// The operands of a contraction for the element that was asked for, and the variables of its sum.
+pub fn operands(lower: &mut Lower, contract: usize) -> Lowering<([Arc<Expr>; 2], Vec<Var>)> {
+    let node = &lower.body.nodes[contract];
+    let Op::Contract(spec) = &node.op else { return Err(Refused("a contraction".into())) };
     let asked = lower.asked(contract).ok_or_else(|| Refused("a dead contraction".into()))?;
     let empty = spec.extents[spec.n_out..].contains(&0);
     let operands = [0, 1].map(|k: usize| lower.ty(node.args[k].index()));
@@ -88,8 +102,7 @@ fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product>
         lower.value(node.args[k].index(), &index)
     };
     let operands = [operand(0)?, operand(1)?];
-    let summed = if empty { Vec::new() } else { summed };
-    Ok(Product { vars, summed, operands, cell, out, place: flatten(&index, &ty.shape), result })
+    Ok((operands, if empty { Vec::new() } else { summed }))
 }
 
 fn zero(dtype: DType) -> Expr {
@@ -98,7 +111,7 @@ fn zero(dtype: DType) -> Expr {
 }
 
 /// The affine place of a plain load.
-fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
+pub fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
     match e {
         Expr::Load(buffer, Place { affine, dynamic: None }) => Some((*buffer, affine)),
         _ => None,
@@ -107,11 +120,11 @@ fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
 
 /// Which operand goes into lanes, and whether it is packed.
 #[derive(Clone, Copy)]
-struct Roles {
+pub struct Roles {
     /// The operand that moves along the last axis.
-    lanes: usize,
+    pub lanes: usize,
     /// Whether that operand is packed into panels.
-    packed: bool,
+    pub packed: bool,
 }
 
 fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
@@ -124,20 +137,13 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
         [s, 0] if s != 0 => 0,
         _ => return None,
     };
-    let constant = is_constant(lower, loads[lanes].0);
+    let constant = lower.is_constant(loads[lanes].0);
     let packed = steps[lanes] != 1 || constant;
     let (buffer, place) = (product.out, product.place.clone());
     let epilogue = Stmt::Store { buffer, place, value: (*product.result).clone() };
     let fits = (!packed || packable(lower, loads[lanes]))
         && nest::is_vector(&lower.buffers, &[epilogue], n as Var);
     (float && fits && !product.summed.is_empty()).then_some(Roles { lanes, packed })
-}
-
-fn is_constant(lower: &Lower, buffer: BufferId) -> bool {
-    match lower.buffers[buffer].param {
-        Param::Arg(i) => lower.args.constant.get(i).copied().unwrap_or(false),
-        Param::Scratch(_) | Param::Out | Param::Dims | Param::None => false,
-    }
 }
 
 /// An operand can be packed where every variable picks other elements, so that nothing repeats.
@@ -148,18 +154,28 @@ fn packable(lower: &Lower, (buffer, affine): (BufferId, &Affine)) -> bool {
 
 /// A piece of the last axis that is tiled in one way.
 #[derive(Clone, Copy)]
-struct Strip {
+pub struct Strip {
     /// First element.
-    start: usize,
+    pub start: usize,
     /// Number of tiles.
-    tiles: usize,
+    pub tiles: usize,
     /// Elements of a tile.
-    width: usize,
+    pub width: usize,
     /// Vectors of a tile; 0 where elements go one by one.
-    vectors: usize,
+    pub vectors: usize,
 }
 
-fn strips(n: usize, lanes: usize, vectors: usize) -> Vec<Strip> {
+/// An operand that is packed into panels.
+pub struct Panels {
+    /// The scratch memory that holds it.
+    pub scratch: usize,
+    /// The place of an element in terms of the product's variables, with the tile as variable 255
+    /// and the element within the tile as variable 254.
+    pub place: Affine,
+}
+
+/// The last axis in pieces: tiles of so many vectors, whole vectors that are left, single elements.
+pub fn strips(n: usize, lanes: usize, vectors: usize) -> Vec<Strip> {
     let mut strips = Vec::new();
     let mut start = 0;
     let wide = vectors * lanes;
@@ -203,7 +219,7 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
                 pack(&lower, source, affine, (&order, n), strip, (scratch, offset))?;
             lowered.kernels.push(pack);
             offset += strip.tiles * strip.width * order_len(&lower, &order);
-            panel = Some((scratch, place));
+            panel = Some(Panels { scratch, place });
         }
         let mut copy = lower.fresh();
         copy.buffers = lower.buffers.clone();
@@ -236,7 +252,7 @@ fn panel_order(product: &Product, affine: &Affine, summed: &[Var], n: Var) -> Ve
 /// A kernel that copies a strip of an operand into panels `[tile][order..][width]`; and the place
 /// of an element in terms of the product's variables, with the tile as variable 255 and the
 /// element within the tile as variable 254.
-fn pack(
+pub fn pack(
     lower: &Lower,
     source: BufferId,
     affine: &Affine,
@@ -293,13 +309,13 @@ fn row_axis(product: &Product, roles: Roles) -> Option<Var> {
 }
 
 /// The register-tile kernel of one strip.
-fn tile(
+pub fn tile(
     mut lower: Lower,
     product: &Product,
     roles: Roles,
     summed: &[Var],
     strip: Strip,
-    panel: Option<(usize, Affine)>,
+    panel: Option<Panels>,
 ) -> Lowering<Loops> {
     let lanes = lower.target.lanes;
     let (&n, outer) =
@@ -312,7 +328,7 @@ fn tile(
     let step = if strip.vectors == 0 { 1 } else { lanes as i64 };
     let element = Affine::scaled(vector as usize, step).plus(lane as usize, 1);
     let mut operands = product.operands.clone();
-    if let Some((scratch, packed)) = panel {
+    if let Some(Panels { scratch, place: packed }) = panel {
         let len = plain_load(&operands[roles.lanes]).map(|l| packed_len(&lower, l.1)).unwrap_or(0);
         let buffer = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
         let place = packed.substitute(&|v| match v {
@@ -341,14 +357,24 @@ fn tile(
     let rows = rows_of(&body, &vars, n, roles);
     let vars: Vec<Var> = vars.into_iter().filter(|&v| Some(v) != rows).collect();
     let shape = Shape { vector, lane, scalar: strip.vectors == 0, rows };
-    let inner = row_tiles(&mut lower, product.cell, shape, strip, &sums, body)?;
-    let mut loops = vec![tile];
-    loops.extend(vars);
+    let inner = row_tiles(&mut lower, product.cell, shape, strip, &sums, body.clone())?;
+    // Along axes of both operands each turn has panels of its own; along others one panel serves
+    // all turns.
+    let own = |v: &Var| panel_moves(&body, roles, *v);
+    let (mut loops, shared): (Vec<Var>, Vec<Var>) = vars.into_iter().partition(own);
+    loops.push(tile);
+    loops.extend(shared);
     let (loops, single): (Vec<Var>, Vec<Var>) =
         loops.into_iter().partition(|&v| lower.extents[v as usize] > 1);
     let zero = Affine::constant(0);
     let inner = single.iter().fold(inner, |body, &v| rewrite::substitute(&body, v, &zero));
     Ok(finish(lower, loops, inner, product.cell))
+}
+
+/// Whether the operand in lanes moves along a variable.
+fn panel_moves(body: &[Stmt], roles: Roles, var: Var) -> bool {
+    let Stmt::Store { value: Expr::Fma(x, y, _), .. } = &body[0] else { return false };
+    plain_load([x, y][roles.lanes]).is_some_and(|l| l.1.coefficient(var as usize) != 0)
 }
 
 /// After coalescing: the innermost axis along which the broadcast operand moves and the lanes do
@@ -365,16 +391,19 @@ fn rows_of(body: &[Stmt], vars: &[Var], _n: Var, roles: Roles) -> Option<Var> {
 
 /// Variables of a tile.
 #[derive(Clone, Copy)]
-struct Shape {
-    vector: Var,
-    lane: Var,
+pub struct Shape {
+    /// Of the vectors of a tile.
+    pub vector: Var,
+    /// Of their lanes.
+    pub lane: Var,
     /// Elements one by one instead of in lanes.
-    scalar: bool,
-    rows: Option<Var>,
+    pub scalar: bool,
+    /// Of the rows.
+    pub rows: Option<Var>,
 }
 
 /// Loops over the row axis: whole tiles of P rows, then the rows that are left.
-fn row_tiles(
+pub fn row_tiles(
     lower: &mut Lower,
     cell: BufferId,
     shape: Shape,
@@ -496,7 +525,7 @@ fn repacked(
     let Some((buffer, affine)) = plain_load(operand) else { return Ok(operand.clone()) };
     let step = affine.coefficient(n as usize);
     let useful = step != 0 && step != 1 && lower.buffers[buffer].dtype == DType::F32;
-    if !useful || !is_constant(lower, buffer) || !packable(lower, (buffer, affine)) {
+    if !useful || !lower.is_constant(buffer) || !packable(lower, (buffer, affine)) {
         return Ok(operand.clone());
     }
     let extent = lower.extents[n as usize];

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::index::{
-    Extents, Index, clamp, flatten, from_end, from_expr, scale, to_expr, unflatten,
+    Extents, Index, add, clamp, flatten, from_end, from_expr, scale, to_expr, unflatten,
 };
 use super::ir::{
     Buffer, BufferId, Count, DIMS, Expr, Loops, Number, Param, Place, Range, Scope, Stmt, Var,
@@ -17,6 +17,7 @@ use crate::graph::eval::{Data, Value, reduce_identity};
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, Type};
 use crate::graph::used::{Span, span};
 use crate::graph::{Body, Constant};
+use crate::rules::attention;
 
 /// What a machine can do, as far as loops need to know.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,6 +26,8 @@ pub struct Target {
     pub lanes: usize,
     /// Vector registers.
     pub registers: usize,
+    /// Whether a sum is that of the products that the model writes down, and not of fewer others.
+    pub exact: bool,
 }
 
 /// Kernels of one node, in order, and the scratch memory between them.
@@ -83,8 +86,8 @@ pub struct Lower<'a> {
 enum Bound {
     /// The same value wherever it is asked for; remembers for which index.
     Cell { value: Arc<Expr>, asked: Option<Vec<Index>> },
-    /// An element of a buffer of the node's shape.
-    Row(BufferId),
+    /// An element of a buffer in which the axes from one on stand from a place on.
+    Row { buffer: BufferId, start: Index, axis: usize },
 }
 
 /// The kernels of a body.
@@ -98,6 +101,9 @@ pub fn lower(
     let lower = Lower::new(body, constants, args, target);
     let root = lower.peel();
     let is = |test: fn(&Op) -> bool| body.nodes.iter().position(|n| test(&n.op));
+    if let Some(parts) = attention::find(&body.nodes) {
+        return super::attention::lower(lower, root, &parts, name);
+    }
     if let Some(contract) = is(|op| matches!(op, Op::Contract(_))) {
         return super::contract::lower(lower, root, contract, name);
     }
@@ -182,6 +188,14 @@ impl<'a> Lower<'a> {
     /// Type of a node.
     pub fn ty(&self, node: usize) -> &'a Type {
         &self.body.nodes[node].ty
+    }
+
+    /// Whether a buffer is an argument that is known when the model is compiled.
+    pub fn is_constant(&self, buffer: BufferId) -> bool {
+        match self.buffers[buffer].param {
+            Param::Arg(i) => self.args.constant.get(i).copied().unwrap_or(false),
+            Param::Scratch(_) | Param::Out | Param::Dims | Param::None => false,
+        }
     }
 
     /// A new buffer.
@@ -302,9 +316,15 @@ impl<'a> Lower<'a> {
         self.memo.clear();
     }
 
-    /// Says that a node's elements stand in a buffer of its shape.
-    pub fn bind_row(&mut self, node: usize, buffer: BufferId) {
-        self.bound[node] = Some(Bound::Row(buffer));
+    /// Says that a node's row, its axes from `axis` on, stands in a buffer from a place on.
+    pub fn bind_row(&mut self, node: usize, (buffer, start): (BufferId, &Index), axis: usize) {
+        self.bound[node] = Some(Bound::Row { buffer, start: start.clone(), axis });
+        self.memo.clear();
+    }
+
+    /// Says that a node's value is to be computed.
+    pub fn unbind(&mut self, node: usize) {
+        self.bound[node] = None;
         self.memo.clear();
     }
 
@@ -337,9 +357,9 @@ impl<'a> Lower<'a> {
                 }
                 return Ok(value.clone());
             }
-            Some(Bound::Row(buffer)) => {
-                let place = flatten(index, &self.body.nodes[node].ty.shape);
-                return Ok(Arc::new(Expr::Load(*buffer, place)));
+            Some(Bound::Row { buffer, start, axis }) => {
+                let inner = flatten(&index[*axis..], &self.body.nodes[node].ty.shape[*axis..]);
+                return Ok(Arc::new(Expr::Load(*buffer, add(start, &inner))));
             }
             None => {}
         }

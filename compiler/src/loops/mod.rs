@@ -1,5 +1,6 @@
 //! The loop form of one kernel: explicit loops, loads and stores over flat buffers.
 
+pub mod attention;
 pub mod boxes;
 pub mod contract;
 pub mod cursor;
@@ -12,3 +13,4 @@ pub mod nest;
 pub mod rewrite;
 pub mod text;
 pub mod verify;
+pub mod winograd;

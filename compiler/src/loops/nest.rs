@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::index::{Extents, Index, flatten};
+use super::index::{Extents, Index, add, flatten};
 use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowering, Refused, identity, origin_place};
 use super::rewrite::{each_affine, rewrite, substitute};
@@ -161,7 +161,8 @@ fn in_lanes(lower: &mut Lower, body: &[Stmt], var: Var, lane: Var, index: &Affin
     lanes_inside(body, lane, lanes)
 }
 
-fn writes(body: &[Stmt], buffer: BufferId) -> bool {
+/// Whether statements store to a buffer.
+pub fn writes(body: &[Stmt], buffer: BufferId) -> bool {
     body.iter().any(|s| match s {
         Stmt::For { body, .. } => writes(body, buffer),
         Stmt::Store { buffer: b, .. } => *b == buffer,
@@ -341,12 +342,13 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
     let mut body = Vec::new();
     for (k, &reduce) in reduces.iter().enumerate() {
         let kept = keep_in_row(&lower, root, reduce, &reduces[k..]);
+        let start = flatten(&outer, &full);
         body.extend(reduce_pass(
             &mut lower,
             reduce,
             &outer,
             (&full[first..], &spans[first..]),
-            kept.map(|n| (n, out)),
+            kept.map(|n| (n, out, start)),
         )?);
     }
     let reduced = root_ty.numel() != full.iter().product::<usize>()
@@ -386,7 +388,7 @@ fn keep_in_row(lower: &Lower, root: usize, reduce: usize, later: &[usize]) -> Op
 }
 
 /// Statements over the axes of a row.
-fn pass(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
+pub fn pass(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
     let body = coalesce(lower, &mut vars, body);
     match vars.pop() {
         None => body,
@@ -397,13 +399,14 @@ fn pass(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
     }
 }
 
-/// One reduction of a row: several vector accumulators, then a scalar.
-fn reduce_pass(
+/// One reduction of a row: several vector accumulators, then a scalar. The values that are folded
+/// may be kept, for node, in a buffer, from a place on.
+pub fn reduce_pass(
     lower: &mut Lower,
     reduce: usize,
     outer: &[Index],
     (shape, spans): (&[usize], &[Option<Span>]),
-    keep: Option<(usize, BufferId)>,
+    keep: Option<(usize, BufferId, Index)>,
 ) -> Lowering<Vec<Stmt>> {
     let Op::Reduce(f, _) = lower.body.nodes[reduce].op else {
         return Err(Refused("a reduction".into()));
@@ -417,12 +420,12 @@ fn reduce_pass(
     let zero = Place::affine(Affine::default());
     let start = identity(f, ty.dtype);
     let update = Expr::Binary(f.binary(ty.dtype), cell_value(cell), value.clone());
-    let mut step = Vec::new();
-    if let Some((_, buffer)) = keep {
-        let place = flatten(&index, &ty.shape);
-        step.push(Stmt::Store { buffer, place, value: (*value).clone() });
+    let mut step = vec![Stmt::Store { buffer: cell, place: zero.clone(), value: update }];
+    // What is kept may take the place of what it is computed from.
+    if let Some((_, buffer, start)) = &keep {
+        let place = add(start, &flatten(&inner, shape));
+        step.push(Stmt::Store { buffer: *buffer, place, value: (*value).clone() });
     }
-    step.push(Stmt::Store { buffer: cell, place: zero.clone(), value: update });
     let step = coalesce(lower, &mut vars, step);
     let mut out = vec![Stmt::Store { buffer: cell, place: zero, value: start.clone() }];
     match vars.pop() {
@@ -430,13 +433,14 @@ fn reduce_pass(
         Some(last) => out.extend(reduce_lanes(lower, f, cell, (last, &vars), start, step)?),
     }
     lower.bind_cell(reduce, Expr::Load(cell, Place::affine(Affine::default())));
-    if let Some((node, buffer)) = keep {
-        lower.bind_row(node, buffer);
+    if let Some((node, buffer, start)) = keep {
+        lower.bind_row(node, (buffer, &start), outer.len());
     }
     Ok(out)
 }
 
-fn reduce_lanes(
+/// Statements that fold into a cell for every turn of `last`, in lanes where they can.
+pub fn reduce_lanes(
     lower: &mut Lower,
     f: ReduceFn,
     cell: BufferId,

@@ -12,6 +12,7 @@ use crate::graph::verify::Verified;
 use crate::graph::{Graph, NodeId};
 use crate::loops::ir::{DIMS, Loops, Number, Param, Scope};
 use crate::loops::lower::{Arguments, Lowered, Target, lower, one_number};
+use crate::loops::nest::writes;
 
 /// Where a value comes from.
 #[derive(Clone, Debug, PartialEq)]
@@ -288,11 +289,9 @@ impl Build<'_> {
     }
 }
 
-/// The slot that a kernel writes: of its result, or of its scratch where it only packs.
+/// The slot that a kernel writes: of its result, or of scratch memory.
 pub fn written_slot(kernel: &Loops, slots: &[usize]) -> Option<usize> {
-    let global: Vec<Param> =
-        kernel.buffers.iter().filter(|b| b.scope == Scope::Global).map(|b| b.param).collect();
-    let out = global.iter().position(|p| *p == Param::Out);
-    let scratch = || global.iter().position(|p| matches!(p, Param::Scratch(_)));
-    out.or_else(scratch).map(|at| slots[at])
+    let global = (0..kernel.buffers.len()).filter(|&b| kernel.buffers[b].scope == Scope::Global);
+    let written = global.zip(slots).find(|(b, _)| writes(&kernel.body, *b));
+    written.map(|(_, slot)| *slot)
 }

@@ -20,6 +20,9 @@ type Order = SmallVec<[u8; 12]>;
 /// A fusion that was tried: consumer, argument, producer, and which arguments they share.
 type Tried = (u32, u8, u32, Order);
 
+/// Three fused bodies: the places where they meet, and their arguments by a common number.
+type Three = ([u32; 3], [usize; 2], [Order; 3]);
+
 /// All bodies, with what has been found out about them.
 #[derive(Default)]
 pub struct Bodies {
@@ -29,6 +32,7 @@ pub struct Bodies {
     known: FxHashMap<Vec<(Op, Args, Type)>, u32>,
     costs: FxHashMap<(u32, u32), f64>,
     fused: FxHashMap<Tried, Option<(u32, Order)>>,
+    threes: FxHashMap<Three, Option<(u32, Order)>>,
 }
 
 impl Bodies {
@@ -113,6 +117,54 @@ impl Bodies {
             *own.unwrap_or_else(|| &producer_args[k - consumer_args.len()])
         };
         Some((*body, order.iter().map(arg).collect()))
+    }
+
+    /// A kernel with its argument `at` computed inside by a second one, and that one's argument
+    /// `inner_at` by a third; where the three have loops.
+    pub fn fuse_three(
+        &mut self,
+        [first, second, third]: [(u32, &[u32]); 3],
+        [at, inner_at]: [usize; 2],
+    ) -> Option<(u32, Places)> {
+        let mut args: Places = SmallVec::new();
+        let mut place = |arg: u32| {
+            let known = args.iter().position(|&a| a == arg);
+            known.unwrap_or_else(|| {
+                args.push(arg);
+                args.len() - 1
+            }) as u8
+        };
+        let [outer, middle, inner] =
+            [first, second, third].map(|k| k.1.iter().map(|&a| place(a)).collect::<Order>());
+        let key = ([first.0, second.0, third.0], [at, inner_at], [outer, middle, inner]);
+        if !self.threes.contains_key(&key) {
+            let made = self.compose_three(&key);
+            self.threes.insert(key.clone(), made);
+        }
+        let (body, order) = self.threes[&key].as_ref()?;
+        Some((*body, order.iter().map(|&k| args[k as usize]).collect()))
+    }
+
+    fn compose_three(&mut self, (bodies, [at, inner_at], orders): &Three) -> Option<(u32, Order)> {
+        if bodies.iter().map(|&b| self.ops(b)).sum::<usize>() > MAX_OPS {
+            return None;
+        }
+        let [outer, middle, inner] = orders;
+        let nodes = bodies.map(|b| self.get(b).nodes.as_slice());
+        let both = [nodes[0], nodes[1]];
+        let place = |part: usize, k: u8| [outer, middle][part][k as usize];
+        let mut copy = Copy::new(both, Some(*at as u32), place);
+        copy.visit(0, nodes[0].len() - 1);
+        let (pair, order) = copy.finish();
+        let inside = order.iter().position(|&k| k == middle[*inner_at])?;
+        let both = [pair.nodes.as_slice(), nodes[2]];
+        let place = |part: usize, k: u8| [&order, inner][part][k as usize];
+        let mut copy = Copy::new(both, Some(inside as u32), place);
+        copy.visit(0, pair.nodes.len() - 1);
+        let (body, order) = copy.finish();
+        let moves_again = body.nodes.iter().any(|n| repeats_a_move(&body.nodes, n));
+        let fits = order.len() <= MAX_ARGS && !moves_again;
+        (fits && classify(&body.nodes) == Some(Kind::Attention)).then(|| (self.number(body), order))
     }
 
     fn compose(

@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 use super::bodies::{Bodies, Places};
 use super::extract::{Build, Cheapest, users};
 use super::fuse;
+use super::kind::Kind;
 use super::lang::{ENode, Saturated};
 use super::select::Selection;
 use crate::graph::op::Op;
@@ -185,7 +186,11 @@ impl ChoiceGraph {
                 .iter()
                 .filter_map(|&v| build.origin(self.values[v as usize].class))
                 .collect();
-            let origin = fuse::joined(names.iter().map(|n| n.as_ref())).into();
+            let names = fuse::joined(names.iter().map(|n| n.as_ref()));
+            let origin = match self.bodies.kind(kernel.body) {
+                Kind::Attention => format!("attention of {names}").into(),
+                _ => names.into(),
+            };
             let id = build.graph.push(op, args, root.ty.clone(), &origin);
             build.add(class, id);
         }

@@ -1,6 +1,7 @@
 //! What a kernel is modelled to cost on a CPU core: launch + the larger of traffic and arithmetic.
 //! The figures are those of one AVX2 core; only their ratios decide.
 
+use super::attention;
 use super::contract::through_view;
 use crate::graph::op::{BinaryFn, Contract, Op, UnaryFn};
 use crate::graph::{Body, Graph, Node, NodeId};
@@ -38,6 +39,7 @@ pub fn kernels_us(graph: &Graph) -> f64 {
 pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
     let mut bytes = body.root().ty.size_bytes() as f64;
     let mut work_us = 0.0;
+    let rows = attention::find(&body.nodes).map(|a| a.rows(&body.nodes));
     for (at, node) in body.nodes.iter().enumerate() {
         match &node.op {
             Op::Input(_) => bytes += bytes_read(body, at),
@@ -51,7 +53,10 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
                 work_us += match op {
                     Op::Contract(contract) => {
                         let read = through_views(body, contract, &node.args);
-                        contract_us(&read, [constant(0), constant(1)])
+                        match rows {
+                            Some(rows) => attention_us(&read, rows),
+                            None => contract_us(&read, [constant(0), constant(1)]),
+                        }
                     }
                     op => op_us(op, node.ty.numel() as f64, [constant(0), constant(1)]),
                 };
@@ -150,6 +155,58 @@ fn unary_weight(f: UnaryFn) -> f64 {
     }
 }
 
+/// Channels of a convolution from which on minimal filtering pays: there are transforms for each,
+/// products for each pair.
+pub const LEAST_CHANNELS: usize = 16;
+
+/// Results of a tile along both axes of the image, in a convolution of 3 by 3 by minimal filtering
+/// (`loops/winograd.rs`) whose result has these extents; none where it is too small.
+pub fn results_of_tile(image: [usize; 2]) -> Option<usize> {
+    match image[0].min(image[1]) {
+        0..4 => None,
+        4..9 => Some(2),
+        _ => Some(4),
+    }
+}
+
+/// How much faster a convolution of 3 by 3 is by minimal filtering, transforms included, where it
+/// can be done so.
+fn fewer_products(contract: &Contract, constant: [bool; 2]) -> Option<f64> {
+    let weights = constant.iter().position(|&c| c)?;
+    let (x, w) = (&contract.maps[1 - weights], &contract.maps[weights]);
+    let windows = x.iter().filter_map(|index| match index.terms[..] {
+        [(image, 1), (tap, 1)] if contract.extents[usize::from(tap)] == 3 => Some(image),
+        _ => None,
+    });
+    let [Some(a), Some(b), None] = [0, 1, 2].map(|i| windows.clone().nth(i)) else { return None };
+    let m = results_of_tile([a, b].map(|axis| contract.extents[usize::from(axis)]))?;
+    let channels = x.last()?.as_axis().filter(|&axis| axis >= contract.n_out)?;
+    let fits = |axis: usize| {
+        contract.extents[axis] >= LEAST_CHANNELS && contract.extents[axis].is_multiple_of(8)
+    };
+    let out = (0..contract.n_out).rev().find(|&axis| contract.extents[axis] > 1)?;
+    let pure = w.len() == 4 && w.iter().all(|index| index.as_axis().is_some());
+    let summed = w.iter().any(|index| index.as_axis() == Some(channels));
+    let both = fits(channels) && fits(out) && !x.iter().any(|i| i.coefficient(out) != 0);
+    (pure && summed && both).then_some(if m == 4 { 2.2 } else { 1.5 })
+}
+
+/// A contraction of an attention with so many rows. Where they are many, each operand is packed for
+/// some of them at a time, wherever it lies; where they are few, keys are read as they lie.
+fn attention_us(contract: &Contract, rows: usize) -> f64 {
+    let flops = 2.0 * contract.extents.iter().map(|&e| e as f64).product::<f64>();
+    let us = |efficiency: f64| flops / FLOPS_PER_US / efficiency;
+    let along = |k: usize| {
+        let last = contract.extents.len() - 1;
+        contract.maps[k].last().is_some_and(|i| i.coefficient(last) == 1)
+    };
+    match rows {
+        attention::MANY.. => us(0.5) + flops / 2.0 / rows as f64 / PACKED_PER_US,
+        ..=attention::FEW if along(0) && along(1) => us(0.25),
+        _ => contract_us(contract, [false; 2]),
+    }
+}
+
 /// The last result axis goes into lanes: fast where one operand steps along it by one element or
 /// is constant (then it is packed), and the other stays or does the same.
 fn contract_us(contract: &Contract, constant: [bool; 2]) -> f64 {
@@ -188,6 +245,7 @@ fn contract_us(contract: &Contract, constant: [bool; 2]) -> f64 {
         return packing + flops / FLOPS_PER_US / (0.3 * filled);
     }
     let efficiency = match (unit(0) && unit(1), wide) {
+        (true, true) if let Some(fewer) = fewer_products(contract, constant) => 0.6 * fewer,
         // Panels packed at compile time are read in order, whatever the other operand does.
         (true, true) if packed && along(0) && along(1) => 0.6 * filled,
         (true, true) if packed => 0.5 * filled,

@@ -8,12 +8,14 @@ use std::collections::HashMap;
 
 use rustc_hash::FxHashSet;
 
+use super::attention;
 use super::bodies::Places;
 use super::choices::{ChoiceGraph, Kernel};
 use super::kind::Kind;
 
 /// Fused kernels kept for a value, of each kind: what may have a contraction inside and what may
-/// have a map inside differs, so the cheapest of one kind must not push out the other.
+/// have a map inside differs, so the cheapest of one kind must not push out the other; nor may
+/// parts of a softmax push out the whole of it, which attention is made of.
 const KEEP: usize = 4;
 /// Fusions tried for a value in one visit.
 const TRIES: usize = 64;
@@ -113,9 +115,13 @@ fn visit(
     kernels.retain(|k| k.0.is_finite());
     kernels.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
     let mut room: HashMap<Kind, usize> = HashMap::new();
+    let mut whole = false;
     kernels.retain(|k| {
+        let softmax = attention::is_softmax(&graph.bodies.get(k.1.body).nodes);
+        let first = softmax && !whole;
+        whole |= softmax;
         let room = room.entry(graph.bodies.kind(k.1.body)).or_insert(KEEP);
-        let fits = *room > 0;
+        let fits = *room > 0 || first;
         *room = room.saturating_sub(1);
         fits
     });
@@ -123,7 +129,8 @@ fn visit(
     (best, kept.collect())
 }
 
-fn fused(
+/// A kernel with its argument `at` computed inside by another, where the two have loops.
+pub(super) fn fused(
     graph: &mut ChoiceGraph,
     consumer: &Kernel,
     at: usize,

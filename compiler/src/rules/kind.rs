@@ -2,6 +2,7 @@
 
 use kiln_runtime::tensor::DType;
 
+use super::attention;
 use crate::graph::Node;
 use crate::graph::op::{BinaryFn, Op, Type, UnaryFn};
 use crate::graph::used::span;
@@ -30,9 +31,11 @@ pub enum Kind {
     Row,
     /// A sum of products with an epilogue.
     Contract,
+    /// Two sums of products with a softmax between them.
+    Attention,
 }
 
-fn is_pointwise(op: &Op) -> bool {
+pub(super) fn is_pointwise(op: &Op) -> bool {
     matches!(op, Op::Unary(_) | Op::Binary(_) | Op::Select | Op::Cast(_))
 }
 
@@ -94,12 +97,15 @@ pub fn classify(nodes: &[Node]) -> Option<Kind> {
         ([contract], []) => body.is_contract(*contract).then_some(Kind::Contract),
         ([], [reduce]) if body.is_inline(*reduce) => Some(Kind::InlineReduce),
         ([], _) => body.is_row(&reduces).then_some(Kind::Row),
+        ([_, _], [_, _]) => attention::find(nodes).map(|_| Kind::Attention),
         _ => None,
     }
 }
 
-struct Body<'a> {
-    nodes: &'a [Node],
+/// A body with questions about it.
+pub(super) struct Body<'a> {
+    /// Its nodes.
+    pub(super) nodes: &'a [Node],
 }
 
 impl Body<'_> {
@@ -192,7 +198,7 @@ impl Body<'_> {
     }
 
     /// Members that hang on `node`, itself included.
-    fn above(&self, node: usize) -> Vec<usize> {
+    pub(super) fn above(&self, node: usize) -> Vec<usize> {
         let mut above = vec![node];
         for n in node + 1..self.nodes.len() {
             if self.args(n).any(|a| above.contains(&a)) {
@@ -200,6 +206,18 @@ impl Body<'_> {
             }
         }
         above
+    }
+
+    /// Which nodes `node` hangs on, itself included.
+    pub(super) fn below(&self, node: usize) -> Vec<bool> {
+        let mut below = vec![false; self.nodes.len()];
+        below[node] = true;
+        for n in (0..=node).rev() {
+            if below[n] {
+                self.args(n).for_each(|a| below[a] = true);
+            }
+        }
+        below
     }
 
     /// From `node` to the root, pointwise operations and moves of all elements, used once each.
@@ -231,34 +249,44 @@ impl Body<'_> {
         let above = self.above(contract);
         // Everything else only moves elements, into the contraction or beside it.
         let mut beside = self.members().filter(|n| !above.contains(n));
-        let views = beside.all(|n| match self.op(n) {
-            Op::Permute(_) | Op::Expand(_) | Op::Slice(_) => true,
+        beside.all(|n| self.is_move(n))
+            && self.is_epilogue(contract)
+            && self.is_vector(contract, &above)
+    }
+
+    /// Whether a node is an argument or only moves elements, at affine indices.
+    pub(super) fn is_move(&self, node: usize) -> bool {
+        match self.op(node) {
+            Op::Input(_) | Op::Permute(_) | Op::Expand(_) | Op::Slice(_) => true,
             // Only a reshape that splits axes leaves their indices affine.
-            Op::Reshape(to) => self.args(n).all(|a| only_splits(&self.ty(a).shape, to)),
+            Op::Reshape(to) => self.args(node).all(|a| only_splits(&self.ty(a).shape, to)),
             _ => false,
-        });
-        views && self.is_epilogue(contract) && self.is_vector(contract, &above)
+        }
     }
 
     /// Whether what follows a contraction of f32 runs in vector lanes, as the contraction does.
     fn is_vector(&self, contract: usize, above: &[usize]) -> bool {
         let float = |n: usize| self.ty(n).dtype == DType::F32;
-        let compares = |n: usize| matches!(self.op(n), Op::Binary(f) if f.is_comparison());
         let mut after = above.iter().filter(|&&n| n != contract);
-        !float(contract)
-            || float(self.nodes.len() - 1)
-                && after.all(|&n| match self.op(n) {
-                    Op::Cast(_) | Op::Unary(UnaryFn::Not) => false,
-                    Op::Binary(f) => {
-                        let scalar = [BinaryFn::Pow, BinaryFn::Rem];
-                        !scalar.contains(f) && self.args(n).all(float)
-                    }
-                    Op::Select => {
-                        let condition = self.args(n).next();
-                        condition.is_some_and(compares) && self.args(n).skip(1).all(float)
-                    }
-                    _ => true,
-                })
+        !float(contract) || float(self.nodes.len() - 1) && after.all(|&n| self.is_vector_op(n))
+    }
+
+    /// Whether an operation of f32 runs in vector lanes.
+    pub(super) fn is_vector_op(&self, node: usize) -> bool {
+        let float = |n: usize| self.ty(n).dtype == DType::F32;
+        let compares = |n: usize| matches!(self.op(n), Op::Binary(f) if f.is_comparison());
+        match self.op(node) {
+            Op::Cast(_) | Op::Unary(UnaryFn::Not) => false,
+            Op::Binary(f) => {
+                let scalar = [BinaryFn::Pow, BinaryFn::Rem];
+                !scalar.contains(f) && self.args(node).all(float)
+            }
+            Op::Select => {
+                let condition = self.args(node).next();
+                condition.is_some_and(compares) && self.args(node).skip(1).all(float)
+            }
+            _ => true,
+        }
     }
 
     fn is_inline(&self, reduce: usize) -> bool {
@@ -305,7 +333,7 @@ impl Body<'_> {
 }
 
 /// Whether a reshape splits axes, and joins none but those of extent 1.
-fn only_splits(from: &[usize], to: &[usize]) -> bool {
+pub(super) fn only_splits(from: &[usize], to: &[usize]) -> bool {
     let long =
         |shape: &[usize]| -> Vec<usize> { shape.iter().copied().filter(|&e| e != 1).collect() };
     super::table::split_of(&long(from), &long(to)).is_some()

@@ -1,6 +1,7 @@
 //! The optimiser: an e-graph finds equal forms of a graph, the cheapest is taken and fused.
 
 mod algebra;
+pub mod attention;
 pub mod bodies;
 #[cfg(test)]
 mod checks;
@@ -90,6 +91,7 @@ pub fn optimise(graph: &Graph, egraph: bool) -> Result<Optimised> {
     // B: fusion.
     let mut choices = ChoiceGraph::new(&saturated, &cheapest, &gathered);
     let mut kernels = cuts::cuts(&mut choices);
+    attention::add(&mut choices, &mut kernels);
     // C: a choice of kernels; that of the greedy fuser is one to start from.
     let start = choices.greedy(&saturated, &extracted, &mut kernels);
     let chosen = select::Problem::new(&mut choices, &kernels).solve(&[start]);

@@ -169,6 +169,60 @@ fn an_encoder_layer() {
     assert!(kernels(&graph) <= 9, "{} kernels\n{}", kernels(&graph), text::print(&graph));
 }
 
+/// Softmax attention of queries, some heads of which share keys and values, with a mask and the
+/// guard of exporters where asked for.
+fn attention([heads, group, queries, keys, depth]: [usize; 5], masked: bool) -> Graph {
+    let (mut net, q) = Net::new(&[1, heads, group, queries, depth]);
+    let o: std::sync::Arc<str> = "attention".into();
+    let each = [1, heads, 1, keys, depth];
+    let [k, v] = ["k", "v"].map(|name| net.graph.input(name, Type::new(DType::F32, &each)));
+    let graph = &mut net.graph;
+    let whole = Op::Expand(smallvec![1, heads, group, keys, depth]);
+    let [k, v] = [k, v].map(|x| graph.add(whole.clone(), &[x], &o).expect("fits"));
+    let k = graph.permute(k, &[0, 1, 2, 4, 3], &o).expect("fits");
+    let mut scores = graph.matmul(q, k, &o).expect("fits");
+    scores = graph.binary_number(BinaryFn::Mul, scores, 0.25, &o).expect("fits");
+    if masked {
+        let mask = graph.input("mask", Type::new(DType::F32, &[1, 1, 1, queries, keys]));
+        scores = graph.binary(BinaryFn::Add, scores, mask, &o).expect("fits");
+    }
+    let mut weights = graph.composite(Composite::Softmax(4), scores, &o).expect("fits");
+    if masked {
+        let strange = graph.binary(BinaryFn::Ne, weights, weights, &o).expect("fits");
+        let zero = graph.scalar(DType::F32, 5, 0.0, &o);
+        weights = graph.add(Op::Select, &[strange, zero, weights], &o).expect("fits");
+    }
+    let mixed = graph.matmul(weights, v, &o).expect("fits");
+    net.finish(mixed)
+}
+
+/// Rows in blocks and left over, keys packed and not, one query as in decoding.
+#[test]
+fn attention_is_one_kernel() {
+    let sizes = [
+        ([2, 1, 5, 24, 16], false),
+        ([2, 1, 6, 19, 9], true),
+        ([1, 1, 1, 40, 16], true),
+        ([2, 4, 1, 24, 8], false),
+        ([3, 1, 131, 25, 16], true),
+        ([1, 2, 263, 17, 8], false),
+    ];
+    for (size, masked) in sizes {
+        let graph = attention(size, masked);
+        let what = format!("attention of {size:?}");
+        check_compiled(&graph, 1e-4, &what);
+        let graph = check_optimised(&graph, 1e-4, &what);
+        let is_one = |b: &std::sync::Arc<crate::graph::Body>| {
+            super::super::attention::find(&b.nodes).is_some()
+        };
+        let used = graph.nodes.iter().filter_map(|n| match n.op {
+            Op::Fused(body) => Some(&graph.bodies[body as usize]),
+            _ => None,
+        });
+        assert_eq!(used.filter(|b| is_one(b)).count(), 1, "{what}\n{}", text::print(&graph));
+    }
+}
+
 fn resnet50() -> Graph {
     let (mut net, x) = Net::new(&[1, 3, 224, 224]);
     let y = net.conv(x, 64, [7, 2], 1);

@@ -63,6 +63,7 @@ fn compiler(model: &ModelArgs, build: &BuildArgs) -> Compiler {
         .threads(threads(build))
         .egraph(!build.no_egraph)
         .wide(!build.no_wide)
+        .exact_convolutions(build.exact_conv)
         .limits(limits(model));
     model.dim.iter().fold(compiler, |compiler, (name, extent)| compiler.dim_range(name, *extent))
 }

@@ -119,6 +119,7 @@ pub fn refuse_flags(
         ("--max-nodes", model.max_nodes.is_some()),
         ("--max-memory", model.max_memory.is_some()),
         ("--no-egraph", build.no_egraph),
+        ("--exact-conv", build.exact_conv),
         ("--no-wide", build.no_wide),
         ("--cache", cache.cache.is_some()),
     ];

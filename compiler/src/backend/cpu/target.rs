@@ -136,13 +136,14 @@ impl Cpu {
         if let Some(best) = self.faster.first() {
             return best.target();
         }
-        match (Level::of(self.wide_lanes), self.triple.arch) {
-            (Some(level), _) => Target { lanes: level.lanes(), registers: level.registers() },
-            (None, Arch::X86_64) => Target { lanes: self.lanes, registers: 11 },
-            (None, Arch::Aarch64) => Target { lanes: self.lanes, registers: 27 },
+        let (lanes, registers) = match (Level::of(self.wide_lanes), self.triple.arch) {
+            (Some(level), _) => (level.lanes(), level.registers()),
+            (None, Arch::X86_64) => (self.lanes, 11),
+            (None, Arch::Aarch64) => (self.lanes, 27),
             // Lanes are scalars there: four of the registers hold what elsewhere one does.
-            (None, Arch::Riscv64) => Target { lanes: self.lanes, registers: 7 },
-        }
+            (None, Arch::Riscv64) => (self.lanes, 7),
+        };
+        Target { lanes, registers, exact: false }
     }
 
     /// Cranelift's names of the features.

@@ -1,0 +1,550 @@
+//! Convolutions of 3 by 3 with fewer products: F(m, 3) of Winograd's minimal filtering, m * m
+//! results at a time (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015).
+//!
+//! A tile of n by n elements of the input, n = m + 2, becomes n * n numbers, and so do the weights,
+//! when the model is compiled. Their products are summed over the channels, for each of the n * n
+//! by itself as a matrix product, and m * m results are made of the sums. With m = 4 that is 36
+//! products where there were 144, with m = 2 it is 16 of 36.
+//!
+//! Channels run in lanes. Tiles at the right and lower border have fewer results; what they read
+//! beyond the input is its last row or column again, which no result depends on.
+
+use std::sync::Arc;
+
+use kiln_runtime::tensor::DType;
+
+use super::contract::{Panels, Product, Roles, Strip, pack, plain_load, tile};
+use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
+use super::lower::{Lower, Lowered, Lowering, origin_place};
+use super::{nest, rewrite};
+use crate::graph::op::{Affine, BinaryFn};
+use crate::rules::cost::{LEAST_CHANNELS, results_of_tile};
+
+/// Bytes of transformed inputs and sums at most.
+const MOST_BYTES: usize = 64 << 20;
+/// A convolution of 3 by 3 with a step of 1.
+struct Conv {
+    /// Axes of the result: the two of the image, and channels.
+    image: [Var; 2],
+    oc: Var,
+    /// All others: images.
+    batch: Vec<Var>,
+    /// Axes of the sum: channels, and the two of the window.
+    ic: Var,
+    window: [Var; 2],
+    /// The input, without its border, and the weights.
+    input: (BufferId, Affine),
+    weights: (BufferId, Affine),
+    /// Results of a tile along an axis.
+    m: usize,
+}
+
+/// Extents of everything.
+#[derive(Clone, Copy)]
+struct Sizes {
+    /// Elements of a tile along an axis.
+    n: usize,
+    m: usize,
+    /// Tiles along each axis of the image, the last ones of which may have fewer results.
+    tiles: [usize; 2],
+    /// Tiles of all images.
+    all: usize,
+    ic: usize,
+    oc: usize,
+    /// From one of the n * n to the next, in the transformed input and in the sums.
+    steps: [usize; 2],
+    /// Channels of a panel of weights.
+    width: usize,
+}
+
+/// Adds the kernels of a convolution of this kind. Says whether it is one.
+pub fn lower(
+    lower: &Lower,
+    product: &Product,
+    roles: Roles,
+    lowered: &mut Lowered,
+) -> Lowering<bool> {
+    if lower.target.exact {
+        return Ok(false);
+    }
+    let Some(conv) = find(lower, product, roles) else { return Ok(false) };
+    let sizes = sizes(lower, &conv);
+    let scratch = lowered.scratch.len();
+    let weights = sizes.ic * sizes.oc;
+    let points = sizes.n * sizes.n;
+    let [given, panels, input, sums] = [0, 1, 2, 3].map(|i: usize| scratch + i);
+    let lens = [9 * weights, points * weights, points * sizes.steps[0], points * sizes.steps[1]];
+    if (lens[2] + lens[3]) * 4 > MOST_BYTES {
+        return Ok(false);
+    }
+    lowered.scratch.extend(lens.map(|len| (DType::F32, len)));
+    let strip = Strip {
+        start: 0,
+        tiles: sizes.oc / sizes.width,
+        width: sizes.width,
+        vectors: sizes.width / lower.target.lanes,
+    };
+    let order = [conv.ic, conv.window[0], conv.window[1]];
+    let (buffer, affine) = &conv.weights;
+    let (kernel, _) = pack(lower, *buffer, affine, (&order, conv.oc), strip, (given, 0))?;
+    let mut add = |name: &str, kernel: Loops| {
+        lowered.kernels.push(Loops { name: name.into(), ..kernel });
+    };
+    add("pack", kernel);
+    add("weights", of_weights(lower, sizes, strip, [(given, lens[0]), (panels, lens[1])])?);
+    for rows in regions(lower, &conv, sizes) {
+        add("in", of_input(lower, &conv, sizes, rows, (input, lens[2]))?);
+    }
+    let places = [(input, lens[2]), (panels, lens[1]), (sums, lens[3])];
+    add("products", products(lower, sizes, strip, places)?);
+    for rows in regions(lower, &conv, sizes) {
+        add("out", of_sums(lower, product, &conv, sizes, rows, (sums, lens[3]))?);
+    }
+    Ok(true)
+}
+
+fn find(lower: &Lower, product: &Product, roles: Roles) -> Option<Conv> {
+    let (input, x) = plain_load(&product.operands[1 - roles.lanes])?;
+    let (weights, w) = plain_load(&product.operands[roles.lanes])?;
+    let (&oc, others) = product.vars.split_last()?;
+    let extent = |v: Var| lower.extents[usize::from(v)];
+    let step = |a: &Affine, v: Var| a.coefficient(usize::from(v));
+    let [first, ..] = product.summed[..] else { return None };
+    let ic = product.summed.iter().copied().find(|&v| step(x, v) == 1).unwrap_or(first);
+    let taps: Vec<Var> = product.summed.iter().copied().filter(|&v| v != ic).collect();
+    let &[ky, kx] = &taps[..] else { return None };
+    // The axis of the image that a tap moves along: a step of 1, and no other reads what it does.
+    let along = |tap: Var| {
+        let mut same = others.iter().copied().filter(|&v| step(x, v) == step(x, tap));
+        same.next().filter(|_| same.next().is_none())
+    };
+    let image = [along(ky)?, along(kx)?];
+    let batch: Vec<Var> = others.iter().copied().filter(|v| !image.contains(v)).collect();
+    let m = results_of_tile(image.map(extent))?;
+    let channels = [ic, oc]
+        .iter()
+        .all(|&v| extent(v) >= LEAST_CHANNELS && extent(v).is_multiple_of(lower.target.lanes));
+    let all = product.vars.iter().chain(&product.summed);
+    let fits = roles.packed
+        && lower.is_constant(weights)
+        && [ky, kx].iter().all(|&v| extent(v) == 3 && step(w, v) != 0)
+        && (step(x, ic), step(x, oc)) == (1, 0)
+        && step(w, ic) != 0
+        && others.iter().all(|&v| step(w, v) == 0)
+        && image[0] != image[1]
+        && channels
+        && all.copied().all(|v| lower.span(v).is_none());
+    fits.then(|| Conv {
+        image,
+        oc,
+        batch,
+        ic,
+        window: [ky, kx],
+        input: (input, x.clone()),
+        weights: (weights, w.clone()),
+        m,
+    })
+}
+
+fn sizes(lower: &Lower, conv: &Conv) -> Sizes {
+    let extent = |v: Var| lower.extents[usize::from(v)];
+    let tiles = conv.image.map(|v| extent(v).div_ceil(conv.m));
+    let all = tiles[0] * tiles[1] * conv.batch.iter().map(|&v| extent(v)).product::<usize>();
+    let (ic, oc) = (extent(conv.ic), extent(conv.oc));
+    // Steps of a multiple of 1 KB would put all n * n of a place into few sets of a cache.
+    let apart = |len: usize| if len.is_multiple_of(256) { len + 80 } else { len };
+    let (lanes, wide) = (lower.target.lanes, 2 * lower.target.lanes);
+    Sizes {
+        n: conv.m + 2,
+        m: conv.m,
+        tiles,
+        all,
+        ic,
+        oc,
+        steps: [apart(all * ic), apart(all * oc)],
+        width: if oc.is_multiple_of(wide) { wide } else { lanes },
+    }
+}
+
+/// Tiles along one axis of the image that have as many results.
+#[derive(Clone, Copy)]
+struct Region {
+    /// The first tile.
+    first: usize,
+    /// Number of tiles.
+    count: usize,
+    /// Results of each along the axis.
+    results: usize,
+}
+
+/// The regions of an axis: tiles that are whole, and the last one where it is not.
+fn along(extent: usize, m: usize) -> Vec<Region> {
+    let whole = Region { first: 0, count: extent / m, results: m };
+    let rest = Region { first: extent / m, count: 1, results: extent % m };
+    [whole, rest].into_iter().filter(|r| r.count > 0 && r.results > 0).collect()
+}
+
+fn regions(lower: &Lower, conv: &Conv, sizes: Sizes) -> Vec<Region> {
+    along(lower.extents[usize::from(conv.image[0])], sizes.m)
+}
+
+/// Statements one after another, whose values are named: each stands in a register of its own.
+struct Straight {
+    registers: BufferId,
+    lanes: usize,
+    lane: Var,
+    count: usize,
+    body: Vec<Stmt>,
+}
+
+impl Straight {
+    fn new(lower: &mut Lower, lane: Var) -> Straight {
+        let lanes = lower.target.lanes;
+        Straight {
+            registers: lower.register(DType::F32, 0),
+            lanes,
+            lane,
+            count: 0,
+            body: Vec::new(),
+        }
+    }
+
+    /// Keeps a value and gives it back as a name.
+    fn keep(&mut self, value: Expr) -> Expr {
+        let place = self.place(self.count);
+        self.count += 1;
+        self.body.push(Stmt::Store { buffer: self.registers, place: place.clone(), value });
+        Expr::Load(self.registers, place)
+    }
+
+    fn place(&self, number: usize) -> Place {
+        Place::affine(Affine {
+            offset: (number * self.lanes) as i64,
+            ..Affine::axis(self.lane.into())
+        })
+    }
+
+    /// `x + c * y`, with as little work as that takes.
+    fn sum(&mut self, x: &Expr, c: f64, y: &Expr) -> Expr {
+        let [a, b] = [x, y].map(|e| Arc::new(e.clone()));
+        let value = match c {
+            1.0 => Expr::Binary(BinaryFn::Add, a, b),
+            -1.0 => Expr::Binary(BinaryFn::Sub, a, b),
+            c => Expr::Fma(Arc::new(number(c)), b, a),
+        };
+        self.keep(value)
+    }
+
+    /// `sum of c * x` for every row of a matrix.
+    fn times(&mut self, rows: &[&[f64]], x: &[Expr]) -> Vec<Expr> {
+        let row = |row: &&[f64]| {
+            let mut sum: Option<Expr> = None;
+            for (&c, x) in row.iter().zip(x).filter(|(c, _)| **c != 0.0) {
+                sum = Some(match (sum, c) {
+                    (None, 1.0) => x.clone(),
+                    (None, c) => {
+                        let (c, x) = (Arc::new(number(c)), Arc::new(x.clone()));
+                        self.keep(Expr::Binary(BinaryFn::Mul, c, x))
+                    }
+                    (Some(sum), c) => self.sum(&sum, c, x),
+                });
+            }
+            sum.unwrap_or_else(|| number(0.0))
+        };
+        rows.iter().map(row).collect()
+    }
+
+    /// Applies a transform to the columns of a square, then to the rows of what comes out.
+    fn both(
+        &mut self,
+        square: Vec<Vec<Expr>>,
+        transform: impl Fn(&mut Straight, &[Expr]) -> Vec<Expr>,
+    ) -> Vec<Vec<Expr>> {
+        let width = square.first().map_or(0, Vec::len);
+        let column = |j: usize| square.iter().map(|row| row[j].clone()).collect::<Vec<Expr>>();
+        let columns: Vec<Vec<Expr>> = (0..width).map(|j| transform(self, &column(j))).collect();
+        let height = columns.first().map_or(0, Vec::len);
+        let row = |i: usize| columns.iter().map(|column| column[i].clone()).collect::<Vec<Expr>>();
+        (0..height).map(|i| transform(self, &row(i))).collect()
+    }
+
+    /// The statements in lanes.
+    fn finish(self, lower: &mut Lower) -> Vec<Stmt> {
+        lower.buffers[self.registers].len = (self.count * self.lanes).max(1);
+        let (var, extent) = (self.lane, self.lanes);
+        vec![Stmt::For { var, extent, kind: Kind::Vector, body: self.body }]
+    }
+}
+
+fn number(value: f64) -> Expr {
+    Expr::Const(DType::F32, Number::Float(value))
+}
+
+/// G: 3 weights to n numbers.
+fn weights(s: &mut Straight, m: usize, g: &[Expr]) -> Vec<Expr> {
+    let (a, b, c) = (1.0 / 6.0, 1.0 / 12.0, 1.0 / 24.0);
+    match m {
+        2 => s.times(&[&[1.0], &[0.5, 0.5, 0.5], &[0.5, -0.5, 0.5], &[0.0, 0.0, 1.0]], g),
+        _ => s.times(
+            &[&[0.25], &[-a, -a, -a], &[-a, a, -a], &[c, b, a], &[c, -b, a], &[0.0, 0.0, 1.0]],
+            g,
+        ),
+    }
+}
+
+/// The transpose of B: n elements of the input to n numbers. Numbers that differ in a sign share
+/// their halves.
+fn inputs(s: &mut Straight, m: usize, d: &[Expr]) -> Vec<Expr> {
+    if m == 2 {
+        let rows: [&[f64]; 4] =
+            [&[1.0, 0.0, -1.0], &[0.0, 1.0, 1.0], &[0.0, -1.0, 1.0], &[0.0, 1.0, 0.0, -1.0]];
+        return s.times(&rows, d);
+    }
+    let (even, odd) = (s.sum(&d[4], -4.0, &d[2]), s.sum(&d[3], -4.0, &d[1]));
+    let (near, far) = (s.sum(&d[4], -1.0, &d[2]), s.sum(&d[3], -1.0, &d[1]));
+    let (first, last) = (s.sum(&d[4], 4.0, &d[0]), s.sum(&d[5], 4.0, &d[1]));
+    vec![
+        s.sum(&first, -5.0, &d[2]),
+        s.sum(&even, 1.0, &odd),
+        s.sum(&even, -1.0, &odd),
+        s.sum(&near, 2.0, &far),
+        s.sum(&near, -2.0, &far),
+        s.sum(&last, -5.0, &d[3]),
+    ]
+}
+
+/// The transpose of A: n sums to m results.
+fn results(s: &mut Straight, m: usize, x: &[Expr]) -> Vec<Expr> {
+    if m == 2 {
+        return s.times(&[&[1.0, 1.0, 1.0], &[0.0, 1.0, -1.0, -1.0]], x);
+    }
+    let (even, odd) = (s.sum(&x[1], 1.0, &x[2]), s.sum(&x[1], -1.0, &x[2]));
+    let (more, less) = (s.sum(&x[3], 1.0, &x[4]), s.sum(&x[3], -1.0, &x[4]));
+    let (first, last) = (s.sum(&x[0], 1.0, &even), s.sum(&odd, 8.0, &less));
+    vec![
+        s.sum(&first, 1.0, &more),
+        s.sum(&odd, 2.0, &less),
+        s.sum(&even, 4.0, &more),
+        s.sum(&last, 1.0, &x[5]),
+    ]
+}
+
+/// Scratch memory: its number and its length.
+type Memory = (usize, usize);
+
+fn memory(lower: &mut Lower, (number, len): Memory) -> BufferId {
+    lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(number))
+}
+
+/// From packed weights `[panel][ic][3][3][width]` to `[n * n][panel][ic][width]`.
+fn of_weights(
+    parent: &Lower,
+    sizes: Sizes,
+    strip: Strip,
+    [from, to]: [Memory; 2],
+) -> Lowering<Loops> {
+    let mut lower = parent.fresh();
+    let (from, to) = (memory(&mut lower, from), memory(&mut lower, to));
+    let lanes = lower.target.lanes;
+    let pair = lower.var(strip.tiles * sizes.ic)?;
+    let (vector, lane) = (lower.var(strip.vectors)?, lower.var(lanes)?);
+    let at = |step: usize, offset: usize| {
+        let place = Affine { offset: offset as i64, ..Affine::axis(lane.into()) };
+        Place::affine(place.plus(vector.into(), lanes as i64).plus(pair.into(), step as i64))
+    };
+    let mut s = Straight::new(&mut lower, lane);
+    let tap = |k: usize| Expr::Load(from, at(9 * sizes.width, k * sizes.width));
+    let given = (0..3).map(|i| (0..3).map(|j| s.keep(tap(3 * i + j))).collect()).collect();
+    let made = s.both(given, |s, g| weights(s, sizes.m, g));
+    for (point, value) in made.concat().into_iter().enumerate() {
+        let place = at(sizes.width, point * sizes.ic * sizes.oc);
+        s.body.push(Stmt::Store { buffer: to, place, value });
+    }
+    let body = s.finish(&mut lower);
+    let body = nest::wrap(&lower.extents, &[pair, vector], body, 1);
+    Ok(lower.finish(body))
+}
+
+/// Loops over images and the tiles of some rows: what stands in them is made by `body` for each
+/// region of columns.
+fn over_tiles(
+    lower: &mut Lower,
+    conv: &Conv,
+    sizes: Sizes,
+    (rows, vectors): (Region, usize),
+    mut body: impl FnMut(&mut Lower, &Tile) -> Lowering<Vec<Stmt>>,
+) -> Lowering<Vec<Stmt>> {
+    let down = lower.var(rows.count)?;
+    let mut inside = Vec::new();
+    for columns in along(lower.extents[usize::from(conv.image[1])], sizes.m) {
+        let across = lower.var(columns.count)?;
+        let (vector, lane) = (lower.var(vectors)?, lower.var(lower.target.lanes)?);
+        let first = rows.first * sizes.tiles[1] + columns.first;
+        let mut number = Affine { offset: first as i64, ..Affine::axis(across.into()) };
+        let mut step = sizes.tiles[1];
+        number = number.plus(down.into(), step as i64);
+        step *= sizes.tiles[0];
+        for &v in conv.batch.iter().rev() {
+            number = number.plus(v.into(), step as i64);
+            step *= lower.extents[usize::from(v)];
+        }
+        let corner = [(rows, down), (columns, across)].map(|(region, var)| Affine {
+            offset: (region.first * sizes.m) as i64,
+            ..Affine::scaled(var.into(), sizes.m as i64)
+        });
+        let results = [rows.results, columns.results];
+        let channel = Affine::scaled(vector.into(), lower.target.lanes as i64).plus(lane.into(), 1);
+        let tile = Tile { number, corner, results, channel, lane };
+        let statements = body(lower, &tile)?;
+        inside.extend(nest::wrap(&lower.extents, &[across, vector], statements, 0));
+    }
+    let outer: Vec<Var> = conv.batch.iter().copied().chain([down]).collect();
+    Ok(nest::wrap(&lower.extents, &outer, inside, outer.len()))
+}
+
+/// A tile, by the loops around it.
+struct Tile {
+    /// Its number among all tiles.
+    number: Affine,
+    /// Its first result, along both axes of the image.
+    corner: [Affine; 2],
+    /// How many results it has along each.
+    results: [usize; 2],
+    /// The channel of a lane, and the lane.
+    channel: Affine,
+    lane: Var,
+}
+
+impl Tile {
+    /// Where one of its n * n numbers is, in memory of so many channels.
+    fn point(&self, point: usize, step: usize, channels: usize) -> Place {
+        let start = Affine { offset: (point * step) as i64, ..self.channel.clone() };
+        let number = self.number.substitute(&|v| Affine::scaled(v, channels as i64));
+        let offset = number.offset * channels as i64 + start.offset;
+        let sum = number.terms.iter().fold(start, |sum, t| sum.plus(t.0.into(), t.1));
+        Place::affine(Affine { offset, ..sum })
+    }
+}
+
+/// From the input to `[n * n][tile][ic]`.
+fn of_input(
+    parent: &Lower,
+    conv: &Conv,
+    sizes: Sizes,
+    rows: Region,
+    to: Memory,
+) -> Lowering<Loops> {
+    let mut lower = parent.fresh();
+    lower.extents = parent.extents.clone();
+    let from = &parent.buffers[conv.input.0];
+    let from = lower.buffer(from.dtype, from.len, from.scope, from.param);
+    let to = memory(&mut lower, to);
+    let vectors = sizes.ic / lower.target.lanes;
+    let body = over_tiles(&mut lower, conv, sizes, (rows, vectors), |lower, tile| {
+        let mut s = Straight::new(lower, tile.lane);
+        let element = |at: [usize; 2]| {
+            // What no result depends on is the last that one does.
+            let at = [0, 1].map(|k: usize| at[k].min(tile.results[k] + 1) as i64);
+            let place = conv.input.1.substitute(&|v| {
+                let inside = |k: usize| Affine {
+                    offset: tile.corner[k].offset + at[k],
+                    ..tile.corner[k].clone()
+                };
+                match conv.image.iter().position(|&i| usize::from(i) == v) {
+                    Some(k) => inside(k),
+                    None if v == usize::from(conv.ic) => tile.channel.clone(),
+                    None if conv.window.iter().any(|&w| usize::from(w) == v) => Affine::constant(0),
+                    None => Affine::axis(v),
+                }
+            });
+            Expr::Load(from, Place::affine(place))
+        };
+        let row = |s: &mut Straight, i| (0..sizes.n).map(|j| s.keep(element([i, j]))).collect();
+        let given = (0..sizes.n).map(|i| row(&mut s, i)).collect();
+        let made = s.both(given, |s, d| inputs(s, sizes.m, d));
+        for (point, value) in made.concat().into_iter().enumerate() {
+            let place = tile.point(point, sizes.steps[0], sizes.ic);
+            s.body.push(Stmt::Store { buffer: to, place, value });
+        }
+        Ok(s.finish(lower))
+    })?;
+    Ok(lower.finish(body))
+}
+
+/// Sums over channels: for each of the n * n a product of matrices, tiles by channels.
+fn products(
+    parent: &Lower,
+    sizes: Sizes,
+    strip: Strip,
+    [input, panels, sums]: [Memory; 3],
+) -> Lowering<Loops> {
+    let mut lower = parent.fresh();
+    let (x, w) = (memory(&mut lower, input), memory(&mut lower, panels));
+    let out = memory(&mut lower, sums);
+    let (point, row) = (lower.var(sizes.n * sizes.n)?, lower.var(sizes.all)?);
+    let (oc, ic) = (lower.var(sizes.oc)?, lower.var(sizes.ic)?);
+    let cell = lower.register(DType::F32, 1);
+    let at = |terms: [(Var, usize); 3]| {
+        let sum = terms.iter().fold(Affine::default(), |a, t| a.plus(t.0.into(), t.1 as i64));
+        Place::affine(sum)
+    };
+    let left = at([(point, sizes.steps[0]), (row, sizes.ic), (ic, 1)]);
+    let right = at([(point, sizes.ic * sizes.oc), (ic, sizes.oc), (oc, 1)]);
+    let place = at([(point, sizes.steps[1]), (row, sizes.oc), (oc, 1)]);
+    let panel = Affine::scaled(254, 1)
+        .plus(ic.into(), sizes.width as i64)
+        .plus(255, (sizes.ic * sizes.width) as i64)
+        .plus(point.into(), (sizes.ic * sizes.oc) as i64);
+    let product = Product {
+        vars: vec![point, row, oc],
+        summed: vec![ic],
+        operands: [Arc::new(Expr::Load(x, left)), Arc::new(Expr::Load(w, right))],
+        cell,
+        out,
+        place,
+        result: Arc::new(Expr::Load(cell, origin_place())),
+    };
+    let roles = Roles { lanes: 1, packed: true };
+    let panels = Panels { scratch: panels.0, place: panel };
+    tile(lower, &product, roles, &[ic], strip, Some(panels))
+}
+
+/// From sums to results.
+fn of_sums(
+    parent: &Lower,
+    product: &Product,
+    conv: &Conv,
+    sizes: Sizes,
+    rows: Region,
+    from: Memory,
+) -> Lowering<Loops> {
+    let mut lower = parent.fresh();
+    lower.buffers = parent.buffers.clone();
+    lower.extents = parent.extents.clone();
+    let from = memory(&mut lower, from);
+    let vectors = sizes.oc / lower.target.lanes;
+    let body = over_tiles(&mut lower, conv, sizes, (rows, vectors), |lower, tile| {
+        let mut s = Straight::new(lower, tile.lane);
+        let sum = |i, j| Expr::Load(from, tile.point(i * sizes.n + j, sizes.steps[1], sizes.oc));
+        let row = |s: &mut Straight, i| (0..sizes.n).map(|j| s.keep(sum(i, j))).collect();
+        let given = (0..sizes.n).map(|i| row(&mut s, i)).collect();
+        let made = s.both(given, |s, x| results(s, sizes.m, x));
+        for (i, row) in made.into_iter().enumerate().take(tile.results[0]) {
+            for (j, value) in row.into_iter().enumerate().take(tile.results[1]) {
+                let Expr::Load(registers, place) = &value else { continue };
+                let (buffer, at, value) = (product.out, &product.place, (*product.result).clone());
+                let store = [Stmt::Store { buffer, place: at.clone(), value }];
+                let store = [(0, i), (1, j)].iter().fold(store.to_vec(), |store, &(k, at)| {
+                    let corner = &tile.corner[k];
+                    let index = Affine { offset: corner.offset + at as i64, ..corner.clone() };
+                    rewrite::substitute(&store, conv.image[k], &index)
+                });
+                let store = rewrite::substitute(&store, conv.oc, &tile.channel);
+                s.body.extend(rewrite::retarget(&store, product.cell, *registers, &place.affine));
+            }
+        }
+        Ok(s.finish(lower))
+    })?;
+    lower.buffers[product.cell].len = 1;
+    Ok(lower.finish(body))
+}
