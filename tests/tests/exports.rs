@@ -1,5 +1,6 @@
 //! Models as torch exports them (`tests/models/export.py`), on demand and for ranges of their dims,
-//! against what torch itself makes of two sets of inputs of other lengths.
+//! against what torch itself makes of two sets of inputs of other lengths. `tests/run` makes them
+//! where KILN_EXPORT names a Python that has torch.
 
 use std::path::Path;
 
