@@ -29,9 +29,10 @@ pub fn longer(dims: &[PlanDim]) -> Vec<(String, usize)> {
 pub fn prove(graph: Graph, longer: &Graph) -> Result<Graph> {
     let written = |graph: &Graph| apart(&graph.live()).live();
     let (graph, longer) = (written(&graph), written(longer));
+    let proof = Proof { graph: &graph, longer: &longer };
     let problems = match graph.nodes.len() == longer.nodes.len() {
-        true => Proof { graph: &graph, longer: &longer }.problems(),
-        false => vec![parting(&graph, &longer)],
+        true => proof.problems(),
+        false => vec![proof.parting()],
     };
     if problems.is_empty() {
         return Ok(graph);
@@ -41,27 +42,25 @@ pub fn prove(graph: Graph, longer: &Graph) -> Result<Graph> {
     Err(Error { kind: ErrorKind::Model, diagnostics: problems.collect() })
 }
 
-/// Where graphs of other lengths begin to differ in what they compute.
-fn parting(graph: &Graph, longer: &Graph) -> Diagnostic {
-    let mut nodes = graph.nodes.iter().zip(&longer.nodes);
-    let kind = |node: &Node| std::mem::discriminant(&node.op);
-    let first = nodes.find(|(a, b)| a.args != b.args || kind(a) != kind(b));
-    let problem = Diagnostic::new("K0110", "the length of a dim decides what is computed");
-    match first {
-        Some((a, b)) => {
-            let found = format!("{}, and {} where it is longer", op_text(&a.op), op_text(&b.op));
-            problem.node(a.origin.as_ref()).found(found)
-        }
-        None => problem,
-    }
-}
-
 struct Proof<'a> {
     graph: &'a Graph,
     longer: &'a Graph,
 }
 
 impl Proof<'_> {
+    /// Where graphs of other nodes part.
+    fn parting(&self) -> Diagnostic {
+        let problem = Diagnostic::new("K0110", "the length of a dim decides what is computed");
+        let mut pairs = self.graph.nodes.iter().zip(&self.longer.nodes);
+        let parts = |(a, b): &(&Node, &Node)| a.args != b.args || !self.same(&a.op, &b.op);
+        let Some((a, b)) = pairs.find(parts) else {
+            let last = self.graph.nodes.last();
+            return problem.node(last.map_or("", |node| node.origin.as_ref()));
+        };
+        let found = format!("{}, and {} where it is longer", op_text(&a.op), op_text(&b.op));
+        problem.node(a.origin.as_ref()).found(found)
+    }
+
     fn problems(&self) -> Vec<Diagnostic> {
         let nodes = self.graph.nodes.iter().zip(&self.longer.nodes);
         let mut problems: Vec<Diagnostic> = nodes

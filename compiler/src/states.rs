@@ -25,13 +25,12 @@ pub fn keep(mut graph: Graph, pairs: &[(String, String)]) -> Result<Graph> {
             Err(problem) => problems.push(problem),
         }
     }
-    let mut again = graph.states.iter().enumerate().filter(|(i, state)| {
+    for (i, state) in graph.states.iter().enumerate() {
         let same = |s: &PlanState| s.input == state.input || s.output == state.output;
-        graph.states[..*i].iter().any(same)
-    });
-    if let Some((_, state)) = again.next() {
-        let problem = Diagnostic::new("K0111", "an input or output that is part of two states");
-        problems.push(problem.tensor(graph.inputs[state.input].0.clone()));
+        if graph.states[..i].iter().any(same) {
+            let problem = Diagnostic::new("K0111", "an input or output that is part of two states");
+            problems.push(problem.tensor(graph.inputs[state.input].0.clone()));
+        }
     }
     if !problems.is_empty() {
         return Err(Error { kind: ErrorKind::Usage, diagnostics: problems });

@@ -211,21 +211,17 @@ impl Session {
     /// Where no state that is kept in place has that dim, or one is shorter already.
     pub fn rewind(&mut self, dim: &str, length: usize) -> Result<(), RunError> {
         let plan = &self.executable.0.artifact.plan;
-        let number = plan.dims.iter().position(|d| d.name == dim);
-        let states = &mut self.states;
-        let done = number.and_then(|number| {
-            let before = states.clone();
-            let one = |state: &mut State| state.rewind(plan, number, length);
-            let found = states.iter_mut().map(one).collect::<Option<Vec<bool>>>();
-            match found.filter(|found| found.contains(&true)) {
-                None => {
-                    *states = before;
-                    None
-                }
-                Some(_) => Some(()),
-            }
-        });
-        done.ok_or_else(|| RunError::Rewind { dim: dim.into(), length })
+        let fail = || RunError::Rewind { dim: dim.into(), length };
+        let number = plan.dims.iter().position(|d| d.name == dim).ok_or_else(fail)?;
+        let mut states: Vec<&mut State> =
+            self.states.iter_mut().filter(|state| state.has(plan, number)).collect();
+        // All of them or none.
+        let shapes = states.iter().map(|state| state.shape_at(plan, number, length));
+        let shapes = shapes.collect::<Option<Vec<_>>>().filter(|s| !s.is_empty());
+        for (state, shape) in states.iter_mut().zip(shapes.ok_or_else(fail)?) {
+            state.go_back(shape);
+        }
+        Ok(())
     }
 
     /// Gives a state a value, by the name of its input.

@@ -135,21 +135,30 @@ impl State {
         }
     }
 
-    /// Makes the axes that are as long as a dim so long that the dim has a length again that it
-    /// had. What was written after that is forgotten. Returns whether there is such an axis, or
-    /// nothing where it never was so long.
-    pub fn rewind(&mut self, plan: &Plan, dim: usize, length: usize) -> Option<bool> {
-        let Value::Room(_, Some(shape)) = &mut self.value else { return Some(false) };
-        let lengths = plan.inputs[self.input].lengths.iter().filter(|l| l.dim == dim);
-        let mut found = false;
-        for at in lengths {
-            let extent = usize::try_from(length as i64 + at.more).ok()?;
-            if extent > shape[at.axis] {
-                return None;
-            }
-            (shape[at.axis], found) = (extent, true);
+    /// The shape that the state has had where a dim was that long; none where the state is not kept
+    /// in place, has no axis of that dim, or never was so long.
+    pub fn shape_at(&self, plan: &Plan, dim: usize, length: usize) -> Option<Vec<usize>> {
+        let Value::Room(_, Some(now)) = &self.value else { return None };
+        let mut shape = now.clone();
+        let port = &plan.inputs[self.input];
+        for at in port.lengths.iter().filter(|at| at.dim == dim) {
+            let extent = i64::try_from(length).ok()?.checked_add(at.more)?;
+            shape[at.axis] = usize::try_from(extent).ok().filter(|&e| e <= now[at.axis])?;
         }
-        Some(found)
+        self.has(plan, dim).then_some(shape)
+    }
+
+    /// Whether the state is kept in place and as long as a dim.
+    pub fn has(&self, plan: &Plan, dim: usize) -> bool {
+        let axes = &plan.inputs[self.input].lengths;
+        matches!(self.value, Value::Room(..)) && axes.iter().any(|at| at.dim == dim)
+    }
+
+    /// Takes a shape that the state has had: what was written after that is forgotten.
+    pub fn go_back(&mut self, shape: Vec<usize>) {
+        if let Value::Room(_, now) = &mut self.value {
+            *now = Some(shape);
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 """Models as torch exports them: torch.onnx (dynamo) on modules of torch, torchvision, transformers.
 
-    export.py DATA MODELS [NAME...]    run by a Python that has all three; tests/run says which
+    export.py DATA MODELS [NAME...]    run by the Python that KILN_EXPORT names (tests/run)
 
 Weights are random. Each model has named dims, and two cases of other lengths by torch itself: the
 folder of a model has model.onnx, and folders 0 and 1 with input_K.pb and output_K.pb.

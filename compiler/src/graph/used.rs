@@ -15,7 +15,7 @@ pub enum Span {
     Dim {
         /// Number of the dim.
         dim: u8,
-        /// How many more; the sum is at least 1 wherever the dim is in its range.
+        /// How many more; the sum is at least 0 wherever the dim is in its range.
         more: i32,
     },
     /// Not the first ones only: elements without meaning lie between. Such a value may be computed

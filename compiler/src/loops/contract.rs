@@ -354,16 +354,16 @@ pub fn tile(
     let mut sums = summed.to_vec();
     let body = nest::coalesce(&mut lower, &mut vars, body);
     let body = nest::coalesce(&mut lower, &mut sums, body);
-    let rows = rows_of(&body, &vars, n, roles);
+    let rows = rows_of(&body, &vars, roles);
     let vars: Vec<Var> = vars.into_iter().filter(|&v| Some(v) != rows).collect();
     let shape = Shape { vector, lane, scalar: strip.vectors == 0, rows };
-    let inner = row_tiles(&mut lower, product.cell, shape, strip, &sums, body.clone())?;
     // Along axes of both operands each turn has panels of its own; along others one panel serves
     // all turns.
     let own = |v: &Var| panel_moves(&body, roles, *v);
     let (mut loops, shared): (Vec<Var>, Vec<Var>) = vars.into_iter().partition(own);
     loops.push(tile);
     loops.extend(shared);
+    let inner = row_tiles(&mut lower, product.cell, shape, strip, &sums, body)?;
     let (loops, single): (Vec<Var>, Vec<Var>) =
         loops.into_iter().partition(|&v| lower.extents[v as usize] > 1);
     let zero = Affine::constant(0);
@@ -379,7 +379,7 @@ fn panel_moves(body: &[Stmt], roles: Roles, var: Var) -> bool {
 
 /// After coalescing: the innermost axis along which the broadcast operand moves and the lanes do
 /// not. `body[0]` is the update of the cell.
-fn rows_of(body: &[Stmt], vars: &[Var], _n: Var, roles: Roles) -> Option<Var> {
+fn rows_of(body: &[Stmt], vars: &[Var], roles: Roles) -> Option<Var> {
     let Stmt::Store { value: Expr::Fma(x, y, _), .. } = &body[0] else { return None };
     let operands = [x, y];
     let panel = plain_load(operands[roles.lanes])?.1;

@@ -254,15 +254,19 @@ impl Straight {
         rows.iter().map(row).collect()
     }
 
-    /// Applies a transform to the columns of a square, then to the rows of what comes out.
+    /// Applies a transform to the columns of a square of `width` by `width` elements, then to the
+    /// rows of what comes out.
     fn both(
         &mut self,
-        square: Vec<Vec<Expr>>,
+        width: usize,
+        element: impl Fn([usize; 2]) -> Expr,
         transform: impl Fn(&mut Straight, &[Expr]) -> Vec<Expr>,
     ) -> Vec<Vec<Expr>> {
-        let width = square.first().map_or(0, Vec::len);
-        let column = |j: usize| square.iter().map(|row| row[j].clone()).collect::<Vec<Expr>>();
-        let columns: Vec<Vec<Expr>> = (0..width).map(|j| transform(self, &column(j))).collect();
+        let mut column = |j: usize| {
+            let given: Vec<Expr> = (0..width).map(|i| self.keep(element([i, j]))).collect();
+            transform(self, &given)
+        };
+        let columns: Vec<Vec<Expr>> = (0..width).map(&mut column).collect();
         let height = columns.first().map_or(0, Vec::len);
         let row = |i: usize| columns.iter().map(|column| column[i].clone()).collect::<Vec<Expr>>();
         (0..height).map(|i| transform(self, &row(i))).collect()
@@ -353,9 +357,8 @@ fn of_weights(
         Place::affine(place.plus(vector.into(), lanes as i64).plus(pair.into(), step as i64))
     };
     let mut s = Straight::new(&mut lower, lane);
-    let tap = |k: usize| Expr::Load(from, at(9 * sizes.width, k * sizes.width));
-    let given = (0..3).map(|i| (0..3).map(|j| s.keep(tap(3 * i + j))).collect()).collect();
-    let made = s.both(given, |s, g| weights(s, sizes.m, g));
+    let tap = |[i, j]: [usize; 2]| Expr::Load(from, at(9 * sizes.width, (3 * i + j) * sizes.width));
+    let made = s.both(3, tap, |s, g| weights(s, sizes.m, g));
     for (point, value) in made.concat().into_iter().enumerate() {
         let place = at(sizes.width, point * sizes.ic * sizes.oc);
         s.body.push(Stmt::Store { buffer: to, place, value });
@@ -459,9 +462,7 @@ fn of_input(
             });
             Expr::Load(from, Place::affine(place))
         };
-        let row = |s: &mut Straight, i| (0..sizes.n).map(|j| s.keep(element([i, j]))).collect();
-        let given = (0..sizes.n).map(|i| row(&mut s, i)).collect();
-        let made = s.both(given, |s, d| inputs(s, sizes.m, d));
+        let made = s.both(sizes.n, element, |s, d| inputs(s, sizes.m, d));
         for (point, value) in made.concat().into_iter().enumerate() {
             let place = tile.point(point, sizes.steps[0], sizes.ic);
             s.body.push(Stmt::Store { buffer: to, place, value });
@@ -525,10 +526,10 @@ fn of_sums(
     let vectors = sizes.oc / lower.target.lanes;
     let body = over_tiles(&mut lower, conv, sizes, (rows, vectors), |lower, tile| {
         let mut s = Straight::new(lower, tile.lane);
-        let sum = |i, j| Expr::Load(from, tile.point(i * sizes.n + j, sizes.steps[1], sizes.oc));
-        let row = |s: &mut Straight, i| (0..sizes.n).map(|j| s.keep(sum(i, j))).collect();
-        let given = (0..sizes.n).map(|i| row(&mut s, i)).collect();
-        let made = s.both(given, |s, x| results(s, sizes.m, x));
+        let sum = |[i, j]: [usize; 2]| {
+            Expr::Load(from, tile.point(i * sizes.n + j, sizes.steps[1], sizes.oc))
+        };
+        let made = s.both(sizes.n, sum, |s, x| results(s, sizes.m, x));
         for (i, row) in made.into_iter().enumerate().take(tile.results[0]) {
             for (j, value) in row.into_iter().enumerate().take(tile.results[1]) {
                 let Expr::Load(registers, place) = &value else { continue };
