@@ -372,7 +372,8 @@ pub(super) fn gather_nd(call: &mut Call) -> Outputs {
         return Err(not_supported(format!("an index {of:?} into {shape:?}")));
     }
     if batch == 0
-        && let Some(view) = place::view(call, x, index)?
+        && depth > 0
+        && let Some(view) = place::view(call.graph, [x, index], &call.origin)?
     {
         return one(view);
     }
