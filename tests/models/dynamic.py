@@ -192,6 +192,19 @@ def mean():
     b.write(y=["batch", 8])
 
 
+def cut(name, end):
+    """Sums a column of x as far as `end` says, which may be as far as another input is long."""
+    b = Dynamic(name)
+    x, y = b.input("x", "past", 4), b.input("y", "sequence", 1)
+    starts, axes = b.ints(0, 2), b.ints(0, 1)
+    end = b.op("Concat", end(b, y), b.ints(3), axis=0)
+    x = b.op("ReduceSum", b.op("Slice", x, starts, end, axes), b.ints(0), keepdims=1)
+    b.named(b.op("Add", x, y), "z")
+    b.write(z=["sequence", 1])
+
+
 for model in (cnn, encoder, decoder, language, recurrent, joined, mean):
     model()
+cut("cut", lambda b, y: b.op("Slice", b.op("Shape", y), b.ints(0), b.ints(1)))
+cut("cut_far", lambda b, y: b.ints(512))
 print("  models with named dims", file=sys.stderr)
