@@ -12,7 +12,7 @@ use kiln_runtime::tensor::DType;
 use super::index::{Index, add, flatten, scale};
 use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
-use super::{nest, rewrite, winograd};
+use super::{nest, pairs, rewrite, winograd};
 use crate::graph::op::{Affine, BinaryFn, Op};
 use crate::graph::used::iteration;
 
@@ -32,6 +32,9 @@ pub struct Product {
     pub place: Place,
     /// What goes there.
     pub result: Arc<Expr>,
+    /// Where the sum runs over pairs of i16: how far apart the elements of a pair lie in the operand
+    /// that is packed.
+    pub halves: Option<i64>,
 }
 
 /// The kernels of a body with a contraction.
@@ -39,11 +42,18 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     if lower.ty(root).numel() == 0 {
         return Ok(Lowered::default());
     }
-    let product = product(&mut lower, root, contract)?;
+    let mut product = product(&mut lower, root, contract)?;
+    if let Some(pairs) = pairs::paired(&mut lower, &product)?
+        && roles(&lower, &pairs).is_some()
+    {
+        product = pairs;
+    }
     let mut lowered = Lowered::default();
     match roles(&lower, &product) {
         Some(roles) => {
-            if !winograd::lower(&lower, &product, roles, &mut lowered)? {
+            let few =
+                product.halves.is_none() && winograd::lower(&lower, &product, roles, &mut lowered)?;
+            if !few {
                 tiles(lower, product, roles, &mut lowered)?;
             }
         }
@@ -73,7 +83,8 @@ pub fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Prod
     lower.bind_cell(contract, Expr::Load(cell, origin_place()));
     let result = lower.value(root, &index)?;
     let (operands, summed) = operands(lower, contract)?;
-    Ok(Product { vars, summed, operands, cell, out, place: flatten(&index, &ty.shape), result })
+    let place = flatten(&index, &ty.shape);
+    Ok(Product { vars, summed, operands, cell, out, place, result, halves: None })
 }
 
 /// The operands of a contraction for the element that was asked for, and the variables of its sum.
@@ -110,10 +121,11 @@ fn zero(dtype: DType) -> Expr {
     Expr::Const(dtype, number)
 }
 
-/// The affine place of a plain load.
+/// The affine place of a plain load, or of that of a pair.
 pub fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
     match e {
-        Expr::Load(buffer, Place { affine, dynamic: None }) => Some((*buffer, affine)),
+        Expr::Load(buffer, Place { affine, dynamic: None })
+        | Expr::Pair(buffer, Place { affine, dynamic: None }) => Some((*buffer, affine)),
         _ => None,
     }
 }
@@ -130,6 +142,7 @@ pub struct Roles {
 fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
     let n = *product.vars.last()? as usize;
     let loads = [plain_load(&product.operands[0])?, plain_load(&product.operands[1])?];
+    let pairs = product.halves.is_some();
     let float = loads.iter().all(|l| lower.buffers[l.0].dtype == DType::F32);
     let steps = loads.map(|l| l.1.coefficient(n));
     let lanes = match steps {
@@ -138,12 +151,12 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
         _ => return None,
     };
     let constant = lower.is_constant(loads[lanes].0);
-    let packed = steps[lanes] != 1 || constant;
+    let packed = steps[lanes] != 1 || constant || pairs;
     let (buffer, place) = (product.out, product.place.clone());
     let epilogue = Stmt::Store { buffer, place, value: (*product.result).clone() };
     let fits = (!packed || packable(lower, loads[lanes]))
         && nest::is_vector(&lower.buffers, &[epilogue], n as Var);
-    (float && fits && !product.summed.is_empty()).then_some(Roles { lanes, packed })
+    ((float || pairs) && fits && !product.summed.is_empty()).then_some(Roles { lanes, packed })
 }
 
 /// An operand can be packed where every variable picks other elements, so that nothing repeats.
@@ -207,7 +220,8 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
     let step = |v: &Var| other.as_ref().map_or(0, |a| a.coefficient(*v as usize).abs());
     summed.sort_by_key(|v| std::cmp::Reverse(step(v)));
     let scratch = roles.packed.then(|| {
-        lowered.scratch.push((DType::F32, packed_len(&lower, affine)));
+        let dtype = lower.buffers[source].dtype;
+        lowered.scratch.push((dtype, packed_len(&lower, &product, affine)));
         lowered.scratch.len() - 1
     });
     let mut offset = 0;
@@ -215,10 +229,12 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
         let mut panel = None;
         if let Some(scratch) = scratch {
             let order = panel_order(&product, affine, &summed, n);
+            let to = (scratch, offset);
             let (pack, place) =
-                pack(&lower, source, affine, (&order, n), strip, (scratch, offset))?;
+                pack_halves(&lower, source, affine, (&order, n), strip, to, product.halves)?;
             lowered.kernels.push(pack);
-            offset += strip.tiles * strip.width * order_len(&lower, &order);
+            let elements = if product.halves.is_some() { 2 } else { 1 };
+            offset += strip.tiles * strip.width * order_len(&lower, &order) * elements;
             panel = Some(Panels { scratch, place });
         }
         let mut copy = lower.fresh();
@@ -234,8 +250,9 @@ fn order_len(lower: &Lower, order: &[Var]) -> usize {
     order.iter().map(|&v| lower.extents[v as usize]).product()
 }
 
-fn packed_len(lower: &Lower, affine: &Affine) -> usize {
-    affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product()
+fn packed_len(lower: &Lower, product: &Product, affine: &Affine) -> usize {
+    let elements: usize = if product.halves.is_some() { 2 } else { 1 };
+    elements * affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product::<usize>()
 }
 
 /// Variables of the packed operand but the last axis, in the order of the loops.
@@ -256,22 +273,38 @@ pub fn pack(
     lower: &Lower,
     source: BufferId,
     affine: &Affine,
+    axes: (&[Var], Var),
+    strip: Strip,
+    to: (usize, usize),
+) -> Lowering<(Loops, Affine)> {
+    pack_halves(lower, source, affine, axes, strip, to, None)
+}
+
+/// The same for pairs of elements that lie so far apart: the panels are `[..][width][2]`.
+fn pack_halves(
+    lower: &Lower,
+    source: BufferId,
+    affine: &Affine,
     (order, n): (&[Var], Var),
     strip: Strip,
     (scratch, offset): (usize, usize),
+    halves: Option<i64>,
 ) -> Lowering<(Loops, Affine)> {
     let mut packer = lower.fresh();
     let from = &lower.buffers[source];
-    let source = packer.buffer(from.dtype, from.len, Scope::Global, from.param);
-    let len = packed_len(lower, affine);
-    let to = packer.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
+    let dtype = from.dtype;
+    let source = packer.buffer(dtype, from.len, Scope::Global, from.param);
+    let count = if halves.is_some() { 2 } else { 1 };
+    let len = count * affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product::<usize>();
+    let to = packer.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
     // Outer axes of the result come before the tile in memory, as they do in the loops.
     let tile = packer.var(strip.tiles)?;
     let inner: Vec<Var> =
         order.iter().map(|&v| packer.var(lower.extents[v as usize])).collect::<Lowering<_>>()?;
     let element = packer.var(strip.width)?;
-    let mut packed = Affine { offset: offset as i64, ..Affine::axis(254) };
-    let mut step = strip.width as i64;
+    let half = halves.map(|_| packer.var(2)).transpose()?;
+    let mut packed = Affine { offset: offset as i64, ..Affine::scaled(254, count as i64) };
+    let mut step = (strip.width * count) as i64;
     for &v in order.iter().rev() {
         packed = packed.plus(v as usize, step);
         step *= lower.extents[v as usize] as i64;
@@ -294,6 +327,12 @@ pub fn pack(
     let mut vars = vec![tile];
     vars.extend(inner);
     vars.push(element);
+    let (mut place, mut read) = (place, read);
+    if let (Some(half), Some(step)) = (half, halves) {
+        vars.push(half);
+        place = place.plus(half as usize, 1);
+        read = read.plus(half as usize, step);
+    }
     let value = Arc::new(Expr::Load(source, Place::affine(read)));
     Ok((nest::store_nest(packer, vars, to, Place::affine(place), value), packed))
 }
@@ -329,14 +368,20 @@ pub fn tile(
     let element = Affine::scaled(vector as usize, step).plus(lane as usize, 1);
     let mut operands = product.operands.clone();
     if let Some(Panels { scratch, place: packed }) = panel {
-        let len = plain_load(&operands[roles.lanes]).map(|l| packed_len(&lower, l.1)).unwrap_or(0);
-        let buffer = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
+        let load = plain_load(&operands[roles.lanes]);
+        let len = load.map_or(0, |l| packed_len(&lower, product, l.1));
+        let dtype = load.map_or(DType::F32, |l| lower.buffers[l.0].dtype);
+        let buffer = lower.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
         let place = packed.substitute(&|v| match v {
             255 => Affine::axis(tile as usize),
             254 => element.clone(),
             v => Affine::axis(v),
         });
-        operands[roles.lanes] = Arc::new(Expr::Load(buffer, Place::affine(place)));
+        let place = Place::affine(place);
+        operands[roles.lanes] = Arc::new(match product.halves {
+            Some(_) => Expr::Pair(buffer, place),
+            None => Expr::Load(buffer, place),
+        });
     }
     let n_index = Affine {
         offset: strip.start as i64,
@@ -345,8 +390,12 @@ pub fn tile(
     let [x, y] = operands;
     let cell = Arc::new(Expr::Load(product.cell, origin_place()));
     let store = |buffer, place: Place, value| Stmt::Store { buffer, place, value };
+    let update = match product.halves {
+        Some(_) => Expr::Dot(x, y, cell),
+        None => Expr::Fma(x, y, cell),
+    };
     let body = vec![
-        store(product.cell, origin_place(), Expr::Fma(x, y, cell)),
+        store(product.cell, origin_place(), update),
         store(product.out, product.place.clone(), (*product.result).clone()),
     ];
     let body = rewrite::substitute(&body, n, &n_index);
@@ -371,17 +420,24 @@ pub fn tile(
     Ok(finish(lower, loops, inner, product.cell))
 }
 
+/// What the update of the cell multiplies.
+fn factors(body: &[Stmt]) -> Option<[&Arc<Expr>; 2]> {
+    match &body[0] {
+        Stmt::Store { value: Expr::Fma(x, y, _) | Expr::Dot(x, y, _), .. } => Some([x, y]),
+        Stmt::Store { .. } | Stmt::For { .. } | Stmt::If { .. } => None,
+    }
+}
+
 /// Whether the operand in lanes moves along a variable.
 fn panel_moves(body: &[Stmt], roles: Roles, var: Var) -> bool {
-    let Stmt::Store { value: Expr::Fma(x, y, _), .. } = &body[0] else { return false };
+    let Some([x, y]) = factors(body) else { return false };
     plain_load([x, y][roles.lanes]).is_some_and(|l| l.1.coefficient(var as usize) != 0)
 }
 
 /// After coalescing: the innermost axis along which the broadcast operand moves and the lanes do
 /// not. `body[0]` is the update of the cell.
 fn rows_of(body: &[Stmt], vars: &[Var], roles: Roles) -> Option<Var> {
-    let Stmt::Store { value: Expr::Fma(x, y, _), .. } = &body[0] else { return None };
-    let operands = [x, y];
+    let operands = factors(body)?;
     let panel = plain_load(operands[roles.lanes])?.1;
     let other = plain_load(operands[1 - roles.lanes])?.1;
     let free =
@@ -450,7 +506,8 @@ fn register_tile(
 ) -> Lowering<Vec<Stmt>> {
     let lanes = if shape.scalar { 1 } else { lower.target.lanes };
     let across = if shape.scalar { 1 } else { strip.vectors };
-    let tile = lower.register(DType::F32, height * across * lanes);
+    let dtype = lower.buffers[cell].dtype;
+    let tile = lower.register(dtype, height * across * lanes);
     let mut at = Affine::axis(shape.lane as usize);
     if !shape.scalar {
         at = at.plus(shape.vector as usize, lanes as i64);
@@ -473,7 +530,7 @@ fn register_tile(
             None => body,
         }
     };
-    let start = Expr::Const(DType::F32, Number::Float(0.0));
+    let start = zero(dtype);
     let mut out = unrolled(vec![Stmt::Store { buffer: tile, place, value: start }]);
     out.extend(nest::wrap(&lower.extents, sums, unrolled(vec![swap[0].clone()]), 0));
     out.extend(unrolled(vec![swap[1].clone()]));
@@ -532,10 +589,10 @@ fn repacked(
     let strip = Strip { start: 0, tiles: 1, width: extent, vectors: 0 };
     let order = panel_order(product, affine, &product.summed, n);
     let scratch = lowered.scratch.len();
-    lowered.scratch.push((DType::F32, packed_len(lower, affine)));
+    lowered.scratch.push((DType::F32, packed_len(lower, product, affine)));
     let (kernel, packed) = pack(lower, buffer, affine, (&order, n), strip, (scratch, 0))?;
     lowered.kernels.push(kernel);
-    let len = packed_len(lower, affine);
+    let len = packed_len(lower, product, affine);
     let to = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
     let place = packed.substitute(&|v| match v {
         255 => Affine::constant(0),

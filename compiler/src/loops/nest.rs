@@ -6,12 +6,13 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::index::{Extents, Index, add, flatten};
-use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var};
+use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var, dtype};
 use super::lower::{Lower, Lowering, Refused, identity, origin_place};
 use super::rewrite::{each_affine, rewrite, substitute};
 use crate::graph::Body;
-use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, UnaryFn};
+use crate::graph::op::{Affine, Op, ReduceFn, UnaryFn};
 use crate::graph::used::{Span, span};
+use crate::rules::kind::{is_lane, is_lane_binary, is_lane_cast};
 
 /// Parallel loops are collapsed until there are at least this many pieces.
 const PIECES: usize = 64;
@@ -63,7 +64,7 @@ pub fn wrap(extents: &Extents, vars: &[Var], body: Vec<Stmt>, parallel: usize) -
     })
 }
 
-/// Whether statements can run with a variable in vector lanes: f32 only, unit steps or none.
+/// Whether statements can run with a variable in vector lanes: unit steps or none.
 pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
     let var = var as usize;
     fn depends(e: &Expr, var: usize) -> bool {
@@ -78,20 +79,21 @@ pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
             && p.dynamic.as_ref().is_none_or(|d| !depends(d, var))
     }
     fn value(buffers: &[Buffer], e: &Expr, var: usize) -> bool {
-        let float = |d: DType| d == DType::F32;
+        let float = |e: &Expr| dtype(buffers, e) == DType::F32;
         match e {
-            Expr::Load(b, p) => float(buffers[*b].dtype) && place(p, var, &[0, 1]),
-            Expr::Index(_) | Expr::Cast(..) => false,
-            Expr::Const(dtype, _) => float(*dtype),
-            Expr::Fold(..) => false,
-            Expr::Unary(f, x) => *f != UnaryFn::Not && value(buffers, x, var),
-            Expr::Binary(BinaryFn::Pow | BinaryFn::Rem, ..) => false,
+            Expr::Load(b, p) => is_lane(buffers[*b].dtype) && place(p, var, &[0, 1]),
+            Expr::Pair(_, p) => place(p, var, &[0, 2]),
+            Expr::Index(_) | Expr::Fold(..) => false,
+            Expr::Cast(to, x) => is_lane_cast(dtype(buffers, x), *to) && value(buffers, x, var),
+            Expr::Const(dtype, _) => is_lane(*dtype),
+            Expr::Unary(f, x) => *f != UnaryFn::Not && float(x) && value(buffers, x, var),
             Expr::Binary(f, x, y) => {
-                !matches!(f, BinaryFn::And | BinaryFn::Or | BinaryFn::Xor)
+                is_lane_binary(*f, dtype(buffers, x))
                     && value(buffers, x, var)
                     && value(buffers, y, var)
             }
-            Expr::Fma(x, y, z) => [x, y, z].into_iter().all(|e| value(buffers, e, var)),
+            Expr::Fma(x, y, z) => float(x) && [x, y, z].into_iter().all(|e| value(buffers, e, var)),
+            Expr::Dot(x, y, z) => [x, y, z].into_iter().all(|e| value(buffers, e, var)),
             Expr::Select(c, x, y) => {
                 let compared = matches!(&**c, Expr::Binary(f, ..) if f.is_comparison());
                 compared && [c, x, y].into_iter().all(|e| value(buffers, e, var))
@@ -103,7 +105,7 @@ pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
         Stmt::Store { buffer, place: p, value: v } => {
             let b = &buffers[*buffer];
             let compared = matches!(v, Expr::Binary(f, ..) if f.is_comparison());
-            b.dtype == DType::F32
+            is_lane(b.dtype)
                 && !compared
                 && (b.scope == Scope::Register || place(p, var, &[1]))
                 && value(buffers, v, var)
@@ -449,7 +451,8 @@ pub fn reduce_lanes(
     step: Vec<Stmt>,
 ) -> Lowering<Vec<Stmt>> {
     let (extent, lanes) = (lower.extents[last as usize], lower.target.lanes);
-    if extent < lanes || !is_vector(&lower.buffers, &step, last) {
+    let float = lower.buffers[cell].dtype == DType::F32;
+    if extent < lanes || !float || !is_vector(&lower.buffers, &step, last) {
         let body = vec![Stmt::For { var: last, extent, kind: Kind::Serial, body: step }];
         return Ok(wrap(&lower.extents, outer, body, 0));
     }

@@ -497,6 +497,7 @@ fn products(
         .plus(255, (sizes.ic * sizes.width) as i64)
         .plus(point.into(), (sizes.ic * sizes.oc) as i64);
     let product = Product {
+        halves: None,
         vars: vec![point, row, oc],
         summed: vec![ic],
         operands: [Arc::new(Expr::Load(x, left)), Arc::new(Expr::Load(w, right))],

@@ -138,6 +138,8 @@ pub trait Machine {
         y: &Self::Value,
         z: &Self::Value,
     ) -> Emitted<Self::Value>;
+    /// The products of the low and of the high i16 of x and y, and z, added as i32.
+    fn dot(&mut self, x: &Self::Value, y: &Self::Value, z: &Self::Value) -> Emitted<Self::Value>;
     /// x * y + z of a sum of products, which may be rounded twice where once would cost much.
     fn accumulate(
         &mut self,
@@ -166,7 +168,7 @@ enum Bound<I> {
     Number(i64),
 }
 
-type LoadKey = (BufferId, Affine, Access);
+type LoadKey = (BufferId, Affine, Access, DType);
 
 struct Emit<'a, M: Machine> {
     machine: &'a mut M,
@@ -428,7 +430,20 @@ impl<M: Machine> Emit<'_, M> {
         let wide = self.lane.is_some();
         let dtype = |x: &Expr| compute_dtype(self.loops.dtype(x));
         Ok(match e {
-            Expr::Load(buffer, place) => (self.load(*buffer, place)?, self.written[*buffer]),
+            Expr::Load(buffer, place) => {
+                let dtype = self.loops.buffers[*buffer].dtype;
+                (self.load(*buffer, place, dtype)?, self.written[*buffer])
+            }
+            // Two i16 side by side are the bytes of an i32.
+            Expr::Pair(buffer, place) => {
+                (self.load(*buffer, place, DType::I32)?, self.written[*buffer])
+            }
+            Expr::Dot(x, y, z) => {
+                let (x, a) = self.shared(x)?;
+                let (y, b) = self.shared(y)?;
+                let (z, c) = self.shared(z)?;
+                (self.machine.dot(&x, &y, &z)?, a || b || c)
+            }
             Expr::Index(index) => {
                 let (index, _) = self.resolve(index);
                 let terms = self.terms(&index, 1);
@@ -487,7 +502,8 @@ impl<M: Machine> Emit<'_, M> {
         })
     }
 
-    fn load(&mut self, buffer: BufferId, place: &Place) -> Emitted<M::Value> {
+    /// A value of this dtype at an element of a buffer.
+    fn load(&mut self, buffer: BufferId, place: &Place, dtype: DType) -> Emitted<M::Value> {
         let b = &self.loops.buffers[buffer];
         let wide = self.lane.is_some();
         if b.scope == Scope::Register {
@@ -505,13 +521,12 @@ impl<M: Machine> Emit<'_, M> {
             (true, true) => Access::Lanes,
             (true, false) => Access::Splat,
         };
-        let key = (buffer, index, access);
+        let key = (buffer, index, access, dtype);
         if place.dynamic.is_none()
             && let Some(known) = self.loads.get(&key)
         {
             return Ok(known.clone());
         }
-        let dtype = b.dtype;
         let (address, ..) = self.address(buffer, place)?;
         let value = self.machine.load(dtype, &address, access)?;
         if place.dynamic.is_none() {

@@ -1,0 +1,205 @@
+//! Rules of quantised models: products of numbers that stand for bytes are products of integers.
+//!
+//! A byte without its zero point is an i16 of at most 255 in magnitude. That is what kernels keep in
+//! memory and multiply (`loops/pairs.rs`), and what a border of zeros surrounds.
+
+use egg::Id;
+use kiln_runtime::tensor::DType;
+
+use super::cost::in_pairs;
+use super::lang::{ENode, Egg};
+use super::table::{add, find, shape};
+use crate::graph::eval::{Data, Value, int_range};
+use crate::graph::op::{BinaryFn, Contract, Op, Shape};
+
+/// Products of two such numbers that an i32 holds the sum of.
+const MOST_SUMMED: usize = 33_000;
+/// How far views of constants are looked through.
+const DEPTH: usize = 4;
+
+fn dtype(egraph: &Egg, id: Id) -> DType {
+    egraph[id].data.ty.dtype
+}
+
+/// What a class is cast from, of dtypes that `pick` takes.
+fn cast_from(egraph: &Egg, id: Id, pick: impl Fn(DType) -> bool) -> Option<Id> {
+    let picked = |n: &ENode| matches!(n.op, Op::Cast(_)) && pick(dtype(egraph, n.args[0]));
+    find(egraph, id, |n| picked(n).then(|| n.args[0]))
+}
+
+fn is_byte(dtype: DType) -> bool {
+    matches!(dtype, DType::I8 | DType::U8)
+}
+
+/// Whether a class is the number 0.
+fn is_zero(egraph: &Egg, id: Id, depth: usize) -> bool {
+    egraph[id].nodes.iter().any(|n| match &n.op {
+        Op::Const(i) => {
+            let constant = &egraph.analysis.constants[*i as usize];
+            constant.ty.numel() == 1 && constant.bytes.iter().all(|&b| b == 0)
+        }
+        Op::Cast(_) | Op::Reshape(_) => depth > 0 && is_zero(egraph, n.args[0], depth - 1),
+        _ => false,
+    })
+}
+
+/// The bytes whose difference a node is, as classes of bytes or of constants with such values.
+fn difference(egraph: &Egg, node: &ENode) -> Option<[Id; 2]> {
+    let Op::Binary(BinaryFn::Sub) = node.op else { return None };
+    if dtype(egraph, node.args[0]) != DType::I32 {
+        return None;
+    }
+    let x = cast_from(egraph, node.args[0], is_byte)?;
+    let of = cast_from(egraph, node.args[1], |from| from == dtype(egraph, x));
+    let small = || {
+        let index = find(egraph, node.args[1], |n| match n.op {
+            Op::Const(i) => Some(i as usize),
+            _ => None,
+        })?;
+        let (low, high) = int_range(dtype(egraph, x));
+        let value = Value::from_constant(&egraph.analysis.constants[index]);
+        let Data::Int(values) = value.data else { return None };
+        values.iter().all(|v| (low..=high).contains(v)).then_some(node.args[1])
+    };
+    Some([x, of.or_else(small)?])
+}
+
+/// The same difference in i16, which holds it; x alone where nothing is taken from it.
+fn short_difference(egraph: &mut Egg, [x, y]: [Id; 2]) -> Id {
+    let same = shape(egraph, x).len() == shape(egraph, y).len();
+    let one = egraph[y].data.ty.numel() == 1;
+    let zero = same && one && is_zero(egraph, y, DEPTH);
+    let [x, y] = [x, y].map(|x| add(egraph, Op::Cast(DType::I16), &[x]));
+    if zero { x } else { add(egraph, Op::Binary(BinaryFn::Sub), &[x, y]) }
+}
+
+/// The i16 that an i32 class is, where it is a byte or the difference of two.
+fn short(egraph: &mut Egg, id: Id, depth: usize) -> Option<Id> {
+    if dtype(egraph, id) != DType::I32 {
+        return None;
+    }
+    if let Some(x) = cast_from(egraph, id, |from| from == DType::I16) {
+        return Some(x);
+    }
+    if let Some(x) = cast_from(egraph, id, is_byte) {
+        return Some(add(egraph, Op::Cast(DType::I16), &[x]));
+    }
+    if let Some(bytes) = find(egraph, id, |n| difference(egraph, n)) {
+        return Some(short_difference(egraph, bytes));
+    }
+    let padded = find(egraph, id, |n| match &n.op {
+        Op::Pad(_) if is_zero(egraph, n.args[1], DEPTH) => Some(n.clone()),
+        _ => None,
+    });
+    let constant = egraph[id].data.constant;
+    let moved = || {
+        find(egraph, id, |n| match &n.op {
+            Op::Permute(_) | Op::Reshape(_) if constant => Some(n.clone()),
+            _ => None,
+        })
+    };
+    let node = padded.or_else(moved)?;
+    if depth == 0 {
+        return None;
+    }
+    let x = short(egraph, node.args[0], depth - 1)?;
+    let mut args = vec![x];
+    for &fill in &node.args[1..] {
+        args.push(add(egraph, Op::Cast(DType::I16), &[fill]));
+    }
+    Some(add(egraph, node.op, &args))
+}
+
+/// A number as an integer times a scale: both classes.
+fn scaled(egraph: &mut Egg, id: Id, depth: usize) -> Option<(Id, Id)> {
+    let product = find(egraph, id, |n| {
+        let Op::Binary(BinaryFn::Mul) = n.op else { return None };
+        let whole = |k: usize| cast_from(egraph, n.args[k], |from| from == DType::I32);
+        let same = |k: usize| shape(egraph, n.args[k]) == shape(egraph, id);
+        (0..2).find_map(|k| Some((whole(k).filter(|_| same(k))?, n.args[1 - k])))
+    });
+    if product.is_some() {
+        return product;
+    }
+    // A border of zeros is one of the integers as well, where all have one scale.
+    let constant = egraph[id].data.constant;
+    let node = find(egraph, id, |n| match &n.op {
+        Op::Pad(_) if is_zero(egraph, n.args[1], DEPTH) => Some(n.clone()),
+        Op::Permute(_) | Op::Reshape(_) if constant => Some(n.clone()),
+        _ => None,
+    })?;
+    let (x, scale) = scaled(egraph, node.args[0], depth.checked_sub(1)?)?;
+    let one = egraph[scale].data.ty.numel() == 1;
+    match &node.op {
+        Op::Pad(_) if one => {
+            let fill = add(egraph, Op::Cast(DType::I32), &[node.args[1]]);
+            Some((add(egraph, node.op, &[x, fill]), scale))
+        }
+        Op::Permute(_) if one => Some((add(egraph, node.op, &[x]), scale)),
+        Op::Permute(_) => {
+            Some((add(egraph, node.op.clone(), &[x]), add(egraph, node.op, &[scale])))
+        }
+        Op::Reshape(to) if one => {
+            let unit = add(egraph, Op::Reshape(Shape::from_elem(1, to.len())), &[scale]);
+            Some((add(egraph, node.op, &[x]), unit))
+        }
+        _ => None,
+    }
+}
+
+/// The scale of an operand as one of the result.
+fn scale_of_result(egraph: &mut Egg, contract: &Contract, at: usize, scale: Id) -> Option<Id> {
+    let of = shape(egraph, scale);
+    let mut to = Shape::from_elem(1, contract.n_out);
+    let mut long = (0..of.len()).filter(|&d| of[d] != 1);
+    if let Some(d) = long.next() {
+        let axis = contract.maps[at].get(d)?.as_axis().filter(|&a| a < contract.n_out)?;
+        if long.next().is_some() || contract.extents[axis] != of[d] {
+            return None;
+        }
+        to[axis] = of[d];
+    }
+    Some(if of == to { scale } else { add(egraph, Op::Reshape(to), &[scale]) })
+}
+
+/// contract(i * s, j * t) = contract(i, j) * (s * t), the product of integers.
+pub(super) fn contract_of_integers(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Contract(contract) = &node.op else { return None };
+    let to = egraph[node.args[0]].data.ty.dtype;
+    let summed: usize = contract.extents[contract.n_out..].iter().product();
+    let constant = [0, 1].map(|k: usize| egraph[node.args[k]].data.constant);
+    let fits = to.is_float() && summed <= MOST_SUMMED && in_pairs(contract, constant);
+    if !fits {
+        return None;
+    }
+    let mut wholes = Vec::new();
+    let mut scales = Vec::new();
+    for at in 0..2 {
+        let (whole, scale) = scaled(egraph, node.args[at], DEPTH)?;
+        let short = short(egraph, whole, DEPTH)?;
+        wholes.push(add(egraph, Op::Cast(DType::I32), &[short]));
+        scales.push(scale_of_result(egraph, contract, at, scale)?);
+    }
+    let sum = add(egraph, node.op.clone(), &wholes);
+    let sum = add(egraph, Op::Cast(to), &[sum]);
+    let scale = add(egraph, Op::Binary(BinaryFn::Mul), &scales);
+    Some(add(egraph, Op::Binary(BinaryFn::Mul), &[sum, scale]))
+}
+
+/// contract(x, y) = contract(i32(i16(x)), i32(i16(y))) for bytes and differences of bytes.
+pub(super) fn contract_of_shorts(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Contract(_) = &node.op else { return None };
+    let mut args = Vec::new();
+    for &arg in &node.args {
+        let short = short(egraph, arg, DEPTH)?;
+        args.push(add(egraph, Op::Cast(DType::I32), &[short]));
+    }
+    Some(add(egraph, node.op.clone(), &args))
+}
+
+/// i32(x) - i32(y) = i32(i16(x) - i16(y)) for bytes: what a contraction reads is read by others.
+pub(super) fn difference_of_bytes(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let bytes = difference(egraph, node)?;
+    let difference = short_difference(egraph, bytes);
+    Some(add(egraph, Op::Cast(DType::I32), &[difference]))
+}
