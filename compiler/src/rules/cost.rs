@@ -263,7 +263,7 @@ pub fn integers_us(contract: &Contract, constant: [bool; 2], shorts: bool) -> f6
     let extent = lanes.map_or(1, |a| contract.extents[a]);
     let filled = extent as f64 / extent.next_multiple_of(8) as f64;
     let efficiency = match shorts && in_pairs(contract, constant) {
-        true => 1.2 * filled,
+        true => 0.95 * filled,
         false => 0.03,
     };
     2.0 * products / FLOPS_PER_US / efficiency

@@ -6,11 +6,12 @@
 use egg::Id;
 use kiln_runtime::tensor::DType;
 
+use super::algebra::number;
 use super::cost::in_pairs;
 use super::lang::{ENode, Egg};
 use super::table::{add, find, shape};
 use crate::graph::eval::{Data, Value, int_range};
-use crate::graph::op::{BinaryFn, Contract, Op, Shape};
+use crate::graph::op::{BinaryFn, Contract, Op, ReduceFn, Shape};
 
 /// Products of two such numbers that an i32 holds the sum of.
 const MOST_SUMMED: usize = 33_000;
@@ -202,4 +203,46 @@ pub(super) fn difference_of_bytes(egraph: &mut Egg, node: &ENode) -> Option<Id> 
     let bytes = difference(egraph, node)?;
     let difference = short_difference(egraph, bytes);
     Some(add(egraph, Op::Cast(DType::I32), &[difference]))
+}
+
+/// max over windows of i * s = (max over windows of i) * s for a number s above 0, in i16. A border
+/// that is below all numbers is one of the least i16, where every window has an element inside.
+pub(super) fn pool_of_integers(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Reduce(ReduceFn::Max, _) = node.op else { return None };
+    let window = find(egraph, node.args[0], |n| match &n.op {
+        Op::Window(taps) => Some((taps.clone(), n.op.clone(), n.args[0])),
+        _ => None,
+    });
+    let (taps, window, x) = window?;
+    let lead = shape(egraph, x).len() - taps.len();
+    let padded = find(egraph, x, |n| match &n.op {
+        Op::Pad(borders) => Some((borders.clone(), n.args[0], n.args[1])),
+        _ => None,
+    });
+    let inner = padded.as_ref().map_or(x, |p| p.1);
+    let (whole, scale) = scaled(egraph, inner, 0)?;
+    let to = dtype(egraph, x);
+    let positive = number(egraph, scale).is_some_and(|s| s > 0.0) && to.is_float();
+    if egraph[scale].data.ty.numel() != 1 || !positive {
+        return None;
+    }
+    let mut short = short(egraph, whole, 0)?;
+    if let Some((borders, _, fill)) = padded {
+        let below = number(egraph, fill).is_some_and(|v| v <= f64::from(f32::MIN));
+        let (outer, along) = borders.split_at(lead);
+        let within = along.iter().zip(&taps).all(|(b, t)| t.2 == 1 && b.0 < t.0 && b.1 < t.0);
+        if !below || !within || outer.iter().any(|&b| b != (0, 0)) {
+            return None;
+        }
+        // What is below all numbers becomes the least one.
+        let fill = add(egraph, Op::Cast(DType::I16), &[fill]);
+        short = add(egraph, Op::Pad(borders), &[short, fill]);
+    }
+    let windows = add(egraph, window, &[short]);
+    let most = add(egraph, node.op.clone(), &[windows]);
+    let most = add(egraph, Op::Cast(DType::I32), &[most]);
+    let most = add(egraph, Op::Cast(to), &[most]);
+    let unit = Shape::from_elem(1, shape(egraph, most).len());
+    let scale = add(egraph, Op::Reshape(unit), &[scale]);
+    Some(add(egraph, Op::Binary(BinaryFn::Mul), &[most, scale]))
 }

@@ -221,7 +221,7 @@ impl Body<'_> {
     }
 
     /// From `node` to the root, pointwise operations and moves of all elements, used once each.
-    fn is_epilogue(&self, node: usize) -> bool {
+    fn is_epilogue(&self, node: usize, lanes_stay: bool) -> bool {
         let above = self.above(node);
         let root = self.nodes.len() - 1;
         let size = self.ty(node).numel();
@@ -230,10 +230,10 @@ impl Body<'_> {
             let fits = match self.op(n) {
                 op if is_pointwise(op) => !moved && self.ty(n).numel() == size,
                 // Values computed after a permutation would have to be read elsewhere; and the
-                // last axis, which runs in lanes, must stay the last one.
+                // last axis, where it runs in lanes, must stay the last one.
                 Op::Permute(axes) => {
                     moved = true;
-                    axes.last().is_none_or(|&a| a as usize + 1 == axes.len())
+                    !lanes_stay || axes.last().is_none_or(|&a| a as usize + 1 == axes.len())
                 }
                 Op::Reshape(_) => true,
                 _ => false,
@@ -257,7 +257,9 @@ impl Body<'_> {
             let once = !below[n] && is_pointwise(self.op(n)) && self.ty(n).numel() == size;
             self.is_move(n) || whole && (self.widens(n) || once && self.is_vector_op(n))
         };
-        beside.all(fits) && self.is_epilogue(contract) && self.is_vector(contract, &above, shorts)
+        beside.all(fits)
+            && self.is_epilogue(contract, true)
+            && self.is_vector(contract, &above, shorts)
     }
 
     /// Whether a node is an i16 as an i32.
@@ -320,7 +322,9 @@ impl Body<'_> {
         // Long rows go across lanes, in a row kernel.
         let long =
             axes.last().is_some_and(|&a| a as usize + 1 == x.rank() && x.shape[a as usize] >= 16);
-        !long && self.is_epilogue(reduce)
+        // A pooling runs in whatever order its result has.
+        let window = self.args(reduce).any(|a| matches!(self.op(a), Op::Window(_)));
+        !long && self.is_epilogue(reduce, !window)
     }
 
     fn is_row(&self, reduces: &[usize]) -> bool {
