@@ -27,19 +27,41 @@ pub fn longer(dims: &[PlanDim]) -> Vec<(String, usize)> {
 /// # Errors
 /// All nodes that need a number where there is a range, at once.
 pub fn prove(graph: Graph, longer: &Graph) -> Result<Graph> {
+    let beyond = bounds(&graph, longer);
     let written = |graph: &Graph| apart(&graph.live()).live();
     let (graph, longer) = (written(&graph), written(longer));
     let proof = Proof { graph: &graph, longer: &longer };
-    let problems = match graph.nodes.len() == longer.nodes.len() {
-        true => proof.problems(),
-        false => vec![proof.parting()],
+    let problems = match (beyond, graph.nodes.len() == longer.nodes.len()) {
+        (Some(problem), _) => vec![problem],
+        (None, true) => proof.problems(),
+        (None, false) => vec![proof.parting()],
     };
     if problems.is_empty() {
         return Ok(graph);
     }
-    let help = "compile for one length (--dim NAME=N); in process, `on_demand` compiles for each";
+    let help = "compile for one length (--dim NAME=N); `kiln run`, and `on_demand` in process, \
+                compile for the lengths that they meet";
     let problems = problems.into_iter().map(|problem| problem.help(help));
     Err(Error { kind: ErrorKind::Model, diagnostics: problems.collect() })
+}
+
+/// The first slice with a bound that hangs on a dim and lies beyond the slice's axis. Runs of other
+/// lengths may have it within, so the slice is another piece for them.
+fn bounds(graph: &Graph, longer: &Graph) -> Option<Diagnostic> {
+    let (some, more) = (&graph.beyond, &longer.beyond);
+    let differs = (0..some.len().max(more.len())).find(|&i| some.get(i) != more.get(i))?;
+    let (origin, bound) = some.get(differs).or(more.get(differs))?;
+    let problem = Diagnostic::new("K0110", "which of two lengths is shorter decides a slice");
+    let found = format!("a bound of {bound} for the longest dims, beyond the axis");
+    Some(problem.node(origin.as_ref()).found(found))
+}
+
+/// An operation in a message; the number of a constant would say nothing.
+fn said(op: &Op) -> String {
+    match op {
+        Op::Const(_) => "a constant".to_string(),
+        op => op_text(op),
+    }
 }
 
 struct Proof<'a> {
@@ -50,11 +72,15 @@ struct Proof<'a> {
 impl Proof<'_> {
     /// Where graphs of other nodes part.
     fn parting(&self) -> Diagnostic {
+        let problem = Diagnostic::new("K0110", "the length of a dim decides what is computed");
         let mut pairs = self.graph.nodes.iter().zip(&self.longer.nodes);
         let parts = |(a, b): &(&Node, &Node)| a.args != b.args || !self.same(&a.op, &b.op);
-        let node = pairs.find(parts).map(|pair| pair.0).or(self.graph.nodes.last());
-        let origin = node.map_or("", |node| node.origin.as_ref());
-        Diagnostic::new("K0110", "the length of a dim decides what is computed").node(origin)
+        let Some((a, b)) = pairs.find(parts) else {
+            let last = self.graph.nodes.last();
+            return problem.node(last.map_or("", |node| node.origin.as_ref()));
+        };
+        let found = format!("{}, and {} where it is longer", said(&a.op), said(&b.op));
+        problem.node(a.origin.as_ref()).found(found)
     }
 
     fn problems(&self) -> Vec<Diagnostic> {
@@ -101,7 +127,8 @@ impl Proof<'_> {
             return Err(Diagnostic::new("K0110", what).found(type_text(&node.ty)));
         }
         if let Op::Slice(axes) = &node.op {
-            self.slice(self.graph.ty(node.args[0]), axes)?;
+            let Op::Slice(longer) = &other.op else { return Ok(()) };
+            self.slice(node.args[0], axes, longer)?;
         }
         let hidden = |arg: usize, axis: usize| self.hidden(node.args[arg], axis);
         let involved = match &node.op {
@@ -135,12 +162,22 @@ impl Proof<'_> {
 
     /// A slice of an axis in use in part has all that is in use, or the first element, which is
     /// there in every run.
-    fn slice(&self, ty: &Type, axes: &[(i64, i64, usize)]) -> std::result::Result<(), Diagnostic> {
+    fn slice(
+        &self,
+        x: NodeId,
+        axes: &[(i64, i64, usize)],
+        longer: &[(i64, i64, usize)],
+    ) -> std::result::Result<(), Diagnostic> {
+        let (ty, other) = (self.graph.ty(x), self.longer.ty(x));
         for (axis, &(_, step, extent)) in axes.iter().enumerate() {
             let Some(Span::Dim { dim, more }) = span(ty, axis) else { continue };
             let PlanDim { name, least, most } = &self.graph.dims[usize::from(dim)];
             let more = i64::from(more);
-            let whole = step == 1 && *most as i64 + more <= extent as i64;
+            // As much is left out where the dim is longer: what is left in is as long as this dim.
+            let left_out = |all: usize, extent: usize| all as i64 - extent as i64;
+            let same =
+                left_out(ty.shape[axis], extent) == left_out(other.shape[axis], longer[axis].2);
+            let whole = step == 1 && same && *most as i64 + more <= extent as i64;
             if !whole && (extent > 1 || *least as i64 + more < 1) {
                 let what = match extent > 1 {
                     true => "a piece of an axis whose length is that of a dim",
@@ -200,13 +237,13 @@ fn is_corner(small: &Constant, large: &Constant) -> bool {
     })
 }
 
-/// The types of inputs whose axes have names that are dims, with what is in use.
-pub fn in_use(ty: Type, axis: usize, name: &str, dims: &[PlanDim]) -> Type {
+/// The type of an input one of whose axes is as long as a dim and some more, with what is in use.
+pub fn in_use(ty: Type, axis: usize, (name, more): (&str, usize), dims: &[PlanDim]) -> Type {
     let mut ty = ty;
     if let Some(dim) = dims.iter().position(|dim| dim.name == name)
         && ty.shape[axis] > 1
     {
-        ty.used.push((axis as u8, Span::Dim { dim: dim as u8, more: 0 }));
+        ty.used.push((axis as u8, Span::Dim { dim: dim as u8, more: more as i32 }));
     }
     ty
 }

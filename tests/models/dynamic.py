@@ -146,6 +146,44 @@ def recurrent(width=16):
     b.write(y=[2, 4], next_h=[2, width])
 
 
+def joined(width=32, heads=2):
+    """Layers over [batch * sequence, width], attention over [batch * heads, sequence, size], and a
+    mask that is read by index, as torch exports them."""
+    b = Dynamic("joined", opset=20)
+    size = width // heads
+    x = b.input("x", "batch", "sequence", width)
+    mask = b.input("mask", "batch", "sequence")
+    shape = b.op("Shape", x)
+    number = lambda value: b.op("Squeeze", b.ints(value))
+    lengths = [b.op("Gather", shape, number(axis), axis=0) for axis in (0, 1)]
+    row, column = (b.op("Range", number(0), length, number(1)) for length in lengths)
+    row, column = b.op("Unsqueeze", row, b.ints(1, 2, 3)), b.op("Unsqueeze", column, b.ints(0, 1, 2))
+    both = b.op("Shape", b.op("Max", row, column))
+    index = [b.op("Unsqueeze", b.op("Expand", i, both), b.ints(-1)) for i in (row, column)]
+    seen = b.op("GatherND", mask, b.op("Concat", *index, axis=-1))
+
+    def rows(x, outputs):
+        flat = b.op("Reshape", x, b.ints(-1, width))
+        return b.dense(flat, width, outputs)
+
+    three = b.op("Concat", *(b.op("Unsqueeze", i, b.ints(0)) for i in lengths),
+                 b.ints(3, heads, size), axis=0)
+    y = b.op("Transpose", b.op("Reshape", rows(x, 3 * width), three), perm=[2, 0, 3, 1, 4])
+    q, k, v = (b.op("Gather", y, number(i), axis=0) for i in range(3))
+    flat = b.op("Concat", b.ints(-1), b.op("Slice", shape, b.ints(1), b.ints(2)), b.ints(size),
+                axis=0)
+    turned = b.op("Transpose", b.op("Reshape", k, flat), perm=[0, 2, 1])
+    apart = b.op("Concat", b.op("Slice", shape, b.ints(0), b.ints(1)), b.ints(heads, size),
+                 b.op("Slice", shape, b.ints(1), b.ints(2)), axis=0)
+    scores = b.op("MatMul", q, b.op("Reshape", turned, apart))
+    bias = b.op("Log", b.op("Add", b.op("Abs", seen), b.number(0.1)))
+    shares = b.op("Softmax", b.op("Add", scores, bias), axis=-1)
+    y = b.op("Transpose", b.op("MatMul", shares, v), perm=[0, 2, 1, 3])
+    y = b.op("Reshape", b.op("Tanh", rows(y, width)), shape)
+    b.named(b.op("Add", x, y), "y")
+    b.write(y=["batch", "sequence", width])
+
+
 def mean():
     """Divides by the length of a dim: no code for a range can have that as a number."""
     b = Dynamic("mean")
@@ -154,6 +192,19 @@ def mean():
     b.write(y=["batch", 8])
 
 
-for model in (cnn, encoder, decoder, language, recurrent, mean):
+def cut(name, end):
+    """Sums a column of x as far as `end` says, which may be as far as another input is long."""
+    b = Dynamic(name)
+    x, y = b.input("x", "past", 4), b.input("y", "sequence", 1)
+    starts, axes = b.ints(0, 2), b.ints(0, 1)
+    end = b.op("Concat", end(b, y), b.ints(3), axis=0)
+    x = b.op("ReduceSum", b.op("Slice", x, starts, end, axes), b.ints(0), keepdims=1)
+    b.named(b.op("Add", x, y), "z")
+    b.write(z=["sequence", 1])
+
+
+for model in (cnn, encoder, decoder, language, recurrent, joined, mean):
     model()
+cut("cut", lambda b, y: b.op("Slice", b.op("Shape", y), b.ints(0), b.ints(1)))
+cut("cut_far", lambda b, y: b.ints(512))
 print("  models with named dims", file=sys.stderr)

@@ -8,9 +8,10 @@ use kiln_tests::cases::{folders, name_of, read_case};
 use kiln_tests::{Tolerance, difference, oracle};
 
 const CLOSE: Tolerance = Tolerance { rtol: 1e-3, atol: 2e-5 };
-/// Exports that are one executable for all lengths. Masks of the others are made of numbers that
-/// hang on a length.
-const RANGES: [&str; 4] = ["resnet18", "torch_encoder", "vit", "whisper_encoder"];
+/// Exports that are one executable for all lengths. The others are decoders with a cache, whose
+/// masks are made of numbers that hang on its length.
+const RANGES: [&str; 6] =
+    ["bert", "gpt2_opset", "resnet18", "torch_encoder", "vit", "whisper_encoder"];
 
 #[test]
 fn exports_give_what_torch_gave() {

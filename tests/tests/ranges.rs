@@ -88,6 +88,33 @@ fn a_cache_may_have_any_length() {
 }
 
 #[test]
+fn axes_that_are_joined_and_parted_again_may_have_any_length() {
+    let lengths: Vec<Vec<usize>> =
+        [1, 2, 3, 4].iter().flat_map(|&b| [1, 2, 7, 8, 9, 20].map(|s| vec![b, s])).collect();
+    let lengths: Vec<&[usize]> = lengths.iter().map(Vec::as_slice).collect();
+    check("joined", &[("batch", 1, 4), ("sequence", 1, 20)], &lengths);
+}
+
+#[test]
+fn which_of_two_dims_is_shorter_decides_nothing_in_silence() {
+    let Some(model) = model("cut") else { return };
+    let refused = |compiler: Compiler| {
+        let text = compiler.compile_ranges(&model).expect_err("a slice by another dim").to_string();
+        assert!(text.contains("K0110") && text.contains("/slice"), "{text}");
+    };
+    let compiler = || Compiler::new().dim_range("past", 1..=40);
+    // The slice has all of x for the longest dims.
+    refused(compiler().dim_range("sequence", 1..=64));
+    refused(compiler().dim_range("sequence", 1..=40));
+    refused(Compiler::new().dim_range("sequence", 1..=40).dim_range("past", 1..=40));
+    refused(compiler().dim_range("sequence", 1..=8));
+    refused(compiler().dim("sequence", 8));
+    // A number that no length comes near cuts nothing.
+    let lengths: &[&[usize]] = &[&[1, 1], &[10, 3], &[40, 64], &[39, 1]];
+    check("cut_far", &[("past", 1, 40), ("sequence", 1, 64)], lengths);
+}
+
+#[test]
 fn tensors_outside_of_a_range_are_refused_by_name() {
     let Some(model) = model("encoder") else { return };
     let compiler = Compiler::new().dim_range("batch", 2..=4).dim_range("sequence", 1..=64);

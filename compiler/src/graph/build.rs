@@ -122,6 +122,11 @@ impl Graph {
         if !small(ty) || args.is_empty() && !matches!(op, Op::Iota(..)) {
             return None;
         }
+        // What is as long as a dim is small for some lengths only, and models for ranges are
+        // compared with ones of other lengths.
+        if !self.dims.is_empty() && matches!(op, Op::Iota(..) | Op::Expand(_)) {
+            return None;
+        }
         // A small piece of a large constant is worth reading; a large reduction is not.
         let values: Option<Vec<Value>> =
             args.iter().map(|&a| small(self.ty(a)).then(|| self.value(a)).flatten()).collect();

@@ -90,6 +90,9 @@ pub struct Graph {
     pub constants: Arc<Vec<Constant>>,
     /// Bodies that `Op::Fused` names.
     pub bodies: Vec<Arc<Body>>,
+    /// Bounds of slices that lay beyond their axis while a model was imported for ranges of dims:
+    /// a bound that hangs on a dim lies within it for other lengths.
+    pub beyond: Vec<(Origin, i64)>,
     known: HashMap<(Op, Args), NodeId>,
 }
 
@@ -136,8 +139,10 @@ impl Graph {
     /// Everything that the graph says, as text, but for the elements of constants: graphs with
     /// equal texts and equal constants are equal.
     pub fn describe(&self) -> String {
-        // All fields, so that none is forgotten. What is known again follows from the nodes.
-        let Graph { nodes, dims, inputs, outputs, states, constants, bodies, known: _ } = self;
+        // All fields, so that none is forgotten. What is known again follows from the nodes, and
+        // what lay beyond its axis is settled when a graph has been proved.
+        let Graph { nodes, dims, inputs, outputs, states, constants, bodies, beyond: _, known: _ } =
+            self;
         let types: Vec<&Type> = constants.iter().map(|constant| &constant.ty).collect();
         format!("{dims:?}\n{inputs:?}\n{outputs:?}\n{states:?}\n{types:?}\n{bodies:?}\n{nodes:?}")
     }

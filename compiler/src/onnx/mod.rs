@@ -6,6 +6,7 @@ pub mod call;
 pub mod contraction;
 pub mod loss;
 pub mod norm;
+mod place;
 pub mod pointwise;
 #[rustfmt::skip]
 pub mod proto;
@@ -80,8 +81,10 @@ pub fn import(bytes: Bytes, options: &ImportOptions) -> Result<Graph> {
             .help("a .onnx file, complete: was a download cut off?");
         Error::new(ErrorKind::Model, diagnostic)
     })?;
+    let mut graph = Graph::default();
+    graph.dims.clone_from(&options.ranges);
     let mut import = Import {
-        graph: Graph::default(),
+        graph,
         values: HashMap::new(),
         opsets: HashMap::new(),
         problems: Vec::new(),
@@ -232,7 +235,10 @@ impl Import<'_> {
     fn in_use(&self, ty: Type, tensor: &type_proto::Tensor) -> Type {
         let dims = tensor.shape.iter().flat_map(|shape| &shape.dim).enumerate();
         dims.fold(ty, |ty, (axis, dim)| match &dim.value {
-            Some(DimensionValue::DimParam(name)) => in_use(ty, axis, name, &self.options.ranges),
+            Some(DimensionValue::DimParam(text)) => {
+                let (name, more) = self.sum(text);
+                in_use(ty, axis, (name, more), &self.options.ranges)
+            }
             Some(DimensionValue::DimValue(_)) | None => ty,
         })
     }
@@ -251,9 +257,21 @@ impl Import<'_> {
         shape.dim.iter().enumerate().map(extent).collect()
     }
 
+    /// A dim and how much longer than it an axis is, as in `past + 1`; a name that is known as it
+    /// stands is no sum.
+    fn sum<'t>(&self, text: &'t str) -> (&'t str, usize) {
+        let known = self.options.dims.iter().any(|d| d.0 == text);
+        let sum = text.split_once(" + ").filter(|_| !known);
+        match sum.map(|(name, more)| (name, more.parse::<u16>())) {
+            Some((name, Ok(more))) => (name, more.into()),
+            Some((_, Err(_))) | None => (text, 0),
+        }
+    }
+
     fn dim(&self, name: &str, axis: usize) -> std::result::Result<usize, Diagnostic> {
-        let known = self.options.dims.iter().find(|d| !name.is_empty() && d.0 == name);
-        known.map(|d| d.1).ok_or_else(|| {
+        let (known, more) = self.sum(name);
+        let known = self.options.dims.iter().find(|d| !name.is_empty() && d.0 == known);
+        known.and_then(|d| d.1.checked_add(more)).ok_or_else(|| {
             let help = match name {
                 "" => "export the model with a name or a number for it".to_string(),
                 name => format!("say it: --dim {name}=1"),

@@ -4,6 +4,7 @@ use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use super::call::{Call, Outputs, not_supported, one};
+use super::place;
 use crate::error::Diagnostic;
 use crate::graph::NodeId;
 use crate::graph::build::Added;
@@ -247,10 +248,13 @@ pub(super) fn slice(call: &mut Call) -> Outputs {
         let n = shape[axes[i]] as i64;
         let at = |v: i64| if v < 0 { v.saturating_add(n) } else { v };
         let step = steps[i];
-        let (start, end) = match step > 0 {
-            true => (at(starts[i]).clamp(0, n), at(ends[i]).clamp(0, n)),
-            false => (at(starts[i]).clamp(-1, n - 1), at(ends[i]).clamp(-1, n - 1)),
-        };
+        let (least, most) = if step > 0 { (0, n) } else { (-1, n - 1) };
+        if !call.graph.dims.is_empty() {
+            let bounds = [starts[i], ends[i]].into_iter();
+            let beyond = bounds.filter(|&bound| !(least..=most).contains(&at(bound)));
+            call.graph.beyond.extend(beyond.map(|bound| (call.origin.clone(), bound)));
+        }
+        let (start, end) = (at(starts[i]).clamp(least, most), at(ends[i]).clamp(least, most));
         let reach = if step > 0 { end - start } else { start - end };
         let length = if reach <= 0 { 0 } else { (reach as u64).div_ceil(step.unsigned_abs()) };
         let start = if length == 0 { 0 } else { start };
@@ -369,6 +373,12 @@ pub(super) fn gather_nd(call: &mut Call) -> Outputs {
     let depth = of.last().copied().unwrap_or(0);
     if batch + depth > shape.len() || of.is_empty() || batch >= of.len() {
         return Err(not_supported(format!("an index {of:?} into {shape:?}")));
+    }
+    if batch == 0
+        && depth > 0
+        && let Some(view) = place::view(call.graph, [x, index], &call.origin)?
+    {
+        return one(view);
     }
     let lead = batch + depth;
     let mut place = nd_places(call, &shape[..lead], index, batch)?;

@@ -15,6 +15,7 @@ pub mod fuse;
 mod integers;
 pub mod kind;
 pub mod lang;
+mod reads;
 pub mod select;
 mod siblings;
 pub mod table;
