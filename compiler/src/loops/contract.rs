@@ -32,8 +32,8 @@ pub struct Product {
     pub place: Place,
     /// What goes there.
     pub result: Arc<Expr>,
-    /// Where the sum runs over pairs of i16: how far apart the elements of a pair lie in the operand
-    /// that is packed.
+    /// Where the sum runs over pairs of i16: how far apart those of a pair lie in the operand that
+    /// is packed.
     pub halves: Option<i64>,
 }
 
@@ -231,7 +231,7 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
             let order = panel_order(&product, affine, &summed, n);
             let to = (scratch, offset);
             let (pack, place) =
-                pack_halves(&lower, source, affine, (&order, n), strip, to, product.halves)?;
+                pairs::pack(&lower, source, affine, (&order, n), strip, to, product.halves)?;
             lowered.kernels.push(pack);
             let elements = if product.halves.is_some() { 2 } else { 1 };
             offset += strip.tiles * strip.width * order_len(&lower, &order) * elements;
@@ -277,64 +277,7 @@ pub fn pack(
     strip: Strip,
     to: (usize, usize),
 ) -> Lowering<(Loops, Affine)> {
-    pack_halves(lower, source, affine, axes, strip, to, None)
-}
-
-/// The same for pairs of elements that lie so far apart: the panels are `[..][width][2]`.
-fn pack_halves(
-    lower: &Lower,
-    source: BufferId,
-    affine: &Affine,
-    (order, n): (&[Var], Var),
-    strip: Strip,
-    (scratch, offset): (usize, usize),
-    halves: Option<i64>,
-) -> Lowering<(Loops, Affine)> {
-    let mut packer = lower.fresh();
-    let from = &lower.buffers[source];
-    let dtype = from.dtype;
-    let source = packer.buffer(dtype, from.len, Scope::Global, from.param);
-    let count = if halves.is_some() { 2 } else { 1 };
-    let len = count * affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product::<usize>();
-    let to = packer.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
-    // Outer axes of the result come before the tile in memory, as they do in the loops.
-    let tile = packer.var(strip.tiles)?;
-    let inner: Vec<Var> =
-        order.iter().map(|&v| packer.var(lower.extents[v as usize])).collect::<Lowering<_>>()?;
-    let element = packer.var(strip.width)?;
-    let half = halves.map(|_| packer.var(2)).transpose()?;
-    let mut packed = Affine { offset: offset as i64, ..Affine::scaled(254, count as i64) };
-    let mut step = (strip.width * count) as i64;
-    for &v in order.iter().rev() {
-        packed = packed.plus(v as usize, step);
-        step *= lower.extents[v as usize] as i64;
-    }
-    packed = packed.plus(255, step);
-    let place = packed.substitute(&|v| match v {
-        255 => Affine::axis(tile as usize),
-        254 => Affine::axis(element as usize),
-        v => Affine::axis(inner[order.iter().position(|&o| o as usize == v).unwrap_or(0)] as usize),
-    });
-    let n_index = Affine {
-        offset: strip.start as i64,
-        ..Affine::scaled(tile as usize, strip.width as i64).plus(element as usize, 1)
-    };
-    let read = affine.substitute(&|v| match order.iter().position(|&o| o as usize == v) {
-        Some(at) => Affine::axis(inner[at] as usize),
-        None if v == n as usize => n_index.clone(),
-        None => Affine::constant(0),
-    });
-    let mut vars = vec![tile];
-    vars.extend(inner);
-    vars.push(element);
-    let (mut place, mut read) = (place, read);
-    if let (Some(half), Some(step)) = (half, halves) {
-        vars.push(half);
-        place = place.plus(half as usize, 1);
-        read = read.plus(half as usize, step);
-    }
-    let value = Arc::new(Expr::Load(source, Place::affine(read)));
-    Ok((nest::store_nest(packer, vars, to, Place::affine(place), value), packed))
+    pairs::pack(lower, source, affine, axes, strip, to, None)
 }
 
 /// The innermost result axis along which only the broadcast operand moves.
@@ -369,8 +312,8 @@ pub fn tile(
     let mut operands = product.operands.clone();
     if let Some(Panels { scratch, place: packed }) = panel {
         let load = plain_load(&operands[roles.lanes]);
-        let len = load.map_or(0, |l| packed_len(&lower, product, l.1));
-        let dtype = load.map_or(DType::F32, |l| lower.buffers[l.0].dtype);
+        let of = |l: (usize, &Affine)| (lower.buffers[l.0].dtype, packed_len(&lower, product, l.1));
+        let (dtype, len) = load.map_or((DType::F32, 0), of);
         let buffer = lower.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
         let place = packed.substitute(&|v| match v {
             255 => Affine::axis(tile as usize),

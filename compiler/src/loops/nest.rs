@@ -254,7 +254,9 @@ pub fn is_inline(body: &Body, root: usize, reduce: usize) -> bool {
         let window = matches!(body.nodes[body.nodes[reduce].args[0].index()].op, Op::Window(_));
         let first = x.rank() - axes.len();
         let trailing = axes.iter().enumerate().all(|(i, &a)| a as usize == first + i);
-        empty || !(innermost && long) || window || !trailing
+        // A row is stored with the axes that it was folded with.
+        let same = x.rank() == body.nodes[root].ty.rank();
+        empty || !(innermost && long && same) || window || !trailing
     }
 }
 

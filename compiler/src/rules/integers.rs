@@ -1,7 +1,7 @@
 //! Rules of quantised models: products of numbers that stand for bytes are products of integers.
 //!
-//! A byte without its zero point is an i16 of at most 255 in magnitude. That is what kernels keep in
-//! memory and multiply (`loops/pairs.rs`), and what a border of zeros surrounds.
+//! A byte without its zero point is an i16 of at most 255 in magnitude. That is what kernels keep
+//! in memory and multiply (`loops/pairs.rs`), and what a border of zeros surrounds.
 
 use egg::Id;
 use kiln_runtime::tensor::DType;
@@ -245,4 +245,76 @@ pub(super) fn pool_of_integers(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let unit = Shape::from_elem(1, shape(egraph, most).len());
     let scale = add(egraph, Op::Reshape(unit), &[scale]);
     Some(add(egraph, Op::Binary(BinaryFn::Mul), &[most, scale]))
+}
+
+#[cfg(test)]
+pub mod tests {
+    use kiln_runtime::tensor::Tensor;
+    use smallvec::smallvec;
+
+    use super::*;
+    use crate::graph::build::Added;
+    use crate::graph::op::{Type, UnaryFn};
+    use crate::graph::{Args, Graph, NodeId};
+
+    /// A value in bytes, and back without its zero point: both i32.
+    fn bytes(graph: &mut Graph, x: NodeId, zero: i64) -> Added {
+        let o = "quantised".into();
+        let y = graph.binary_number(BinaryFn::Mul, x, 4.0, &o)?;
+        // Not halfway between two, where forms of x that are equal but for rounding would part.
+        let y = graph.binary_number(BinaryFn::Add, y, 9.3, &o)?;
+        let y = graph.unary(UnaryFn::Round, y, &o)?;
+        let y = graph.cast(y, DType::U8, &o)?;
+        let y = graph.cast(y, DType::I32, &o)?;
+        let zero = graph.tensor(&Tensor::from_slice(&[], &[zero as u8]), &o);
+        let zero = graph.cast(zero, DType::I32, &o)?;
+        graph.binary(BinaryFn::Sub, y, zero, &o)
+    }
+
+    fn quarters(graph: &mut Graph, x: NodeId, to: DType) -> Added {
+        let o = "quantised".into();
+        let y = graph.cast(x, to, &o)?;
+        graph.binary_number(BinaryFn::Mul, y, 0.25, &o)
+    }
+
+    /// A product, or a pooling, of what a value is in bytes.
+    pub fn grow(graph: &mut Graph, draw: &mut dyn FnMut(usize) -> usize, x: NodeId) -> Added {
+        let o = "quantised".into();
+        let (to, shape) = (graph.ty(x).dtype, graph.ty(x).shape.clone());
+        let zero = [0, 5][draw(2)];
+        let whole = bytes(graph, x, zero)?;
+        if shape.len() == 4 && draw(2) == 0 {
+            let y = quarters(graph, whole, to)?;
+            let below = graph.scalar(to, 0, f32::MIN.into(), &o);
+            let borders = Op::Pad(smallvec![(0, 0), (0, 0), (1, 0), (1, 1)]);
+            let y = graph.add(borders, &[y, below], &o)?;
+            let y = graph.add(Op::Window(smallvec![(2, 1, 1), (2, 1, 1)]), &[y], &o)?;
+            let y = graph.reduce(ReduceFn::Max, y, &[4, 5], &o)?;
+            let to = graph.ty(y).shape[..4].to_vec();
+            return graph.reshape(y, &to, &o);
+        }
+        let [k, n] = [shape[shape.len() - 1], [3, 10, 18][draw(3)]];
+        let weights: Vec<i8> = (0..k * n).map(|_| draw(255) as i8).collect();
+        let w = graph.tensor(&Tensor::from_slice(&[k, n], &weights), &o);
+        // As if it were too large to be folded while the graph is built.
+        let unfolded = |graph: &mut Graph, op: Op, args: &[NodeId], dtype: DType| {
+            let ty = Type::of(dtype, graph.ty(args[0]).shape.clone());
+            graph.push(op, Args::from_slice(args), ty, &"quantised".into())
+        };
+        let w = unfolded(graph, Op::Cast(DType::I32), &[w], DType::I32);
+        if draw(3) == 0 {
+            let w = graph.with_rank(w, shape.len(), &o)?;
+            let y = graph.matmul(whole, w, &o)?;
+            let y = graph.cast(y, to, &o)?;
+            return graph.binary_number(BinaryFn::Mul, y, 1.0 / 1024.0, &o);
+        }
+        let scales: Vec<f64> = (0..n).map(|_| 0.5f64.powi(draw(4) as i32 + 8)).collect();
+        let scales = graph.tensor(&Tensor::from_slice(&[1, n], &scales), &o);
+        let scales = graph.cast(scales, to, &o)?;
+        let w = unfolded(graph, Op::Cast(to), &[w], to);
+        let w = unfolded(graph, Op::Binary(BinaryFn::Mul), &[w, scales], to);
+        let w = graph.with_rank(w, shape.len(), &o)?;
+        let y = quarters(graph, whole, to)?;
+        graph.matmul(y, w, &o)
+    }
 }

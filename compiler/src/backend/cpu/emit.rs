@@ -425,6 +425,12 @@ impl<M: Machine> Emit<'_, M> {
         Ok(value)
     }
 
+    /// Three values, and whether any hangs on memory or registers that the kernel writes.
+    fn three(&mut self, e: [&Arc<Expr>; 3]) -> Emitted<([M::Value; 3], bool)> {
+        let [(x, a), (y, b), (z, c)] = [self.shared(e[0])?, self.shared(e[1])?, self.shared(e[2])?];
+        Ok(([x, y, z], a || b || c))
+    }
+
     /// The value and whether it hangs on memory or registers that the kernel writes.
     fn expr(&mut self, e: &Expr) -> Emitted<(M::Value, bool)> {
         let wide = self.lane.is_some();
@@ -439,10 +445,8 @@ impl<M: Machine> Emit<'_, M> {
                 (self.load(*buffer, place, DType::I32)?, self.written[*buffer])
             }
             Expr::Dot(x, y, z) => {
-                let (x, a) = self.shared(x)?;
-                let (y, b) = self.shared(y)?;
-                let (z, c) = self.shared(z)?;
-                (self.machine.dot(&x, &y, &z)?, a || b || c)
+                let ([x, y, z], hangs) = self.three([x, y, z])?;
+                (self.machine.dot(&x, &y, &z)?, hangs)
             }
             Expr::Index(index) => {
                 let (index, _) = self.resolve(index);
@@ -475,10 +479,8 @@ impl<M: Machine> Emit<'_, M> {
             }
             Expr::Select(c, x, y) => {
                 let t = dtype(x);
-                let (c, a) = self.shared(c)?;
-                let (x, b) = self.shared(x)?;
-                let (y, d) = self.shared(y)?;
-                (self.machine.select(t, &c, &x, &y)?, a || b || d)
+                let ([c, x, y], hangs) = self.three([c, x, y])?;
+                (self.machine.select(t, &c, &x, &y)?, hangs)
             }
             Expr::Cast(to, x) => {
                 let from = self.loops.dtype(x);
@@ -487,10 +489,8 @@ impl<M: Machine> Emit<'_, M> {
             }
             Expr::Fma(x, y, z) => {
                 let t = dtype(x);
-                let (x, a) = self.shared(x)?;
-                let (y, b) = self.shared(y)?;
-                let (z, c) = self.shared(z)?;
-                (self.machine.accumulate(t, &x, &y, &z)?, a || b || c)
+                let ([x, y, z], hangs) = self.three([x, y, z])?;
+                (self.machine.accumulate(t, &x, &y, &z)?, hangs)
             }
             Expr::Fold(f, buffer) => {
                 let mut keys: Vec<(BufferId, i64)> =

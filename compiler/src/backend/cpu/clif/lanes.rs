@@ -1,4 +1,4 @@
-//! Integers in lanes. Each takes 32 bits and has its value there, whatever its dtype, so that the
+//! Lanes: folds of them, and integers in them. Each integer takes 32 bits and has its value there, whatever its dtype, so that the
 //! lanes are those of f32.
 
 use cranelift_codegen::ir::{InstBuilder, Type, Value, types};
@@ -193,5 +193,24 @@ impl Clif<'_> {
         let [a, b] = [x, y].map(|v| self.b.ins().swiden_high(v));
         let high = self.b.ins().imul(a, b);
         self.b.ins().iadd_pairwise(low, high)
+    }
+
+    /// All lanes of these, folded: lane i with lane i + n / 2, and so on.
+    pub(super) fn folded(&mut self, f: BinaryFn, mut values: Vec<Value>) -> Emitted<Val> {
+        while values.len() > 1 {
+            let half = values.len() / 2;
+            values = (0..half)
+                .map(|i| self.float_binary(f, values[i], values[i + half]))
+                .collect::<Emitted<_>>()?;
+        }
+        let mut value = values.pop().ok_or_else(|| Unsupported("an empty fold".into()))?;
+        if !self.piece.is_vector() {
+            return Ok(Val::One(value));
+        }
+        for order in [[2, 3, 0, 1], [1, 0, 3, 2]] {
+            let other = self.shuffle(value, order);
+            value = self.float_binary(f, value, other)?;
+        }
+        Ok(Val::One(self.b.ins().extractlane(value, 0)))
     }
 }

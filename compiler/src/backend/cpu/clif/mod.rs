@@ -585,22 +585,7 @@ impl Machine for Clif<'_> {
     }
 
     fn fold(&mut self, f: ReduceFn, x: &[Val]) -> Emitted<Val> {
-        let mut values = flat(x);
-        while values.len() > 1 {
-            let half = values.len() / 2;
-            values = (0..half)
-                .map(|i| self.float_binary(f.binary(DType::F32), values[i], values[i + half]))
-                .collect::<Emitted<_>>()?;
-        }
-        let mut value = values.pop().ok_or_else(|| Unsupported("an empty fold".into()))?;
-        if !self.piece.is_vector() {
-            return Ok(Val::One(value));
-        }
-        for order in [[2, 3, 0, 1], [1, 0, 3, 2]] {
-            let other = self.shuffle(value, order);
-            value = self.float_binary(f.binary(DType::F32), value, other)?;
-        }
-        Ok(Val::One(self.b.ins().extractlane(value, 0)))
+        self.folded(f.binary(DType::F32), flat(x))
     }
 }
 

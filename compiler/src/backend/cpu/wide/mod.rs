@@ -1,6 +1,6 @@
-//! The wide emitter: kernels of f32 and short integers on x86-64 in vectors of 256 bits (AVX2 and FMA) or 512 (AVX-512 F,
-//! BW, DQ and VL), which Cranelift has no instructions for. Kernels that need other types are left
-//! to Cranelift.
+//! The wide emitter: kernels of f32 and of integers up to 32 bits on x86-64 in vectors of 256 bits
+//! (AVX2 and FMA) or 512 (AVX-512 F, BW, DQ and VL), which Cranelift has no instructions for.
+//! Kernels that need other types are left to Cranelift.
 //!
 //! The walk over loops becomes SSA (`ssa`), which regalloc2 gives registers and `encode` turns
 //! into bytes. Indices are not computed: every loop carries a counter for each distinct step in
