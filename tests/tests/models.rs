@@ -15,8 +15,8 @@ use kiln_tests::{Tolerance, difference, oracle};
 /// Kernels of a layer at most, by the beginning of a model's name.
 const MOST: [(&str, usize); 3] = [("bert", 12), ("minilm", 12), ("llama", 14)];
 
-/// Elements of a quantised model that are equal to the stored ones at least; the others were halfway
-/// between two steps somewhere.
+/// Elements of a quantised model that are equal to the stored ones at least; the others were
+/// halfway between two steps somewhere.
 const EQUAL: f64 = 0.8;
 
 /// The relative tolerance of the ONNX suite; 2e-3 there for the deepest. Outputs near zero get

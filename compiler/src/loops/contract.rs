@@ -307,20 +307,19 @@ pub fn tile(
         0 => (lower.piece(n, strip.width, strip.start, 1)?, lower.var(1)?),
         q => (lower.var(q)?, lower.var(lanes)?),
     };
-    let step = if strip.vectors == 0 { 1 } else { lanes as i64 };
-    let element = Affine::scaled(vector as usize, step).plus(lane as usize, 1);
+    let step = if strip.vectors == 0 { 1 } else { lanes };
+    let element = Affine::scaled(vector as usize, step as i64).plus(lane as usize, 1);
     let mut operands = product.operands.clone();
     if let Some(Panels { scratch, place: packed }) = panel {
         let load = plain_load(&operands[roles.lanes]);
         let of = |l: (usize, &Affine)| (lower.buffers[l.0].dtype, packed_len(&lower, product, l.1));
         let (dtype, len) = load.map_or((DType::F32, 0), of);
         let buffer = lower.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
-        let place = packed.substitute(&|v| match v {
+        let place = Place::affine(packed.substitute(&|v| match v {
             255 => Affine::axis(tile as usize),
             254 => element.clone(),
             v => Affine::axis(v),
-        });
-        let place = Place::affine(place);
+        }));
         operands[roles.lanes] = Arc::new(match product.halves {
             Some(_) => Expr::Pair(buffer, place),
             None => Expr::Load(buffer, place),

@@ -1,8 +1,8 @@
 //! Sums of products of short integers, two products at a time.
 //!
 //! Both operands are i16 that the contraction widens. The one that is broadcast has neighbours
-//! along the sum side by side in memory, so that a pair of them is read as one i32; the other one is
-//! packed with its pairs side by side. Products and sums are i32, as those that they stand for.
+//! along the sum side by side in memory, so that a pair of them is read as one i32; the other one
+//! is packed with its pairs side by side. Products and sums are i32, as those that they stand for.
 
 use std::sync::Arc;
 

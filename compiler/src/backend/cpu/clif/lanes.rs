@@ -1,5 +1,5 @@
-//! Lanes: folds of them, and integers in them. Each integer takes 32 bits and has its value there, whatever its dtype, so that the
-//! lanes are those of f32.
+//! Lanes: folds of them, and integers in them. Each integer takes 32 bits and has its value there,
+//! whatever its dtype, so that the lanes are those of f32.
 
 use cranelift_codegen::ir::{InstBuilder, Type, Value, types};
 use kiln_runtime::tensor::DType;
