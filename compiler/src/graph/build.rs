@@ -116,7 +116,8 @@ impl Graph {
         same.then(|| args[0])
     }
 
-    fn fold(&self, op: &Op, args: &[NodeId], ty: &Type) -> Option<Value> {
+    /// The value of an operation over small constants.
+    pub(crate) fn fold(&self, op: &Op, args: &[NodeId], ty: &Type) -> Option<Value> {
         let small = |ty: &Type| ty.numel() <= FOLD_ELEMENTS;
         if !small(ty) || args.is_empty() && !matches!(op, Op::Iota(..)) {
             return None;

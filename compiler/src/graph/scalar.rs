@@ -63,6 +63,15 @@ pub fn fma(dtype: DType, x: Number, y: Number, z: Number) -> Number {
     }
 }
 
+/// The products of the low and of the high halves of x and y, each an i16, and z, added as i32.
+pub fn dot(x: Number, y: Number, z: Number) -> Number {
+    let (Number::Int(x), Number::Int(y), Number::Int(z)) = (x, y, z) else {
+        unreachable!("pairs are integers")
+    };
+    let product = |shift: u32| wrap(DType::I16, x >> shift) * wrap(DType::I16, y >> shift);
+    Number::Int(wrap(DType::I32, product(0) + product(16) + z))
+}
+
 /// x + y, or where it is inexact, that of its two neighbours whose last bit is 1.
 fn sum_to_odd(x: f64, y: f64) -> f64 {
     let sum = x + y;

@@ -15,7 +15,7 @@ use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
 use super::panels::{
     Panels, Strip, pack, packable, packed_len, panel_elements, panel_order, strips,
 };
-use super::{nest, rewrite, winograd};
+use super::{nest, pairs, rewrite, winograd};
 use crate::graph::op::{Affine, BinaryFn, Op};
 use crate::graph::used::iteration;
 
@@ -35,6 +35,9 @@ pub struct Product {
     pub place: Place,
     /// What goes there.
     pub result: Arc<Expr>,
+    /// Where the sum runs over pairs of i16: how far apart those of a pair lie in the operand that
+    /// is packed.
+    pub halves: Option<i64>,
 }
 
 /// The kernels of a body with a contraction.
@@ -42,11 +45,18 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     if lower.ty(root).numel() == 0 {
         return Ok(Lowered::default());
     }
-    let product = product(&mut lower, root, contract)?;
+    let mut product = product(&mut lower, root, contract)?;
+    if let Some(pairs) = pairs::paired(&mut lower, &product)?
+        && roles(&lower, &pairs).is_some()
+    {
+        product = pairs;
+    }
     let mut lowered = Lowered::default();
     match roles(&lower, &product) {
         Some(roles) => {
-            if !winograd::lower(&lower, &product, roles, &mut lowered)? {
+            let few =
+                product.halves.is_none() && winograd::lower(&lower, &product, roles, &mut lowered)?;
+            if !few {
                 tiles(lower, product, roles, &mut lowered)?;
             }
         }
@@ -85,7 +95,7 @@ pub fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Prod
     lower.bind_cell(contract, Expr::Load(cell, origin_place()));
     let result = lower.value(root, &index)?;
     let (operands, summed) = operands(lower, contract)?;
-    Ok(Product { vars, summed, operands, cell, out, place, result })
+    Ok(Product { vars, summed, operands, cell, out, place, result, halves: None })
 }
 
 /// The operations from a contraction to the result, where an index of the result is affine in those
@@ -162,10 +172,11 @@ fn zero(dtype: DType) -> Expr {
     Expr::Const(dtype, number)
 }
 
-/// The affine place of a plain load.
+/// The affine place of a plain load, or of that of a pair.
 pub fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
     match e {
-        Expr::Load(buffer, Place { affine, dynamic: None }) => Some((*buffer, affine)),
+        Expr::Load(buffer, Place { affine, dynamic: None })
+        | Expr::Pair(buffer, Place { affine, dynamic: None }) => Some((*buffer, affine)),
         _ => None,
     }
 }
@@ -184,6 +195,7 @@ pub struct Roles {
 fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
     let n = *product.vars.last()? as usize;
     let loads = [plain_load(&product.operands[0])?, plain_load(&product.operands[1])?];
+    let pairs = product.halves.is_some();
     let float = loads.iter().all(|l| lower.buffers[l.0].dtype == DType::F32);
     let steps = loads.map(|l| l.1.coefficient(n));
     let constant = loads.map(|l| lower.is_constant(l.0));
@@ -196,12 +208,12 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
         _ => return None,
     };
     let constant = constant[lanes];
-    let packed = steps[lanes] != 1 || constant;
+    let packed = steps[lanes] != 1 || constant || pairs;
     let (buffer, place) = (product.out, product.place.clone());
     let epilogue = Stmt::Store { buffer, place, value: (*product.result).clone() };
     let fits = (!packed || packable(lower, loads[lanes]))
         && nest::is_vector(&lower.buffers, &[epilogue], n as Var);
-    (float && fits && !product.summed.is_empty()).then_some(Roles {
+    ((float || pairs) && fits && !product.summed.is_empty()).then_some(Roles {
         both: steps[1 - lanes] != 0,
         lanes,
         packed,
@@ -226,15 +238,16 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
     summed.sort_by_key(|v| std::cmp::Reverse(step(v)));
     let strips = strips(extent, lower.target.lanes, vectors);
     let scratch = roles.packed.then(|| {
-        let len = packed_len(&lower, affine) / extent * panel_elements(&strips);
-        lowered.scratch.push((DType::F32, len));
+        let len = packed_len(&lower, &product, affine) / extent * panel_elements(&strips);
+        lowered.scratch.push((lower.buffers[source].dtype, len));
         (lowered.scratch.len() - 1, len)
     });
     for strip in strips {
         let mut panel = None;
         if let Some(scratch) = scratch {
             let order = panel_order(&product, affine, &summed, n);
-            let (pack, place) = pack(&lower, source, affine, (&order, n), strip, scratch)?;
+            let axes = (&order[..], n);
+            let (pack, place) = pack(&lower, source, affine, axes, strip, scratch, product.halves)?;
             lowered.kernels.push(pack);
             panel = Some(Panels { scratch, place });
         }
@@ -274,18 +287,23 @@ pub fn tile(
         0 => (lower.piece(n, strip.width, strip.start, 1)?, lower.var(1)?),
         q => (lower.var(q)?, lower.var(lanes)?),
     };
-    let step = if strip.vectors == 0 { 1 } else { lanes as i64 };
-    let element = Affine::scaled(vector as usize, step).plus(lane as usize, 1);
+    let step = if strip.vectors == 0 { 1 } else { lanes };
+    let element = Affine::scaled(vector as usize, step as i64).plus(lane as usize, 1);
     let mut operands = product.operands.clone();
     if let Some(Panels { scratch, place: packed }) = panel {
         let (scratch, len) = scratch;
-        let buffer = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
-        let place = packed.substitute(&|v| match v {
+        let source = plain_load(&operands[roles.lanes]).map(|l| lower.buffers[l.0].dtype);
+        let dtype = source.unwrap_or(DType::F32);
+        let buffer = lower.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
+        let place = Place::affine(packed.substitute(&|v| match v {
             255 => Affine::axis(tile as usize),
             254 => element.clone(),
             v => Affine::axis(v),
+        }));
+        operands[roles.lanes] = Arc::new(match product.halves {
+            Some(_) => Expr::Pair(buffer, place),
+            None => Expr::Load(buffer, place),
         });
-        operands[roles.lanes] = Arc::new(Expr::Load(buffer, Place::affine(place)));
     }
     let n_index = Affine {
         offset: strip.start as i64,
@@ -294,8 +312,12 @@ pub fn tile(
     let [x, y] = operands;
     let cell = Arc::new(Expr::Load(product.cell, origin_place()));
     let store = |buffer, place: Place, value| Stmt::Store { buffer, place, value };
+    let update = match product.halves {
+        Some(_) => Expr::Dot(x, y, cell),
+        None => Expr::Fma(x, y, cell),
+    };
     let body = vec![
-        store(product.cell, origin_place(), Expr::Fma(x, y, cell)),
+        store(product.cell, origin_place(), update),
         store(product.out, product.place.clone(), (*product.result).clone()),
     ];
     let body = rewrite::substitute(&body, n, &n_index);
@@ -321,17 +343,24 @@ pub fn tile(
     Ok(finish(lower, loops, inner, product.cell))
 }
 
+/// What the update of the cell multiplies.
+fn factors(body: &[Stmt]) -> Option<[&Arc<Expr>; 2]> {
+    match &body[0] {
+        Stmt::Store { value: Expr::Fma(x, y, _) | Expr::Dot(x, y, _), .. } => Some([x, y]),
+        Stmt::Store { .. } | Stmt::For { .. } | Stmt::If { .. } => None,
+    }
+}
+
 /// Whether the operand in lanes moves along a variable.
 fn panel_moves(body: &[Stmt], roles: Roles, var: Var) -> bool {
-    let Stmt::Store { value: Expr::Fma(x, y, _), .. } = &body[0] else { return false };
+    let Some([x, y]) = factors(body) else { return false };
     plain_load([x, y][roles.lanes]).is_some_and(|l| l.1.coefficient(var as usize) != 0)
 }
 
 /// After coalescing: the innermost axis along which the broadcast operand moves and the lanes do
 /// not. `body[0]` is the update of the cell.
 fn rows_of(body: &[Stmt], vars: &[Var], roles: Roles) -> Option<Var> {
-    let Stmt::Store { value: Expr::Fma(x, y, _), .. } = &body[0] else { return None };
-    let operands = [x, y];
+    let operands = factors(body)?;
     let panel = plain_load(operands[roles.lanes])?.1;
     let other = plain_load(operands[1 - roles.lanes])?.1;
     let free =
@@ -400,7 +429,8 @@ fn register_tile(
 ) -> Lowering<Vec<Stmt>> {
     let lanes = if shape.scalar { 1 } else { lower.target.lanes };
     let across = if shape.scalar { 1 } else { strip.vectors };
-    let tile = lower.register(DType::F32, height * across * lanes);
+    let dtype = lower.buffers[cell].dtype;
+    let tile = lower.register(dtype, height * across * lanes);
     let mut at = Affine::axis(shape.lane as usize);
     if !shape.scalar {
         at = at.plus(shape.vector as usize, lanes as i64);
@@ -423,7 +453,7 @@ fn register_tile(
             None => body,
         }
     };
-    let start = Expr::Const(DType::F32, Number::Float(0.0));
+    let start = zero(dtype);
     let mut out = unrolled(vec![Stmt::Store { buffer: tile, place, value: start }]);
     out.extend(nest::wrap(&lower.extents, sums, unrolled(vec![swap[0].clone()]), 0));
     out.extend(unrolled(vec![swap[1].clone()]));
@@ -481,9 +511,9 @@ fn repacked(
     let extent = lower.extents[n as usize];
     let strip = Strip { start: 0, tiles: 1, width: extent, vectors: 0, packed: 0 };
     let order = panel_order(product, affine, &product.summed, n);
-    let (scratch, len) = (lowered.scratch.len(), packed_len(lower, affine));
+    let (scratch, len) = (lowered.scratch.len(), packed_len(lower, product, affine));
     lowered.scratch.push((DType::F32, len));
-    let (kernel, packed) = pack(lower, buffer, affine, (&order, n), strip, (scratch, len))?;
+    let (kernel, packed) = pack(lower, buffer, affine, (&order, n), strip, (scratch, len), None)?;
     lowered.kernels.push(kernel);
     let to = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
     let place = packed.substitute(&|v| match v {

@@ -157,6 +157,21 @@ impl Run<'_> {
                 }
                 lanes[0]
             }
+            Expr::Pair(buffer, place) => {
+                let at = self.place(*buffer, place)?;
+                // The place was within the buffer; the next one may not be.
+                let next = at + 1;
+                if next >= self.buffers[*buffer].len() {
+                    let why = format!("a pair from element {at} of {next}");
+                    return Err(Diagnostic::new("K0904", why).node(&self.loops.name));
+                }
+                let [low, high] = [at, next].map(|at| match self.buffers[*buffer].get(at) {
+                    Number::Int(v) => v,
+                    Number::Float(v) => v as i128,
+                });
+                Number::Int(scalar::wrap(DType::I32, (high << 16) | (low & 0xffff)))
+            }
+            Expr::Dot(x, y, z) => scalar::dot(self.value(x)?, self.value(y)?, self.value(z)?),
         })
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! kernel    = buffers, statements
 //! statement = For | Store | If
-//! value     = Load | Index | Const | Unary | Binary | Select | Cast | Fma | Fold
+//! value     = Load | Index | Const | Unary | Binary | Select | Cast | Fma | Fold | Pair | Dot
 //! ```
 //! Loops run a constant number of times (at least once) and are serial, parallel (outermost only),
 //! vector (innermost only, one step of `lanes`) or unrolled. Places in buffers are affine in the
@@ -179,6 +179,12 @@ pub enum Expr {
     /// All lanes of a register buffer (a power of two of them), folded as a tree: lane i with
     /// lane i + n/2, and so on with the half.
     Fold(ReduceFn, BufferId),
+    /// `buffer[place]` and the next element, of i16, as the halves of an i32: the first is the low
+    /// one.
+    Pair(BufferId, Place),
+    /// The products of the low halves and of the high halves of x and y, each half an i16, and z:
+    /// all three added as i32.
+    Dot(Arc<Expr>, Arc<Expr>, Arc<Expr>),
 }
 
 /// One kernel.
@@ -216,11 +222,17 @@ impl Loops {
     pub fn work(&self) -> u64 {
         fn expr(e: &Expr) -> u64 {
             1 + match e {
-                Expr::Load(..) | Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) => 0,
+                Expr::Load(..)
+                | Expr::Index(_)
+                | Expr::Const(..)
+                | Expr::Fold(..)
+                | Expr::Pair(..) => 0,
                 Expr::Unary(_, x) => 8 + expr(x),
                 Expr::Cast(_, x) => expr(x),
                 Expr::Binary(_, x, y) => expr(x) + expr(y),
-                Expr::Select(x, y, z) | Expr::Fma(x, y, z) => expr(x) + expr(y) + expr(z),
+                Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
+                    expr(x) + expr(y) + expr(z)
+                }
             }
         }
         fn block(body: &[Stmt]) -> u64 {
@@ -239,13 +251,19 @@ impl Loops {
 
     /// The dtype of a value.
     pub fn dtype(&self, e: &Expr) -> DType {
-        match e {
-            Expr::Load(buffer, _) | Expr::Fold(_, buffer) => self.buffers[*buffer].dtype,
-            Expr::Index(_) => DType::I64,
-            Expr::Const(dtype, _) | Expr::Cast(dtype, _) => *dtype,
-            Expr::Unary(_, x) | Expr::Fma(x, _, _) | Expr::Select(_, x, _) => self.dtype(x),
-            Expr::Binary(f, ..) if f.is_comparison() => DType::Bool,
-            Expr::Binary(_, x, _) => self.dtype(x),
-        }
+        dtype(&self.buffers, e)
+    }
+}
+
+/// The dtype of a value over these buffers.
+pub fn dtype(buffers: &[Buffer], e: &Expr) -> DType {
+    match e {
+        Expr::Load(buffer, _) | Expr::Fold(_, buffer) => buffers[*buffer].dtype,
+        Expr::Index(_) => DType::I64,
+        Expr::Const(dtype, _) | Expr::Cast(dtype, _) => *dtype,
+        Expr::Unary(_, x) | Expr::Fma(x, _, _) | Expr::Select(_, x, _) => dtype(buffers, x),
+        Expr::Binary(f, ..) if f.is_comparison() => DType::Bool,
+        Expr::Binary(_, x, _) => dtype(buffers, x),
+        Expr::Pair(..) | Expr::Dot(..) => DType::I32,
     }
 }

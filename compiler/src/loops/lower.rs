@@ -240,6 +240,11 @@ impl<'a> Lower<'a> {
         (self.out(ty), flatten(&shifted, &ty.shape))
     }
 
+    /// Whether the result is only a part of what is stored.
+    pub fn is_part(&self) -> bool {
+        self.inside.is_some()
+    }
+
     /// Says that the result is a part of a value, which begins at these indices.
     pub fn store_inside(&mut self, ty: &'a Type, start: Vec<Index>) {
         self.inside = Some(match self.inside.take() {

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::index::{Extents, Index, add, flatten};
-use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var};
+use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var, dtype};
 use super::lower::{Lower, Lowering, Refused, identity};
 use super::rewrite::{each_affine, rewrite, substitute};
 use crate::graph::Body;
-use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, UnaryFn};
+use crate::graph::op::{Affine, Op, ReduceFn, UnaryFn};
 use crate::graph::used::{Span, span};
+use crate::rules::kind::{is_lane, is_lane_binary, is_lane_cast};
 
 /// Parallel loops are collapsed until there are at least this many pieces.
 const PIECES: usize = 64;
@@ -63,7 +64,7 @@ pub fn wrap(extents: &Extents, vars: &[Var], body: Vec<Stmt>, parallel: usize) -
     })
 }
 
-/// Whether statements can run with a variable in vector lanes: f32 only, stores with unit steps.
+/// Whether statements can run with a variable in vector lanes: stores have unit steps.
 pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
     let var = var as usize;
     fn depends(e: &Expr, var: usize) -> bool {
@@ -78,27 +79,27 @@ pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
             && p.dynamic.as_ref().is_none_or(|d| !depends(d, var))
     }
     fn value(buffers: &[Buffer], e: &Expr, var: usize) -> bool {
-        let float = |d: DType| d == DType::F32;
+        let float = |e: &Expr| dtype(buffers, e) == DType::F32;
         match e {
             Expr::Load(b, p) => {
-                // From memory, lanes may be read one by one.
-                let fits = match buffers[*b].scope {
-                    Scope::Register => place(p, var, &[0, 1]),
-                    Scope::Global => p.dynamic.as_ref().is_none_or(|d| !depends(d, var)),
-                };
-                float(buffers[*b].dtype) && fits
+                let b = &buffers[*b];
+                // Numbers may be read from memory lane by lane.
+                let apart = b.scope == Scope::Global && b.dtype == DType::F32;
+                let steps = [0, 1, p.affine.coefficient(var)];
+                is_lane(b.dtype) && place(p, var, if apart { &steps } else { &steps[..2] })
             }
-            Expr::Index(_) | Expr::Cast(..) => false,
-            Expr::Const(dtype, _) => float(*dtype),
-            Expr::Fold(..) => false,
-            Expr::Unary(f, x) => *f != UnaryFn::Not && value(buffers, x, var),
-            Expr::Binary(BinaryFn::Pow | BinaryFn::Rem, ..) => false,
+            Expr::Pair(_, p) => place(p, var, &[0, 2]),
+            Expr::Index(_) | Expr::Fold(..) => false,
+            Expr::Cast(to, x) => is_lane_cast(dtype(buffers, x), *to) && value(buffers, x, var),
+            Expr::Const(dtype, _) => is_lane(*dtype),
+            Expr::Unary(f, x) => *f != UnaryFn::Not && float(x) && value(buffers, x, var),
             Expr::Binary(f, x, y) => {
-                !matches!(f, BinaryFn::And | BinaryFn::Or | BinaryFn::Xor)
+                is_lane_binary(*f, dtype(buffers, x))
                     && value(buffers, x, var)
                     && value(buffers, y, var)
             }
-            Expr::Fma(x, y, z) => [x, y, z].into_iter().all(|e| value(buffers, e, var)),
+            Expr::Fma(x, y, z) => float(x) && [x, y, z].into_iter().all(|e| value(buffers, e, var)),
+            Expr::Dot(x, y, z) => [x, y, z].into_iter().all(|e| value(buffers, e, var)),
             Expr::Select(c, x, y) => {
                 let compared = matches!(&**c, Expr::Binary(f, ..) if f.is_comparison());
                 compared && [c, x, y].into_iter().all(|e| value(buffers, e, var))
@@ -110,7 +111,7 @@ pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
         Stmt::Store { buffer, place: p, value: v } => {
             let b = &buffers[*buffer];
             let compared = matches!(v, Expr::Binary(f, ..) if f.is_comparison());
-            b.dtype == DType::F32
+            is_lane(b.dtype)
                 && !compared
                 && (b.scope == Scope::Register || place(p, var, &[1]))
                 && value(buffers, v, var)
@@ -181,14 +182,14 @@ pub fn writes(body: &[Stmt], buffer: BufferId) -> bool {
 fn reads_what_it_stores(lower: &Lower, body: &[Stmt]) -> bool {
     fn loads(e: &Expr, buffer: BufferId) -> bool {
         match e {
-            Expr::Load(b, p) => {
+            Expr::Load(b, p) | Expr::Pair(b, p) => {
                 *b == buffer || p.dynamic.as_ref().is_some_and(|d| loads(d, buffer))
             }
             Expr::Index(_) | Expr::Const(..) => false,
             Expr::Fold(_, b) => *b == buffer,
             Expr::Unary(_, x) | Expr::Cast(_, x) => loads(x, buffer),
             Expr::Binary(_, x, y) => loads(x, buffer) || loads(y, buffer),
-            Expr::Fma(x, y, z) | Expr::Select(x, y, z) => {
+            Expr::Fma(x, y, z) | Expr::Dot(x, y, z) | Expr::Select(x, y, z) => {
                 [x, y, z].into_iter().any(|e| loads(e, buffer))
             }
         }
@@ -292,7 +293,9 @@ pub fn is_inline(body: &Body, root: usize, reduce: usize) -> bool {
         let window = matches!(body.nodes[body.nodes[reduce].args[0].index()].op, Op::Window(_));
         let first = x.rank() - axes.len();
         let trailing = axes.iter().enumerate().all(|(i, &a)| a as usize == first + i);
-        empty || !(innermost && long) || window || !trailing
+        // A row is stored with the axes that it was folded with.
+        let same = x.rank() == body.nodes[root].ty.rank();
+        empty || !(innermost && long && same) || window || !trailing
     }
 }
 
@@ -369,19 +372,16 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
         return Err(Refused("a reduction over axes that are not the last ones".into()));
     }
     let root_ty = lower.ty(root).clone();
-    let out = lower.out(&root_ty);
     let (outer, outer_vars) = lower.axes_in_use(&full[..first], &spans[..first])?;
     let mut body = Vec::new();
     for (k, &reduce) in reduces.iter().enumerate() {
-        let kept = keep_in_row(&lower, root, reduce, &reduces[k..]);
-        let start = flatten(&outer, &full);
-        body.extend(reduce_pass(
-            &mut lower,
-            reduce,
-            &outer,
-            (&full[first..], &spans[first..]),
-            kept.map(|n| (n, out, start)),
-        )?);
+        let kept = match lower.is_part() {
+            true => None,
+            false => keep_in_row(&lower, root, reduce, &reduces[k..]),
+        };
+        let kept = kept.map(|n| (n, lower.out(&root_ty), flatten(&outer, &full)));
+        let row = (&full[first..], &spans[first..]);
+        body.extend(reduce_pass(&mut lower, reduce, &outer, row, kept)?);
     }
     let reduced = root_ty.numel() != full.iter().product::<usize>()
         || full[first..].iter().product::<usize>() == 1;
@@ -392,8 +392,8 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
         return Err(Refused("a row of another rank than its reductions".into()));
     }
     let value = lower.value(root, &index)?;
-    let place = flatten(&index, &root_ty.shape);
-    let store = Stmt::Store { buffer: out, place, value: (*value).clone() };
+    let (buffer, place) = lower.result(root, &index);
+    let store = Stmt::Store { buffer, place, value: (*value).clone() };
     body.extend(pass(&mut lower, inner_vars, vec![store]));
     let parallel = parallel_prefix(&lower.extents, &outer_vars);
     let nested = wrap(&lower.extents, &outer_vars, body, parallel);
@@ -481,7 +481,8 @@ pub fn reduce_lanes(
     step: Vec<Stmt>,
 ) -> Lowering<Vec<Stmt>> {
     let (extent, lanes) = (lower.extents[last as usize], lower.target.lanes);
-    if extent < lanes || !is_vector(&lower.buffers, &step, last) {
+    let float = lower.buffers[cell].dtype == DType::F32;
+    if extent < lanes || !float || !is_vector(&lower.buffers, &step, last) {
         let body = vec![Stmt::For { var: last, extent, kind: Kind::Serial, body: step }];
         return Ok(wrap(&lower.extents, outer, body, 0));
     }

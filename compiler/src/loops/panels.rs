@@ -3,8 +3,6 @@
 
 use std::sync::Arc;
 
-use kiln_runtime::tensor::DType;
-
 use super::contract::Product;
 use super::ir::{BufferId, Expr, Loops, Param, Place, Scope, Var};
 use super::lower::{Lower, Lowering};
@@ -72,9 +70,10 @@ pub fn packable(lower: &Lower, (buffer, affine): (BufferId, &Affine)) -> bool {
     picked.product::<usize>() <= lower.buffers[buffer].len
 }
 
-/// Elements that a place picks.
-pub fn packed_len(lower: &Lower, affine: &Affine) -> usize {
-    affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product()
+/// Elements that a place picks: two at each, where the sum runs over pairs.
+pub fn packed_len(lower: &Lower, product: &Product, affine: &Affine) -> usize {
+    let elements: usize = if product.halves.is_some() { 2 } else { 1 };
+    elements * affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product::<usize>()
 }
 
 /// Variables of the packed operand but the last axis, in the order of the loops.
@@ -91,6 +90,7 @@ pub fn panel_order(product: &Product, affine: &Affine, summed: &[Var], n: Var) -
 /// A kernel that copies a strip of an operand into panels `[tile][order..][width]`; and the place
 /// of an element in terms of the product's variables, with the tile as variable 255 and the
 /// element within the tile as variable 254.
+/// The two elements of a pair, which lie `halves` apart, come side by side.
 pub fn pack(
     lower: &Lower,
     source: BufferId,
@@ -98,18 +98,22 @@ pub fn pack(
     (order, n): (&[Var], Var),
     strip: Strip,
     (scratch, len): (usize, usize),
+    halves: Option<i64>,
 ) -> Lowering<(Loops, Affine)> {
     let mut packer = lower.fresh();
     let from = &lower.buffers[source];
-    let source = packer.buffer(from.dtype, from.len, Scope::Global, from.param);
-    let to = packer.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
+    let dtype = from.dtype;
+    let source = packer.buffer(dtype, from.len, Scope::Global, from.param);
+    let count = if halves.is_some() { 2 } else { 1 };
+    let to = packer.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
     // Outer axes of the result come before the tile in memory, as they do in the loops.
     let tile = packer.var(strip.tiles)?;
     let inner: Vec<Var> =
         order.iter().map(|&v| packer.var(lower.extents[v as usize])).collect::<Lowering<_>>()?;
     let element = packer.var(strip.width)?;
-    let mut packed = Affine::axis(254);
-    let mut step = strip.width as i64;
+    let half = halves.map(|_| packer.var(2)).transpose()?;
+    let mut packed = Affine::scaled(254, count as i64);
+    let mut step = (strip.width * count) as i64;
     for &v in order.iter().rev() {
         packed = packed.plus(v as usize, step);
         step *= lower.extents[v as usize] as i64;
@@ -133,6 +137,12 @@ pub fn pack(
     let mut vars = vec![tile];
     vars.extend(inner);
     vars.push(element);
+    let (mut place, mut read) = (place, read);
+    if let (Some(half), Some(step)) = (half, halves) {
+        vars.push(half);
+        place = place.plus(half as usize, 1);
+        read = read.plus(half as usize, step);
+    }
     let value = Arc::new(Expr::Load(source, Place::affine(read)));
     Ok((nest::store_nest(packer, vars, to, Place::affine(place), value), packed))
 }

@@ -111,6 +111,8 @@ fn expr(e: &Expr) -> String {
         Expr::Cast(dtype, x) => format!("{dtype}({})", expr(x)),
         Expr::Fma(x, y, z) => format!("fma({}, {}, {})", expr(x), expr(y), expr(z)),
         Expr::Fold(f, buffer) => format!("fold_{}(b{buffer})", f.name()),
+        Expr::Pair(buffer, place) => format!("pair(b{buffer}[{}])", place_text(place)),
+        Expr::Dot(x, y, z) => format!("dot({}, {}, {})", expr(x), expr(y), expr(z)),
     }
 }
 
@@ -433,6 +435,10 @@ fn call(cursor: &mut Cursor, name: &str, buffers: &[Buffer]) -> Parsed<Expr> {
 /// The function of that name and that many values.
 fn apply(name: &str, args: &[Arc<Expr>]) -> Option<Expr> {
     Some(match args {
+        [x] if name == "pair" => match &**x {
+            Expr::Load(buffer, place) => Expr::Pair(*buffer, place.clone()),
+            _ => return None,
+        },
         [x] => match UnaryFn::ALL.iter().find(|f| f.1 == name) {
             Some((f, _)) => Expr::Unary(*f, x.clone()),
             None => Expr::Cast(DType::from_name(name)?, x.clone()),
@@ -442,6 +448,7 @@ fn apply(name: &str, args: &[Arc<Expr>]) -> Option<Expr> {
             Expr::Binary(f, x.clone(), y.clone())
         }
         [x, y, z] if name == "select" => Expr::Select(x.clone(), y.clone(), z.clone()),
+        [x, y, z] if name == "dot" => Expr::Dot(x.clone(), y.clone(), z.clone()),
         [x, y, z] if name == "fma" => Expr::Fma(x.clone(), y.clone(), z.clone()),
         _ => return None,
     })
@@ -456,8 +463,11 @@ mod tests {
   b1 : i64[4] scratch 1
   b2 : f32[8] register
   b3 : f32[1024] out
+  b4 : i16[16] arg 1
+  b5 : i32[8] scratch 2
   parallel i0 in 128 {
     vector i8 in 8 {
+      b5[i8] = dot(pair(b4[2*i8]), pair(b4[14]), b5[i8])
       b2[i8] = fma(b0[8*i0 + i8], -0.0:f32, NaN:f32)
       b3[-8*i0 + i8 + 1016] = max(b0[i0 + -1 + index(8*i8)], inf:f32)
     }

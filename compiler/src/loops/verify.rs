@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::ir::{Expr, Kind, Loops, Number, Param, Place, Range as Turns, Stmt, Var};
+use super::ir::{Expr, Kind, Loops, Number, Param, Place, Range as Turns, Scope, Stmt, Var};
 use crate::graph::infer::infer;
 use crate::graph::op::{Affine, BinaryFn, Op, Type};
 use crate::graph::text::op_text;
@@ -95,6 +95,18 @@ fn dtype(loops: &Loops, e: &Expr) -> Result<DType, Unproven> {
             apply(Op::Binary(BinaryFn::Mul), &[x, y])?;
             apply(Op::Binary(BinaryFn::Add), &[x, z])?
         }
+        Expr::Pair(n, place) => {
+            let found = dtype(loops, &Expr::Load(*n, place.clone()))?;
+            unless(found == DType::I16, || format!("a pair of {found}"))?;
+            DType::I32
+        }
+        Expr::Dot(x, y, z) => {
+            for e in [x, y, z] {
+                let found = dtype(loops, e)?;
+                unless(found == DType::I32, || format!("a dot product of {found}"))?;
+            }
+            DType::I32
+        }
         Expr::Fold(_, n) => {
             let lanes = buffer(*n)?.len;
             unless(lanes.is_power_of_two(), || format!("a fold of {lanes} lanes"))?;
@@ -139,7 +151,7 @@ impl Check<'_> {
                     self.block(body, outermost && alone && *kind == Kind::Parallel)?;
                 }
                 Stmt::Store { buffer, place, value } => {
-                    self.place(*buffer, place)?;
+                    self.place(*buffer, place, 0)?;
                     self.expr(value)?;
                 }
                 Stmt::If { condition, then, other } => {
@@ -196,7 +208,7 @@ impl Check<'_> {
         Ok(range)
     }
 
-    fn place(&self, buffer: usize, place: &Place) -> Result<(), Unproven> {
+    fn place(&self, buffer: usize, place: &Place, more: i128) -> Result<(), Unproven> {
         let (low, high) = self.affine(&place.affine)?;
         let (more_low, more_high) = match &place.dynamic {
             Some(e) => {
@@ -206,7 +218,7 @@ impl Check<'_> {
             None => (0, 0),
         };
         let len = self.loops.buffers[buffer].len as i128;
-        let (low, high) = (low + more_low, high + more_high);
+        let (low, high) = (low + more_low, high + more_high + more);
         match low >= 0 && high < len {
             true => Ok(()),
             false => {
@@ -242,12 +254,17 @@ impl Check<'_> {
 
     fn expr(&self, e: &Expr) -> Result<(), Unproven> {
         match e {
-            Expr::Load(buffer, place) => self.place(*buffer, place),
+            Expr::Load(buffer, place) => self.place(*buffer, place, 0),
+            Expr::Pair(buffer, place) => {
+                let global = self.loops.buffers[*buffer].scope == Scope::Global;
+                unless(global, || format!("a pair of registers b{buffer}"))?;
+                self.place(*buffer, place, 1)
+            }
             Expr::Index(index) => self.affine(index).map(|_| ()),
             Expr::Const(..) | Expr::Fold(..) => Ok(()),
             Expr::Unary(_, x) | Expr::Cast(_, x) => self.expr(x),
             Expr::Binary(_, x, y) => [x, y].into_iter().try_for_each(|e| self.expr(e)),
-            Expr::Select(x, y, z) | Expr::Fma(x, y, z) => {
+            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
                 [x, y, z].into_iter().try_for_each(|e| self.expr(e))
             }
         }

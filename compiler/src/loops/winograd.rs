@@ -88,7 +88,8 @@ pub fn lower(
     };
     let order = [conv.ic, conv.window[0], conv.window[1]];
     let (buffer, affine) = &conv.weights;
-    let (kernel, _) = pack(lower, *buffer, affine, (&order, conv.oc), strip, (given, lens[0]))?;
+    let (kernel, _) =
+        pack(lower, *buffer, affine, (&order, conv.oc), strip, (given, lens[0]), None)?;
     let mut add = |name: &str, kernel: Loops| {
         lowered.kernels.push(Loops { name: name.into(), ..kernel });
     };
@@ -499,6 +500,7 @@ fn products(
         .plus(255, (sizes.ic * sizes.width) as i64)
         .plus(point.into(), (sizes.ic * sizes.oc) as i64);
     let product = Product {
+        halves: None,
         vars: vec![point, row, oc],
         summed: vec![ic],
         operands: [Arc::new(Expr::Load(x, left)), Arc::new(Expr::Load(w, right))],

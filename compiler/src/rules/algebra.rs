@@ -8,7 +8,7 @@ use crate::graph::eval::Value;
 use crate::graph::op::{BinaryFn, Op, Shape};
 
 /// The number that all elements of a class are, where it is a small constant.
-fn number(egraph: &Egg, id: Id) -> Option<f64> {
+pub(super) fn number(egraph: &Egg, id: Id) -> Option<f64> {
     const FEW: usize = 4096;
     let index = find(egraph, id, |n| match n.op {
         Op::Const(i) => Some(i as usize),

@@ -78,7 +78,7 @@ impl Random {
         let count = self.values.len();
         let back = if self.rng.below(3) == 0 { self.rng.below(count) } else { 0 };
         let x = self.values[count - 1 - back];
-        let made = match self.rng.below(16) {
+        let made = match self.rng.below(18) {
             0 => self.unary(x),
             1 | 2 => self.with_constant(x),
             3 => self.with_value(x),
@@ -92,6 +92,10 @@ impl Random {
             12 => self.concat(x),
             13 => self.pool(x),
             14 => self.conv(x),
+            15 | 16 => {
+                let rng = &mut self.rng;
+                super::integers::tests::grow(&mut self.graph, &mut |n| rng.below(n), x)
+            }
             _ => self.matmul(x),
         };
         if let Ok(id) = made

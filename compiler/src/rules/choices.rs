@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use egg::Id;
+use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use super::bodies::{Bodies, Places};
@@ -71,12 +72,14 @@ impl ChoiceGraph {
         for &class in &order {
             let is_input = |n: &ENode| matches!(n.op, Op::Input(_));
             let constant = egraph[class].data.constant;
-            let free = constant || egraph[class].nodes.iter().any(is_input);
+            let widens = constant && widens(saturated, class);
+            let free = constant && !widens || egraph[class].nodes.iter().any(is_input);
             let users = users.get(&class).map_or(1.0, |u| u.max(1.0));
             let place = out.values.len() as u32;
             let mut operations = Vec::new();
             if !free {
                 let mut nodes: Vec<&ENode> = egraph[class].nodes.iter().collect();
+                nodes.retain(|n| !widens || matches!(n.op, Op::Cast(_)));
                 nodes.sort_unstable();
                 for node in nodes {
                     let args: Vec<u32> =
@@ -203,6 +206,14 @@ impl ChoiceGraph {
     }
 }
 
+/// Whether a class is a list of i16 as i32: kernels read the i16.
+fn widens(saturated: &Saturated, id: Id) -> bool {
+    let egraph = &saturated.egraph;
+    let short =
+        |n: &ENode| n.op == Op::Cast(DType::I32) && egraph[n.args[0]].data.ty.dtype == DType::I16;
+    egraph[id].data.ty.numel() > 1 && egraph[id].nodes.iter().any(short)
+}
+
 /// The classes that outputs may need; constants are leaves.
 fn needed(saturated: &Saturated, graph: &Graph) -> HashSet<Id> {
     let egraph = &saturated.egraph;
@@ -210,7 +221,7 @@ fn needed(saturated: &Saturated, graph: &Graph) -> HashSet<Id> {
     let mut open: Vec<Id> = outputs.map(|o| egraph.find(saturated.classes[o.1.index()])).collect();
     let mut needed = HashSet::new();
     while let Some(id) = open.pop() {
-        if !needed.insert(id) || egraph[id].data.constant {
+        if !needed.insert(id) || egraph[id].data.constant && !widens(saturated, id) {
             continue;
         }
         open.extend(egraph[id].nodes.iter().flat_map(|n| &n.args).map(|a| egraph.find(*a)));

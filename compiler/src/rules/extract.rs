@@ -5,9 +5,10 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
 use egg::Id;
+use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
-use super::cost::op_us;
+use super::cost::{integers_us, op_us};
 use super::lang::{ENode, Saturated};
 use crate::graph::op::Op;
 use crate::graph::{Args, Graph, NodeId, Origin};
@@ -41,7 +42,27 @@ fn node_us(saturated: &Saturated, class: Id, node: &ENode) -> f64 {
         | Op::Contract(_)
         | Op::Composite(_) => bytes,
     };
-    0.01 + traffic / BYTES_PER_US + op_us(&node.op, data.ty.numel() as f64, constant)
+    let work = match &node.op {
+        Op::Contract(contract) if data.ty.dtype == DType::I32 => {
+            let shorts = node.args.iter().all(|a| is_short(saturated, *a));
+            integers_us(contract, constant, shorts)
+        }
+        op => op_us(op, data.ty.numel() as f64, constant),
+    };
+    0.01 + traffic / BYTES_PER_US + work
+}
+
+/// Whether a class is an i16 as an i32, moved or not.
+fn is_short(saturated: &Saturated, class: Id) -> bool {
+    let dtype = |id: Id| saturated.egraph[id].data.ty.dtype;
+    saturated.egraph[class].nodes.iter().any(|n| match &n.op {
+        Op::Cast(DType::I32) => dtype(n.args[0]) == DType::I16,
+        Op::Permute(_) | Op::Pad(_) => saturated.egraph[n.args[0]]
+            .nodes
+            .iter()
+            .any(|n| n.op == Op::Cast(DType::I32) && dtype(n.args[0]) == DType::I16),
+        _ => false,
+    })
 }
 
 /// How many operations of the model use each class, or parts of it.
@@ -206,7 +227,13 @@ impl<'a> Build<'a> {
                 args.iter().copied().filter(|a| !self.done.contains_key(a)).collect();
             if missing.is_empty() {
                 let args: Args = args.iter().map(|a| self.done[a]).collect();
-                let id = self.graph.push(node.op.clone(), args, data.ty.clone(), &origin);
+                // Zero points are numbers in the code.
+                let number = data.constant && data.ty.numel() == 1 && !data.ty.dtype.is_float();
+                let folded = number.then(|| self.graph.fold(&node.op, &args, &data.ty)).flatten();
+                let id = match folded {
+                    Some(value) => self.graph.tensor(&value.to_tensor(), &origin),
+                    None => self.graph.push(node.op.clone(), args, data.ty.clone(), &origin),
+                };
                 self.add(class, id);
                 self.open.pop();
             } else {

@@ -119,9 +119,11 @@ fn bordered(nodes: &[Node], last: usize) -> Option<Kind> {
     let root = nodes.last()?;
     let [inside, fill] = root.args[..] else { return None };
     let whole = root.ty.used.is_empty() && matches!(nodes[fill.index()].op, Op::Input(_));
-    // The parts of a concatenation are those of what is stored, but for reshapes above it.
-    let whole = whole && !nodes.iter().any(|n| matches!(n.op, Op::Concat(_)));
-    let kind = (whole && inside.index() == last).then(|| classify(&nodes[..=last]))??;
+    // The parts of a concatenation are those of what is stored, but for reshapes above it; and
+    // there is one border at most.
+    let inner = &nodes[..=last];
+    let whole = whole && !inner.iter().any(|n| matches!(n.op, Op::Concat(_) | Op::Pad(_)));
+    let kind = (whole && inside.index() == last).then(|| classify(inner))??;
     matches!(kind, Kind::Map | Kind::InlineReduce | Kind::Contract).then_some(kind)
 }
 
@@ -270,11 +272,38 @@ impl Body<'_> {
 
     fn is_contract(&self, contract: usize) -> bool {
         let above = self.above(contract);
-        // Everything else only moves elements, into the contraction or beside it.
+        // Everything else only moves elements, into the contraction or beside it; or it is what
+        // makes integers of bytes, and numbers of them.
+        let (shorts, below) = (self.of_shorts(contract), self.below(contract));
+        let whole = self.ty(contract).dtype == DType::I32;
+        let size = self.ty(contract).numel();
         let mut beside = self.members().filter(|n| !above.contains(n));
-        beside.all(|n| self.is_move(n))
+        let fits = |n: usize| {
+            let once = !below[n] && is_pointwise(self.op(n)) && self.ty(n).numel() == size;
+            self.is_move(n) || whole && (self.widens(n) || once && self.is_vector_op(n))
+        };
+        beside.all(fits)
             && self.is_epilogue(contract, Lanes::OfNode)
-            && self.is_vector(contract, &above)
+            && self.is_vector(contract, &above, shorts)
+    }
+
+    /// Whether a node is an i16 as an i32.
+    fn widens(&self, node: usize) -> bool {
+        *self.op(node) == Op::Cast(DType::I32)
+            && self.args(node).all(|a| self.ty(a).dtype == DType::I16)
+    }
+
+    /// Whether a contraction has operands that are i16, moved or not.
+    fn of_shorts(&self, contract: usize) -> bool {
+        self.args(contract).all(|mut n| {
+            while !self.widens(n) {
+                match self.args(n).next() {
+                    Some(arg) if self.is_move(n) => n = arg,
+                    _ => return false,
+                }
+            }
+            true
+        })
     }
 
     /// Whether a node is an argument or only moves elements, at affine indices.
@@ -287,23 +316,22 @@ impl Body<'_> {
         }
     }
 
-    /// Whether what follows a contraction of f32 runs in vector lanes, as the contraction does.
-    fn is_vector(&self, contract: usize, above: &[usize]) -> bool {
-        let float = |n: usize| self.ty(n).dtype == DType::F32;
+    /// Whether what follows a contraction that runs in vector lanes does so as well.
+    fn is_vector(&self, contract: usize, above: &[usize], shorts: bool) -> bool {
+        let lanes = shorts || self.ty(contract).dtype == DType::F32;
+        let root = self.ty(self.nodes.len() - 1).dtype;
         let mut after = above.iter().filter(|&&n| n != contract);
-        !float(contract) || float(self.nodes.len() - 1) && after.all(|&n| self.is_vector_op(n))
+        !lanes || is_lane(root) && after.all(|&n| self.is_vector_op(n))
     }
 
-    /// Whether an operation of f32 runs in vector lanes.
+    /// Whether an operation runs in vector lanes.
     pub(super) fn is_vector_op(&self, node: usize) -> bool {
         let float = |n: usize| self.ty(n).dtype == DType::F32;
         let compares = |n: usize| matches!(self.op(n), Op::Binary(f) if f.is_comparison());
         match self.op(node) {
-            Op::Cast(_) | Op::Unary(UnaryFn::Not) => false,
-            Op::Binary(f) => {
-                let scalar = [BinaryFn::Pow, BinaryFn::Rem];
-                !scalar.contains(f) && self.args(node).all(float)
-            }
+            Op::Cast(to) => self.args(node).all(|a| is_lane_cast(self.ty(a).dtype, *to)),
+            Op::Unary(f) => *f != UnaryFn::Not && self.args(node).all(float),
+            Op::Binary(f) => self.args(node).all(|a| is_lane_binary(*f, self.ty(a).dtype)),
             Op::Select => {
                 let condition = self.args(node).next();
                 condition.is_some_and(compares) && self.args(node).skip(1).all(float)
@@ -353,6 +381,30 @@ impl Body<'_> {
         });
         same && fits
     }
+}
+
+/// Whether lanes hold values of a dtype.
+pub fn is_lane(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::I32 | DType::I16 | DType::I8 | DType::U8)
+}
+
+/// Whether there is an instruction for a function of two values in lanes.
+pub fn is_lane_binary(f: BinaryFn, dtype: DType) -> bool {
+    match f {
+        BinaryFn::Add | BinaryFn::Sub | BinaryFn::Mul | BinaryFn::Max | BinaryFn::Min => {
+            is_lane(dtype)
+        }
+        BinaryFn::Div | BinaryFn::Eq | BinaryFn::Ne | BinaryFn::Lt | BinaryFn::Le => {
+            dtype == DType::F32
+        }
+        BinaryFn::Pow | BinaryFn::Rem | BinaryFn::And | BinaryFn::Or | BinaryFn::Xor => false,
+    }
+}
+
+/// Whether lanes of one dtype can be those of another.
+pub fn is_lane_cast(from: DType, to: DType) -> bool {
+    // Only what f32 has exactly is a bound for it.
+    is_lane(from) && is_lane(to) && !(from == DType::F32 && to == DType::I32)
 }
 
 /// Whether a reshape splits axes, and joins none but those of extent 1.

@@ -12,6 +12,7 @@ pub mod cost;
 pub mod cuts;
 pub mod extract;
 pub mod fuse;
+mod integers;
 pub mod kind;
 pub mod lang;
 mod reads;

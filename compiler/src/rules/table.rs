@@ -17,6 +17,9 @@ use super::contract::{
     contract_absorbs_split, contract_channels_last, contract_drops_unit_axes, contract_is_dots,
     contract_shares_heads, scale_out_of_contract,
 };
+use super::integers::{
+    contract_of_integers, contract_of_shorts, difference_of_bytes, pool_of_integers,
+};
 use super::lang::{ENode, Egg};
 use super::siblings::{merge_siblings, pointwise_past_split};
 use super::{Budget, Fired};
@@ -94,6 +97,14 @@ pub static RULES: &[Rule] = rules! {
     "scale-into-contract" Reassociating scale_into_contract;
     // contract(s * x, y) = s * contract(x, y) for a number s, where neither is constant
     "scale-out-of-contract" Reassociating scale_out_of_contract;
+    // contract(i * s, j * t) = contract(i, j) * (s * t) for integers i and j
+    "contract-of-integers" Reassociating contract_of_integers;
+    // contract(i, j) = contract(i32(i16(i)), i32(i16(j))) for bytes and differences of bytes
+    "contract-of-shorts" Exact contract_of_shorts;
+    // i32(x) - i32(y) = i32(i16(x) - i16(y)) for bytes
+    "difference-of-bytes" Exact difference_of_bytes;
+    // max over windows of i * s = (max over windows of i) * s for integers i and a number s > 0
+    "pool-of-integers" Exact pool_of_integers;
     // x * 1 = x, x / 1 = x, x - 0 = x
     "neutral-number" Exact neutral_number;
     // x + 0 = x (the sign of a zero may differ)

@@ -41,7 +41,7 @@ fn grow(graph: &mut Graph, random: &mut Random, values: &[NodeId]) -> Option<Nod
     let x = values[random.below(values.len())];
     let shape = graph.ty(x).shape.to_vec();
     let rank = shape.len();
-    match random.below(17) {
+    match random.below(19) {
         0 if random.below(3) == 0 => graph.binary_number(BinaryFn::Pow, x, 2.0, &o).ok(),
         0 => graph.unary(UnaryFn::Neg, x, &o).ok(),
         1 => graph.binary_number(BinaryFn::Max, x, 0.0, &o).ok(),
@@ -101,6 +101,7 @@ fn grow(graph: &mut Graph, random: &mut Random, values: &[NodeId]) -> Option<Nod
             let w = graph.with_rank(w, rank, &o).ok()?;
             graph.matmul(x, w, &o).ok()
         }
+        17 | 18 => super::integers::tests::grow(graph, &mut |n| random.below(n), x).ok(),
         14 => siblings(graph, random, x),
         15 => grouped(graph, x, random.below(2) == 0),
         _ => {

@@ -138,6 +138,8 @@ pub trait Machine {
         y: &Self::Value,
         z: &Self::Value,
     ) -> Emitted<Self::Value>;
+    /// The products of the low and of the high i16 of x and y, and z, added as i32.
+    fn dot(&mut self, x: &Self::Value, y: &Self::Value, z: &Self::Value) -> Emitted<Self::Value>;
     /// x * y + z of a sum of products, which may be rounded twice where once would cost much.
     fn accumulate(
         &mut self,
@@ -166,7 +168,7 @@ enum Bound<I> {
     Number(i64),
 }
 
-type LoadKey = (BufferId, Affine, Access);
+type LoadKey = (BufferId, Affine, Access, DType);
 
 struct Emit<'a, M: Machine> {
     machine: &'a mut M,
@@ -418,12 +420,29 @@ impl<M: Machine> Emit<'_, M> {
         Ok(value)
     }
 
+    /// Three values, and whether any hangs on memory or registers that the kernel writes.
+    fn three(&mut self, e: [&Arc<Expr>; 3]) -> Emitted<([M::Value; 3], bool)> {
+        let [(x, a), (y, b), (z, c)] = [self.shared(e[0])?, self.shared(e[1])?, self.shared(e[2])?];
+        Ok(([x, y, z], a || b || c))
+    }
+
     /// The value and whether it hangs on memory or registers that the kernel writes.
     fn expr(&mut self, e: &Expr) -> Emitted<(M::Value, bool)> {
         let wide = self.lane.is_some();
         let dtype = |x: &Expr| compute_dtype(self.loops.dtype(x));
         Ok(match e {
-            Expr::Load(buffer, place) => (self.load(*buffer, place)?, self.written[*buffer]),
+            Expr::Load(buffer, place) => {
+                let dtype = self.loops.buffers[*buffer].dtype;
+                (self.load(*buffer, place, dtype)?, self.written[*buffer])
+            }
+            // Two i16 side by side are the bytes of an i32.
+            Expr::Pair(buffer, place) => {
+                (self.load(*buffer, place, DType::I32)?, self.written[*buffer])
+            }
+            Expr::Dot(x, y, z) => {
+                let ([x, y, z], hangs) = self.three([x, y, z])?;
+                (self.machine.dot(&x, &y, &z)?, hangs)
+            }
             Expr::Index(index) => {
                 let (index, _) = self.resolve(index);
                 let terms = self.terms(&index, 1);
@@ -455,10 +474,8 @@ impl<M: Machine> Emit<'_, M> {
             }
             Expr::Select(c, x, y) => {
                 let t = dtype(x);
-                let (c, a) = self.shared(c)?;
-                let (x, b) = self.shared(x)?;
-                let (y, d) = self.shared(y)?;
-                (self.machine.select(t, &c, &x, &y)?, a || b || d)
+                let ([c, x, y], hangs) = self.three([c, x, y])?;
+                (self.machine.select(t, &c, &x, &y)?, hangs)
             }
             Expr::Cast(to, x) => {
                 let from = self.loops.dtype(x);
@@ -467,10 +484,8 @@ impl<M: Machine> Emit<'_, M> {
             }
             Expr::Fma(x, y, z) => {
                 let t = dtype(x);
-                let (x, a) = self.shared(x)?;
-                let (y, b) = self.shared(y)?;
-                let (z, c) = self.shared(z)?;
-                (self.machine.accumulate(t, &x, &y, &z)?, a || b || c)
+                let ([x, y, z], hangs) = self.three([x, y, z])?;
+                (self.machine.accumulate(t, &x, &y, &z)?, hangs)
             }
             Expr::Fold(f, buffer) => {
                 let mut keys: Vec<(BufferId, i64)> =
@@ -482,7 +497,8 @@ impl<M: Machine> Emit<'_, M> {
         })
     }
 
-    fn load(&mut self, buffer: BufferId, place: &Place) -> Emitted<M::Value> {
+    /// A value of this dtype at an element of a buffer.
+    fn load(&mut self, buffer: BufferId, place: &Place, dtype: DType) -> Emitted<M::Value> {
         let b = &self.loops.buffers[buffer];
         let wide = self.lane.is_some();
         if b.scope == Scope::Register {
@@ -498,15 +514,18 @@ impl<M: Machine> Emit<'_, M> {
         let access = match (wide, along) {
             (false, _) => Access::One,
             (true, 0) => Access::Splat,
-            (true, step) => Access::Lanes(step),
+            // A pair of short elements is one that is read.
+            (true, step) => Access::Lanes(step * b.dtype.bytes() as i64 / dtype.bytes() as i64),
         };
-        let key = (buffer, index, access);
+        if dtype != DType::F32 && matches!(access, Access::Lanes(step) if step != 1) {
+            return Err(Unsupported(format!("lanes of {dtype} that lie apart")));
+        }
+        let key = (buffer, index, access, dtype);
         if place.dynamic.is_none()
             && let Some(known) = self.loads.get(&key)
         {
             return Ok(known.clone());
         }
-        let dtype = b.dtype;
         let address = self.address(buffer, place)?;
         let value = self.machine.load(dtype, &address, access)?;
         if place.dynamic.is_none() {

@@ -4,6 +4,7 @@
 mod cast;
 mod float;
 mod int;
+mod lanes;
 
 use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::condcodes::IntCC;
@@ -407,7 +408,11 @@ impl Machine for Clif<'_> {
                     .map(|k| self.apart(at, k, step))
                     .collect::<Emitted<_>>()?,
             ),
-            (Access::Lanes(_), _) => return Err(Unsupported(format!("lanes of {dtype}"))),
+            (Access::Lanes(_), _) => Val::Lanes(
+                (0..self.pieces())
+                    .map(|k| self.load_lanes(dtype, base, at.1, k))
+                    .collect::<Emitted<_>>()?,
+            ),
             (_, DType::F16 | DType::BF16) => {
                 let short = self.b.ins().load(types::I16, Self::memory(), base, offset);
                 Val::One(self.short_to_f32(dtype, short))
@@ -416,7 +421,7 @@ impl Machine for Clif<'_> {
                 let ty = scalar_type(dtype);
                 let value = Val::One(self.b.ins().load(ty, Self::memory(), base, offset));
                 match access {
-                    Access::Splat => self.splat(&value)?,
+                    Access::Splat => self.spread(dtype, &value)?,
                     Access::One | Access::Lanes(_) => value,
                 }
             }
@@ -434,8 +439,10 @@ impl Machine for Clif<'_> {
             }
             Val::Lanes(v) => {
                 for (k, v) in v.iter().enumerate() {
-                    let offset = at.1 + (self.piece.bytes() * k as u32) as i32;
-                    self.b.ins().store(Self::memory(), *v, at.0, offset);
+                    let v = self.packed(dtype, *v);
+                    let lanes = self.piece.lane_count() as usize;
+                    let offset = at.1 + (dtype.bytes() * lanes * k) as i32;
+                    self.b.ins().store(Self::memory(), v, at.0, offset);
                 }
             }
         }
@@ -448,7 +455,7 @@ impl Machine for Clif<'_> {
             Number::Int(v) => self.b.ins().iconst(scalar_type(dtype), mask(dtype, v)),
         };
         match wide {
-            true => self.splat(&Val::One(value)),
+            true => self.spread(dtype, &Val::One(value)),
             false => Ok(Val::One(value)),
         }
     }
@@ -476,12 +483,14 @@ impl Machine for Clif<'_> {
 
     fn binary(&mut self, f: BinaryFn, dtype: DType, x: &Val, y: &Val) -> Emitted<Val> {
         let (a, b) = (flat(std::slice::from_ref(x)), flat(std::slice::from_ref(y)));
+        let wide = matches!(x, Val::Lanes(_));
         let results: Vec<Value> = a
             .into_iter()
             .zip(b)
-            .map(|(x, y)| match dtype.is_float() {
-                true => self.float_binary(f, x, y),
-                false => self.int_binary(f, dtype, x, y),
+            .map(|(x, y)| match (dtype.is_float(), wide) {
+                (true, _) => self.float_binary(f, x, y),
+                (false, false) => self.int_binary(f, dtype, x, y),
+                (false, true) => self.lanes_binary(f, dtype, x, y),
             })
             .collect::<Emitted<_>>()?;
         Ok(like(std::slice::from_ref(x), &results).swap_remove(0))
@@ -495,8 +504,13 @@ impl Machine for Clif<'_> {
     }
 
     fn cast(&mut self, from: DType, to: DType, x: &Val) -> Emitted<Val> {
-        let x = self.one(x)?;
-        Ok(Val::One(self.cast_one(from, to, x)))
+        match x {
+            Val::One(x) => Ok(Val::One(self.cast_one(from, to, *x))),
+            Val::Lanes(x) => {
+                let lanes = x.iter().map(|&x| self.lanes_cast(from, to, x));
+                Ok(Val::Lanes(lanes.collect::<Emitted<_>>()?))
+            }
+        }
     }
 
     fn fma(&mut self, dtype: DType, x: &Val, y: &Val, z: &Val) -> Emitted<Val> {
@@ -508,6 +522,11 @@ impl Machine for Clif<'_> {
         let results: Vec<Value> =
             a.into_iter().zip(b).zip(c).map(|((x, y), z)| self.float_fma(x, y, z)).collect();
         Ok(like(std::slice::from_ref(x), &results).swap_remove(0))
+    }
+
+    fn dot(&mut self, x: &Val, y: &Val, z: &Val) -> Emitted<Val> {
+        let sum = self.lift2(x, y, Self::pairs);
+        Ok(self.lift2(&sum, z, |this, x, y| this.b.ins().iadd(x, y)))
     }
 
     fn accumulate(&mut self, dtype: DType, x: &Val, y: &Val, z: &Val) -> Emitted<Val> {
@@ -562,27 +581,16 @@ impl Machine for Clif<'_> {
                 };
                 Ok(Val::Lanes(std::iter::repeat_n(lanes, self.pieces()).collect()))
             }
-            Val::One(_) => Err(Unsupported("lanes of another type than f32".into())),
+            // What a register holds: an i32, as in lanes.
+            Val::One(v) if self.b.func.dfg.value_type(*v) == types::I32 => {
+                self.spread(DType::I32, x)
+            }
+            Val::One(_) => Err(Unsupported("lanes of another type than f32 or i32".into())),
         }
     }
 
     fn fold(&mut self, f: ReduceFn, x: &[Val]) -> Emitted<Val> {
-        let mut values = flat(x);
-        while values.len() > 1 {
-            let half = values.len() / 2;
-            values = (0..half)
-                .map(|i| self.float_binary(f.binary(DType::F32), values[i], values[i + half]))
-                .collect::<Emitted<_>>()?;
-        }
-        let mut value = values.pop().ok_or_else(|| Unsupported("an empty fold".into()))?;
-        if !self.piece.is_vector() {
-            return Ok(Val::One(value));
-        }
-        for order in [[2, 3, 0, 1], [1, 0, 3, 2]] {
-            let other = self.shuffle(value, order);
-            value = self.float_binary(f.binary(DType::F32), value, other)?;
-        }
-        Ok(Val::One(self.b.ins().extractlane(value, 0)))
+        self.folded(f.binary(DType::F32), flat(x))
     }
 }
 

@@ -152,6 +152,38 @@ table! { NARROW "Instructions that are used in their form of 128 bits alone.":
     UPPER: VEX_Vextractf128_xmmm128_ymm_imm8, EVEX_Vextractf32x4_xmmm128_k1z_zmm_imm8;
 }
 
+table! { WHOLE "Instructions of integers, of every width.":
+    /// x - y of 32-bit integers.
+    SUB_INT: VEX_Vpsubd_xmm_xmm_xmmm128, EVEX_Vpsubd_xmm_k1z_xmm_xmmm128b32;
+    /// x * y of 32-bit integers.
+    MUL_INT: VEX_Vpmulld_xmm_xmm_xmmm128, EVEX_Vpmulld_xmm_k1z_xmm_xmmm128b32;
+    /// The larger of 32-bit integers with signs.
+    MAX_INT: VEX_Vpmaxsd_xmm_xmm_xmmm128, EVEX_Vpmaxsd_xmm_k1z_xmm_xmmm128b32;
+    /// The smaller of 32-bit integers with signs.
+    MIN_INT: VEX_Vpminsd_xmm_xmm_xmmm128, EVEX_Vpminsd_xmm_k1z_xmm_xmmm128b32;
+    /// Products of 16-bit integers, those of both halves of 32 bits added.
+    PAIRS: VEX_Vpmaddwd_xmm_xmm_xmmm128, EVEX_Vpmaddwd_xmm_k1z_xmm_xmmm128;
+    /// 16-bit integers as 32-bit ones.
+    WIDEN_I16: VEX_Vpmovsxwd_xmm_xmmm64, EVEX_Vpmovsxwd_xmm_k1z_xmmm64;
+    /// 8-bit integers as 32-bit ones.
+    WIDEN_I8: VEX_Vpmovsxbd_xmm_xmmm32, EVEX_Vpmovsxbd_xmm_k1z_xmmm32;
+    /// 8-bit integers without sign as 32-bit ones.
+    WIDEN_U8: VEX_Vpmovzxbd_xmm_xmmm32, EVEX_Vpmovzxbd_xmm_k1z_xmmm32;
+    /// f32 as i32, without its fraction.
+    TO_INT: VEX_Vcvttps2dq_xmm_xmmm128, EVEX_Vcvttps2dq_xmm_k1z_xmmm128b32;
+    /// Bits moved down, the sign stays.
+    SHIFT_SIGNED: VEX_Vpsrad_xmm_xmm_imm8, EVEX_Vpsrad_xmm_k1z_xmmm128b32_imm8;
+}
+
+table! { WHOLE_NARROW "Instructions of integers that are used in their form of 128 bits alone.":
+    /// A general register as lane 0.
+    FROM_GENERAL: VEX_Vmovd_xmm_rm32, EVEX_Vmovd_xmm_rm32;
+    /// The low byte of lane 0 to memory.
+    STORE_BYTE: VEX_Vpextrb_r32m8_xmm_imm8, EVEX_Vpextrb_r32m8_xmm_imm8;
+    /// The low 16 bits of lane 0 to memory.
+    STORE_SHORT: VEX_Vpextrw_r32m16_xmm_imm8, EVEX_Vpextrw_r32m16_xmm_imm8;
+}
+
 #[cfg(test)]
 mod tests {
     use iced_x86::{Encoder, Instruction, Register};
@@ -172,7 +204,7 @@ mod tests {
             (Level::Avx2, "VEX", &[Width::Xmm, Width::Ymm][..]),
             (Level::Avx512, "EVEX", &[Width::Xmm, Width::Ymm, Width::Zmm][..]),
         ];
-        for &(name, op) in WIDE {
+        for &(name, op) in WIDE.iter().chain(WHOLE) {
             for (level, encoding, widths) in &forms {
                 let first = op.code(*level, Width::Xmm);
                 for &width in *widths {
@@ -184,7 +216,7 @@ mod tests {
                 }
             }
         }
-        for &(name, op) in NARROW {
+        for &(name, op) in NARROW.iter().chain(WHOLE_NARROW) {
             for (level, encoding, _) in &forms {
                 let code = op.code(*level, Width::Xmm);
                 assert_eq!(stem(code).0, *encoding, "{name}");

@@ -161,6 +161,11 @@ impl Wide {
         Ok(wide_or_one(wide, self.code.make(self.current, class, code, &args, &uses)))
     }
 
+    /// The mask of what is NaN.
+    pub fn unordered(&mut self, x: &Val) -> Emitted<Val> {
+        self.ordered(UNORDERED, x, x)
+    }
+
     fn compare(&mut self, (order, mirror): (u8, u8), x: &Val, y: &Val) -> Emitted<Val> {
         match x {
             Val::Literal(..) => self.ordered(mirror, y, x),

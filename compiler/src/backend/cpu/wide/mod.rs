@@ -1,6 +1,6 @@
-//! The wide emitter: f32 kernels on x86-64 in vectors of 256 bits (AVX2 and FMA) or 512 (AVX-512 F,
-//! BW, DQ and VL), which Cranelift has no instructions for. Kernels that need other types are left
-//! to Cranelift.
+//! The wide emitter: kernels of f32 and of integers up to 32 bits on x86-64 in vectors of 256 bits
+//! (AVX2 and FMA) or 512 (AVX-512 F, BW, DQ and VL), which Cranelift has no instructions for.
+//! Kernels that need other types are left to Cranelift.
 //!
 //! The walk over loops becomes SSA (`ssa`), which regalloc2 gives registers and `encode` turns
 //! into bytes. Indices are not computed: every loop carries a counter for each distinct step in
@@ -17,6 +17,7 @@ mod lanes;
 mod ssa;
 #[cfg(test)]
 mod tests;
+mod whole;
 
 use std::collections::HashMap;
 
@@ -210,11 +211,19 @@ impl Wide {
     }
 }
 
-/// The only dtype of buffers and of arithmetic.
+/// The dtype of arithmetic with fractions.
 fn f32_only(dtype: DType) -> Emitted<()> {
     match dtype {
         DType::F32 => Ok(()),
         other => Err(Unsupported(format!("{other} in wide code"))),
+    }
+}
+
+/// The dtypes of 32 bits that lanes hold.
+fn lanes_of(dtype: DType) -> Emitted<()> {
+    match dtype {
+        DType::I32 => Ok(()),
+        other => f32_only(other),
     }
 }
 
@@ -329,7 +338,10 @@ impl Machine for Wide {
     }
 
     fn load(&mut self, dtype: DType, address: &Address, access: Access) -> Emitted<Val> {
-        f32_only(dtype)?;
+        if dtype.bytes() < 4 {
+            return self.load_whole(dtype, address, access);
+        }
+        lanes_of(dtype)?;
         let (op, wide) = match access {
             Access::One => (isa::LOAD_ONE, false),
             Access::Lanes(1) => (isa::LOAD, true),
@@ -341,7 +353,10 @@ impl Machine for Wide {
     }
 
     fn store(&mut self, dtype: DType, address: &Address, value: &Val) -> Emitted<()> {
-        f32_only(dtype)?;
+        if dtype.bytes() < 4 {
+            return self.store_whole(dtype, address, value);
+        }
+        lanes_of(dtype)?;
         let mut uses = vec![self.vector(value)?];
         uses.extend(address.registers());
         let wide = value.is_wide();
@@ -354,6 +369,9 @@ impl Machine for Wide {
     fn number(&mut self, dtype: DType, number: Number, wide: bool) -> Emitted<Val> {
         match (dtype, number) {
             (DType::F32, Number::Float(v)) => Ok(Val::Literal((v as f32).to_bits(), wide)),
+            (DType::I32 | DType::I16 | DType::I8 | DType::U8, Number::Int(v)) => {
+                Ok(Val::Literal(v as i32 as u32, wide))
+            }
             (DType::I64 | DType::Bool, Number::Int(v)) if !wide => {
                 let value = i64::try_from(v).map_err(|_| Unsupported(format!("number {v}")))?;
                 Ok(Val::Number(value))
@@ -400,6 +418,7 @@ impl Machine for Wide {
     fn binary(&mut self, f: BinaryFn, dtype: DType, x: &Val, y: &Val) -> Emitted<Val> {
         match dtype {
             DType::I64 | DType::Bool => self.int_binary(f, x, y),
+            DType::I32 | DType::I16 | DType::I8 | DType::U8 => self.whole_binary(f, dtype, x, y),
             _ => {
                 f32_only(dtype)?;
                 self.float_binary(f, x, y)
@@ -408,7 +427,7 @@ impl Machine for Wide {
     }
 
     fn select(&mut self, dtype: DType, c: &Val, x: &Val, y: &Val) -> Emitted<Val> {
-        f32_only(dtype)?;
+        lanes_of(dtype)?;
         let mask = match *c {
             Val::Int(..) | Val::Number(_) => {
                 let bool = self.register(c);
@@ -422,8 +441,17 @@ impl Machine for Wide {
     fn cast(&mut self, from: DType, to: DType, x: &Val) -> Emitted<Val> {
         match from == to {
             true => Ok(*x),
-            false => Err(Unsupported(format!("{from} as {to} in wide code"))),
+            false => self.whole_cast(from, to, x),
         }
+    }
+
+    fn dot(&mut self, x: &Val, y: &Val, z: &Val) -> Emitted<Val> {
+        // There is no form of this with a literal in memory.
+        let wide = x.is_wide() || y.is_wide();
+        let uses = [self.vector(x)?, self.vector(y)?];
+        let args = [self.part(0, wide), self.part(1, wide), self.part(2, wide)];
+        let products = self.value(isa::PAIRS, wide, &args, &uses);
+        self.two(isa::ADD_INT, z, &products)
     }
 
     fn fma(&mut self, dtype: DType, x: &Val, y: &Val, z: &Val) -> Emitted<Val> {

@@ -27,8 +27,10 @@ impl Processor<'_> {
         match i.op_kind(k) {
             OpKind::Register => self.general(i.op_register(k)),
             OpKind::Memory => {
-                let bytes = self.read(self.address(i)?, 8)?;
-                Ok(u64::from_le_bytes(bytes.try_into().expect("8 bytes were read")))
+                let bytes = self.read(self.address(i)?, i.memory_size().size())?;
+                let mut value = [0; 8];
+                value[..bytes.len()].copy_from_slice(bytes);
+                Ok(u64::from_le_bytes(value))
             }
             OpKind::NearBranch64 => Ok(i.near_branch64()),
             _ => Ok(i.immediate(k)),
@@ -82,6 +84,12 @@ impl Processor<'_> {
         match i.mnemonic() {
             Mnemonic::Mov => self.store(i, self.operand(i, y)?)?,
             Mnemonic::Movzx => self.store(i, self.operand(i, y)?)?,
+            Mnemonic::Movsx => {
+                let value = self.operand(i, y)?;
+                let short = i.memory_size().size() == 2;
+                let value = if short { value as i16 as i32 } else { i32::from(value as i8) };
+                self.store(i, value as u32 as u64)?;
+            }
             Mnemonic::Lea => self.store(i, self.address(i)?)?,
             Mnemonic::Imul => {
                 self.flags = None;

@@ -40,6 +40,17 @@ fn two(mnemonic: Mnemonic, a: u32, b: u32) -> Option<u32> {
         Mnemonic::Vorps => Some(a | b),
         Mnemonic::Vxorps => Some(a ^ b),
         Mnemonic::Vpaddd => Some(a.wrapping_add(b)),
+        Mnemonic::Vpsubd => Some(a.wrapping_sub(b)),
+        Mnemonic::Vpmulld => Some(a.wrapping_mul(b)),
+        Mnemonic::Vpmaxsd => Some((a as i32).max(b as i32) as u32),
+        Mnemonic::Vpminsd => Some((a as i32).min(b as i32) as u32),
+        Mnemonic::Vpmaddwd => {
+            let product = |shift: u32| {
+                let half = |v: u32| i32::from((v >> shift) as u16 as i16);
+                half(a).wrapping_mul(half(b))
+            };
+            Some(product(0).wrapping_add(product(16)) as u32)
+        }
         _ => None,
     }
 }
@@ -51,6 +62,12 @@ fn one(mnemonic: Mnemonic, a: u32, byte: u8) -> Option<u32> {
         Mnemonic::Vsqrtps => float(x.sqrt()),
         Mnemonic::Vcvtdq2ps => Some((a as i32 as f32).to_bits()),
         Mnemonic::Vpslld => Some(a.checked_shl(byte.into()).unwrap_or(0)),
+        Mnemonic::Vpsrad => Some((a as i32 >> byte.min(31)) as u32),
+        Mnemonic::Vcvttps2dq => {
+            let whole = f64::from(x).trunc();
+            let fits = (-2147483648.0..2147483648.0).contains(&whole);
+            Some(if fits { whole as i32 as u32 } else { 1 << 31 })
+        }
         Mnemonic::Vpsrld => Some(a.checked_shr(byte.into()).unwrap_or(0)),
         // Without a scale, and exceptions off.
         Mnemonic::Vroundps | Mnemonic::Vrndscaleps => match byte {
@@ -229,6 +246,59 @@ impl Processor<'_> {
         self.set_vector(i, value, width(i).unwrap_or(4))
     }
 
+    /// Short integers of memory, a lane each.
+    fn widened(&mut self, i: &Instruction, lanes: usize) -> Result<(), Fault> {
+        let (bytes, signed) = match i.mnemonic() {
+            Mnemonic::Vpmovsxwd => (2, true),
+            Mnemonic::Vpmovsxbd => (1, true),
+            _ => (1, false),
+        };
+        let memory = self.read(self.address(i)?, bytes * lanes)?;
+        let mut value = [0u32; 16];
+        for (lane, short) in value.iter_mut().zip(memory.chunks_exact(bytes)) {
+            *lane = match short {
+                [low, high] => i32::from(i16::from_le_bytes([*low, *high])) as u32,
+                [low] if signed => i32::from(*low as i8) as u32,
+                short => short.iter().map(|&low| u32::from(low)).sum(),
+            };
+        }
+        self.set_vector(i, value, lanes)
+    }
+
+    /// The low bytes of the first lanes to memory.
+    fn shortened(&mut self, i: &Instruction, bytes: usize, lanes: usize) -> Result<(), Fault> {
+        let value = self.vector_register(i.op_register(1))?;
+        let low = value[..lanes].iter().flat_map(|v| v.to_le_bytes().into_iter().take(bytes));
+        let low: Vec<u8> = low.collect();
+        let address = self.address(i)?;
+        self.write(address, &low)
+    }
+
+    /// Lanes of both operands with half the bits, saturated, in each 128 bits.
+    fn packed(&mut self, i: &Instruction, lanes: usize) -> Result<(), Fault> {
+        let [a, b] = [1, 2].map(|k| self.vector_register(i.op_register(k)));
+        let (a, b, mut value) = (a?, b?, [0; 16]);
+        for part in (0..lanes).step_by(4) {
+            let both = a[part..part + 4].iter().chain(&b[part..part + 4]);
+            let bytes: Vec<u8> = match i.mnemonic() {
+                Mnemonic::Vpackssdw => both
+                    .map(|&v| (v as i32).clamp(-0x8000, 0x7fff) as i16)
+                    .flat_map(i16::to_le_bytes)
+                    .collect(),
+                packs => {
+                    let range = if packs == Mnemonic::Vpackuswb { (0, 255) } else { (-128, 127) };
+                    both.flat_map(|&v| [v as i16, (v >> 16) as i16])
+                        .map(|v| v.clamp(range.0, range.1) as u8)
+                        .collect()
+                }
+            };
+            for (lane, four) in value[part..].iter_mut().zip(bytes.chunks_exact(4)) {
+                *lane = u32::from_le_bytes(four.try_into().expect("chunks of 4"));
+            }
+        }
+        self.set_vector(i, value, lanes)
+    }
+
     /// Runs an instruction if it is one of these.
     pub fn vector(&mut self, i: &Instruction) -> Result<bool, Fault> {
         let mnemonic = i.mnemonic();
@@ -253,6 +323,25 @@ impl Processor<'_> {
             Mnemonic::Vbroadcastss => {
                 let lane = self.lanes(i, 1, 1)?[0];
                 self.set_vector(i, [lane; 16], lanes)?;
+            }
+            Mnemonic::Vpmovsxwd | Mnemonic::Vpmovsxbd | Mnemonic::Vpmovzxbd => {
+                self.widened(i, lanes)?;
+            }
+            Mnemonic::Vpmovdw => self.shortened(i, 2, lanes)?,
+            Mnemonic::Vpmovdb => self.shortened(i, 1, lanes)?,
+            Mnemonic::Vpextrw if is_memory(i, 0) => self.shortened(i, 2, 1)?,
+            Mnemonic::Vpextrb if is_memory(i, 0) => self.shortened(i, 1, 1)?,
+            Mnemonic::Vmovq if is_memory(i, 0) => self.shortened(i, 4, 2)?,
+            Mnemonic::Vpackssdw | Mnemonic::Vpackuswb | Mnemonic::Vpacksswb => {
+                self.packed(i, lanes)?;
+            }
+            Mnemonic::Vpermq => {
+                let (from, order) = (self.lanes(i, 1, lanes)?, i.immediate8());
+                let pick = |k: usize| {
+                    let quarter = usize::from(order >> (k / 2 % 4 * 2) & 3);
+                    from[k / 8 * 8 + 2 * quarter + k % 2]
+                };
+                self.set_vector(i, std::array::from_fn(pick), lanes)?;
             }
             Mnemonic::Vcmpps => self.compared(i, lanes)?,
             Mnemonic::Vblendvps => self.blended(i, lanes, false)?,
