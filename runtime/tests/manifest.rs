@@ -7,6 +7,7 @@ use file::{artifact, sealed, sections};
 use kiln_runtime::manifest::{MAGIC, Manifest, SECTION, TEXT, WEIGHTS, Weights, encode, find};
 use kiln_runtime::plan::{Place, Plan, Port, Step};
 use kiln_runtime::tensor::DType;
+use kiln_runtime::work::{Term, Work};
 use object::BinaryFormat;
 
 const CODE: [u8; 100] = [0xc3; 100];
@@ -28,9 +29,15 @@ fn manifest() -> Manifest {
             steps: vec![Step {
                 name: "relu".into(),
                 kernel: 0,
+                work: 0,
                 buffers: vec![Place::Input(0), Place::Const(0), Place::Output(0)],
                 extent: 6,
                 chunks: 1,
+            }],
+            work: vec![Work {
+                name: "relu".into(),
+                flops: vec![Term { times: 6, lengths: Vec::new() }],
+                bytes: vec![Term { times: 48, lengths: Vec::new() }],
             }],
             arena_bytes: 64,
         },
