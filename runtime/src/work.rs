@@ -34,7 +34,8 @@ pub fn sum(terms: &[Term], dims: &Dims) -> f64 {
         dims.get(dim).map_or(0.0, |&length| length as f64 + more as f64)
     };
     let term = |term: &Term| term.lengths.iter().map(length).product::<f64>() * term.times as f64;
-    terms.iter().map(term).sum()
+    // The sum of nothing is -0 otherwise.
+    terms.iter().map(term).fold(0.0, |sum, term| sum + term)
 }
 
 /// How long each step of a run took.
@@ -75,6 +76,7 @@ mod tests {
         ];
         assert_eq!(sum(&terms, &dims), 8.0 * 3.0 * 11.0 - 8.0 * 3.0 * 10.0 + 5.0);
         assert_eq!(sum(&[Term { times: 1, lengths: vec![(DIMS, 0)] }], &dims), 0.0);
+        assert!(sum(&[], &dims).is_sign_positive());
     }
 
     #[test]

@@ -164,16 +164,17 @@ fn trace(plan: &Plan, run: &Profile, rows: &[Row], threads: usize) -> Value {
         meta("process_name", "kiln".into()),
         meta("thread_name", format!("kernels, on {threads} threads")),
     ];
-    for row in rows {
-        for &step in &row.steps {
-            let time = run.step(step);
-            events.push(json!({
-                "name": sanitize(&plan.steps[step].name), "cat": "kernel", "ph": "X", "pid": 1,
-                "tid": 1, "ts": time.start as f64 / 1e3,
-                "dur": (time.end - time.start) as f64 / 1e3,
-                "args": { "kernel": row.name, "flops": row.flops, "bytes": row.bytes },
-            }));
-        }
+    let mut row_of: Vec<Option<&Row>> = vec![None; plan.steps.len()];
+    rows.iter().for_each(|row| row.steps.iter().for_each(|&step| row_of[step] = Some(row)));
+    for (index, step) in plan.steps.iter().enumerate() {
+        let time = run.step(index);
+        let args = row_of[index]
+            .map(|row| json!({ "kernel": row.name, "flops": row.flops, "bytes": row.bytes }));
+        events.push(json!({
+            "name": sanitize(&step.name), "cat": "kernel", "ph": "X", "pid": 1, "tid": 1,
+            "ts": time.start as f64 / 1e3, "dur": (time.end - time.start) as f64 / 1e3,
+            "args": args,
+        }));
     }
     json!({ "traceEvents": events, "displayTimeUnit": "ns" })
 }
