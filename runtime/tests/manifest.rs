@@ -150,7 +150,7 @@ fn errors_say_what_is_wrong() {
         text(&sealed(BinaryFormat::Elf, &CODE, &encoded, &CONSTANTS))
     };
     let version = changed(MAGIC.len(), 1);
-    assert!(version.contains("has format 1, this Kiln reads format 2"), "{version}");
+    assert!(version.contains("has format 1, this Kiln reads format 3"), "{version}");
     assert!(changed(13, 0xff).contains("the manifest has"));
     assert!(changed(12, 9).contains("does not parse"));
     let changed = |change: &dyn Fn(&mut Manifest)| {

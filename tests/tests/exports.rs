@@ -8,8 +8,8 @@ use kiln_tests::cases::{folders, name_of, read_case};
 use kiln_tests::{Tolerance, difference, oracle};
 
 const CLOSE: Tolerance = Tolerance { rtol: 1e-3, atol: 2e-5 };
-/// Exports that are one executable for all lengths. The others are decoders with a cache, whose masks
-/// are made of numbers that hang on its length.
+/// Exports that are one executable for all lengths. The others are decoders with a cache, whose
+/// masks are made of numbers that hang on its length.
 const RANGES: [&str; 6] =
     ["bert", "gpt2_opset", "resnet18", "torch_encoder", "vit", "whisper_encoder"];
 

@@ -334,13 +334,13 @@ pub struct CalibrationArgs {
 /// `kiln profile`
 #[derive(Args, Debug)]
 #[command(after_help = "\
-    A row is a kernel: the nodes of the model that it computes, the median of its time, and what it\n\
-    does in that time. Sums of products count as two operations for each product that the model\n\
-    states, other functions as one; bytes are operands and results, each once. Roof is the least\n\
-    time that this takes on this machine, whichever of operations (compute) and bytes (memory)\n\
-    takes longer, over the time that it took. The machine's figures are those of f32 and of memory\n\
-    beyond all caches. A kernel can be above 100 %: Winograd's convolutions need fewer products\n\
-    than the model states, and what is in a cache is read faster than memory.\n\n\
+    A row is a kernel: the nodes of the model that it computes, the median of its time, and what\n\
+    it does in that time. Sums of products count as two operations for each product that the\n\
+    model states, other functions as one; bytes are operands and results, each once. Roof is the\n\
+    least time that this takes on this machine, whichever of operations (compute) and bytes\n\
+    (memory) takes longer, over the time that it took. The machine's figures are those of f32\n\
+    and of memory beyond all caches. A kernel can be above 100 %: Winograd's convolutions need\n\
+    fewer products than the model states, and what is in a cache is read faster than memory.\n\n\
     The trace has one run, that of median time, for chrome://tracing or ui.perfetto.dev.")]
 pub struct ProfileArgs {
     #[command(flatten)]

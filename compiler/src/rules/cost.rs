@@ -3,6 +3,7 @@
 
 use super::attention;
 use super::contract::through_view;
+use super::reads;
 use crate::graph::op::{BinaryFn, Contract, Op, Type, UnaryFn};
 use crate::graph::{Body, Graph, Node, NodeId};
 
@@ -12,6 +13,11 @@ const LAUNCH_US: f64 = 0.3;
 const BYTES_PER_US: f64 = 20_000.0;
 /// Floating point operations per microsecond at full rate.
 const FLOPS_PER_US: f64 = 100_000.0;
+
+/// How much longer arithmetic takes outside of vector lanes.
+const LANES: f64 = 8.0;
+/// What folding an element takes, in floating point operations at full rate.
+const FOLD_FLOPS: f64 = 8.0;
 
 /// Elements of f32 per microsecond that are packed while a model runs: read and written, as by a
 /// kernel that would bring them into order.
@@ -40,6 +46,8 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
     let mut bytes = body.root().ty.size_bytes() as f64;
     let mut work_us = 0.0;
     let rows = attention::find(&body.nodes).map(|a| a.rows(&body.nodes));
+    let asked = reads::asked(body);
+    let lanes = rows.is_some() || reads::in_lanes(body);
     for (at, node) in body.nodes.iter().enumerate() {
         match &node.op {
             Op::Input(_) => bytes += bytes_read(body, at),
@@ -58,15 +66,15 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
                             None => contract_us(&read, [constant(0), constant(1)]),
                         }
                     }
-                    op => op_us(op, node.ty.numel() as f64, [constant(0), constant(1)]),
+                    Op::Reduce(..) => asked[node.args[0].index()] * FOLD_FLOPS / FLOPS_PER_US,
+                    op => op_us(op, asked[at], [constant(0), constant(1)]),
                 };
             }
         }
     }
-    // A permutation that ends up in memory order is strided access for all bytes.
-    let strided = matches!(body.root().op, Op::Permute(_)) && body.nodes.len() == 2;
-    let slow = if strided { 4.0 } else { 1.0 };
-    LAUNCH_US + (slow * bytes / BYTES_PER_US).max(work_us)
+    // Where elements of neighbouring lanes lie apart, they are computed one by one.
+    let (slow, alone) = if lanes { (1.0, 1.0) } else { (4.0, LANES) };
+    LAUNCH_US + (slow * bytes / BYTES_PER_US).max(alone * work_us)
 }
 
 /// A contraction with its operands as they lie in memory, where the body only moves them.

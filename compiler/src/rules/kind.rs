@@ -35,6 +35,14 @@ pub enum Kind {
     Attention,
 }
 
+/// Which last axis goes into lanes: that of the node that an epilogue follows, so that the epilogue
+/// may not move it, or that of the result.
+#[derive(Clone, Copy, PartialEq)]
+enum Lanes {
+    OfNode,
+    OfResult,
+}
+
 pub(super) fn is_pointwise(op: &Op) -> bool {
     matches!(op, Op::Unary(_) | Op::Binary(_) | Op::Select | Op::Cast(_))
 }
@@ -221,7 +229,7 @@ impl Body<'_> {
     }
 
     /// From `node` to the root, pointwise operations and moves of all elements, used once each.
-    fn is_epilogue(&self, node: usize) -> bool {
+    fn is_epilogue(&self, node: usize, lanes: Lanes) -> bool {
         let above = self.above(node);
         let root = self.nodes.len() - 1;
         let size = self.ty(node).numel();
@@ -229,11 +237,11 @@ impl Body<'_> {
         for &n in above.iter().skip(1) {
             let fits = match self.op(n) {
                 op if is_pointwise(op) => !moved && self.ty(n).numel() == size,
-                // Values computed after a permutation would have to be read elsewhere; and the
-                // last axis, which runs in lanes, must stay the last one.
+                // Values computed after a permutation would have to be read elsewhere.
                 Op::Permute(axes) => {
                     moved = true;
-                    axes.last().is_none_or(|&a| a as usize + 1 == axes.len())
+                    let stays = axes.last().is_none_or(|&a| a as usize + 1 == axes.len());
+                    stays || lanes == Lanes::OfResult
                 }
                 Op::Reshape(_) => true,
                 _ => false,
@@ -250,7 +258,7 @@ impl Body<'_> {
         // Everything else only moves elements, into the contraction or beside it.
         let mut beside = self.members().filter(|n| !above.contains(n));
         beside.all(|n| self.is_move(n))
-            && self.is_epilogue(contract)
+            && self.is_epilogue(contract, Lanes::OfNode)
             && self.is_vector(contract, &above)
     }
 
@@ -296,7 +304,7 @@ impl Body<'_> {
         // Long rows go across lanes, in a row kernel.
         let long =
             axes.last().is_some_and(|&a| a as usize + 1 == x.rank() && x.shape[a as usize] >= 16);
-        !long && self.is_epilogue(reduce)
+        !long && self.is_epilogue(reduce, Lanes::OfResult)
     }
 
     fn is_row(&self, reduces: &[usize]) -> bool {

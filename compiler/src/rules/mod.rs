@@ -14,6 +14,7 @@ pub mod extract;
 pub mod fuse;
 pub mod kind;
 pub mod lang;
+mod reads;
 pub mod select;
 mod siblings;
 pub mod table;

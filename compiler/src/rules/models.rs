@@ -139,9 +139,8 @@ fn a_residual_block() {
     let graph = net.finish(y);
     check_compiled(&graph, 1e-3, "residual block");
     let graph = check_optimised(&graph, 1e-4, "residual block");
-    // Seven convolutions with all that follows them, less one pair over the same value, two
-    // borders, and the layout at one end.
-    assert!(kernels(&graph) <= 9, "{} kernels\n{}", kernels(&graph), text::print(&graph));
+    // Seven convolutions with all that follows them, two borders, and the layout at one end.
+    assert!(kernels(&graph) <= 10, "{} kernels\n{}", kernels(&graph), text::print(&graph));
 }
 
 #[test]
@@ -166,7 +165,7 @@ fn an_encoder_layer() {
     let graph = net.finish(y);
     check_compiled(&graph, 1e-3, "encoder layer");
     let graph = check_optimised(&graph, 1e-3, "encoder layer");
-    assert!(kernels(&graph) <= 9, "{} kernels\n{}", kernels(&graph), text::print(&graph));
+    assert!(kernels(&graph) <= 8, "{} kernels\n{}", kernels(&graph), text::print(&graph));
 }
 
 /// Softmax attention of queries, some heads of which share keys and values, with a mask and the
