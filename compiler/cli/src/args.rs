@@ -340,7 +340,8 @@ pub struct CalibrationArgs {
     least time that this takes on this machine, whichever of operations (compute) and bytes\n\
     (memory) takes longer, over the time that it took. The machine's figures are those of f32\n\
     and of memory beyond all caches. A kernel can be above 100 %: Winograd's convolutions need\n\
-    fewer products than the model states, and what is in a cache is read faster than memory.\n\n\
+    fewer products than the model states, and what is in a cache is read faster than memory.\n\
+    The last row has the sums of all.\n\n\
     The trace has one run, that of median time, for chrome://tracing or ui.perfetto.dev.")]
 pub struct ProfileArgs {
     #[command(flatten)]
@@ -375,8 +376,8 @@ pub struct ProfileArgs {
 /// `kiln doctor`
 #[derive(Args, Debug)]
 pub struct DoctorArgs {
-    /// Measure how many operations and bytes this machine can do in a second, and keep it for
-    /// `kiln profile`
+    /// Measure how many operations and bytes this machine, when idle, can do in a second, and keep
+    /// it for `kiln profile`
     #[arg(long)]
     pub calibrate: bool,
     #[command(flatten)]

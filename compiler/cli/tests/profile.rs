@@ -29,7 +29,7 @@ fn check(value: &Value) {
     assert!(gflops > 0.0 && gb > 0.0 && number(value, "runs") >= 5.0);
     assert_eq!(peak["threads"], value["threads"]);
     let sum = |name: &str| list(value, "kernels").iter().map(|row| number(row, name)).sum::<f64>();
-    for row in list(value, "kernels").iter().chain([&value["total"]]) {
+    for row in list(value, "kernels") {
         let (us, flops, bytes) = (number(row, "us"), number(row, "flops"), number(row, "bytes"));
         let least = [flops / gflops, bytes / gb].map(|ns| ns / 1e3);
         if us > 0.0 {
@@ -44,6 +44,10 @@ fn check(value: &Value) {
     }
     assert!(near(sum("share"), 1.0) && near(sum("us"), number(&value["total"], "us")));
     assert!(near(sum("flops"), number(&value["total"], "flops")));
+    assert!(near(sum("bytes"), number(&value["total"], "bytes")));
+    let least = list(value, "kernels").iter().map(|r| number(r, "us") * number(r, "roof_percent"));
+    let total = &value["total"];
+    assert!(near(least.sum::<f64>(), number(total, "us") * number(total, "roof_percent")));
     // Medians of kernels do not add up to the median of runs; they come close.
     let ratio = sum("us") / number(value, "run_us");
     assert!((0.5..2.0).contains(&ratio), "kernels take {ratio} of a run");

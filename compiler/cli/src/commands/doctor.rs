@@ -62,7 +62,7 @@ pub fn run(args: &DoctorArgs, term: &Term) -> Result<(), Failure> {
 fn calibrate(all: usize, term: &Term) -> Result<Vec<Peak>, Failure> {
     let powers = (0..).map(|power| 1 << power).take_while(|&threads| threads < all);
     let counts: Vec<usize> = powers.chain([all]).collect();
-    term.during("measure the machine", None, || counts.into_iter().map(peak::measure).collect())
+    term.during("measure the machine", None, || counts.into_iter().map(peak::best).collect())
 }
 
 fn target() -> String {

@@ -29,46 +29,41 @@ struct Row {
     ns: u64,
     flops: f64,
     bytes: f64,
+    /// Nanoseconds that this machine needs at least: for operations in kernels in which these take
+    /// longer than bytes, and for bytes in the others.
+    least: [f64; 2],
 }
 
 impl Row {
-    /// The nanoseconds that this machine needs at least: for its operations, and for its bytes.
-    fn least(&self, peak: Peak) -> [f64; 2] {
-        [self.flops / peak.gflops, self.bytes / peak.gb_per_s]
-    }
-
-    /// What takes longer of the two.
-    fn bound(&self, peak: Peak) -> &'static str {
-        let [compute, memory] = self.least(peak);
-        if compute > memory { "compute" } else { "memory" }
+    /// What takes longer.
+    fn bound(&self) -> &'static str {
+        if self.least[0] > self.least[1] { "compute" } else { "memory" }
     }
 
     /// The least time over the time that it took, in percent.
-    fn roof(&self, peak: Peak) -> f64 {
-        let [compute, memory] = self.least(peak);
-        100.0 * compute.max(memory) / self.ns.max(1) as f64
+    fn roof(&self) -> f64 {
+        100.0 * self.least.iter().sum::<f64>() / self.ns.max(1) as f64
     }
 
     fn rate(&self, what: f64) -> f64 {
         what / self.ns.max(1) as f64
     }
 
-    fn json(&self, peak: Peak, total: u64, plan: &Plan) -> Value {
+    fn json(&self, total: u64, plan: &Plan) -> Value {
         let steps = self.steps.iter().map(|&step| sanitize(&plan.steps[step].name));
         json!({
             "name": self.name, "steps": steps.collect::<Vec<_>>(), "us": self.ns as f64 / 1e3,
             "share": self.ns as f64 / total.max(1) as f64, "flops": self.flops,
             "bytes": self.bytes, "gflops": self.rate(self.flops),
-            "gb_per_s": self.rate(self.bytes), "roof_percent": self.roof(peak),
-            "bound": self.bound(peak),
+            "gb_per_s": self.rate(self.bytes), "roof_percent": self.roof(), "bound": self.bound(),
         })
     }
 
-    fn text(&self, peak: Peak, total: u64) -> String {
+    fn text(&self, total: u64) -> String {
         let share = 100.0 * self.ns as f64 / total.max(1) as f64;
         let (gflops, gb) = (self.rate(self.flops), self.rate(self.bytes));
-        let (time, roof) = (milliseconds(Duration::from_nanos(self.ns)), self.roof(peak));
-        let (bound, name) = (self.bound(peak), &self.name);
+        let time = milliseconds(Duration::from_nanos(self.ns));
+        let (roof, bound, name) = (self.roof(), self.bound(), &self.name);
         format!("{time:>12} {share:>5.1}% {gflops:>8.1} {gb:>7.1} {roof:>4.0}% {bound:<8} {name}\n")
     }
 }
@@ -84,7 +79,7 @@ pub fn run(args: &ProfileArgs, term: &Term) -> Result<(), Failure> {
     let mut run = Again::new(&executable, &inputs)?;
     term.during("warm up", Some(args.warmup), || run.measure(args.warmup, usize::MAX))?;
     let runs = term.during("measure", Some(args.time), || profiles(&mut run, args.time))?;
-    let mut rows = rows(plan, &runs);
+    let mut rows = rows(plan, &runs, peak);
     let total: u64 = rows.iter().map(|row| row.ns).sum();
     rows.sort_by_key(|row| std::cmp::Reverse(row.ns));
     let median = median_run(&runs);
@@ -93,12 +88,14 @@ pub fn run(args: &ProfileArgs, term: &Term) -> Result<(), Failure> {
         files::write(path, |out| writeln!(out, "{trace}"))?;
         term.note(format_args!("wrote {}", path.display()));
     }
+    let sum = |of: &dyn Fn(&Row) -> f64| rows.iter().map(of).sum();
     let all = Row {
         name: format!("all {} kernels", rows.len()),
         steps: (0..plan.steps.len()).collect(),
         ns: total,
-        flops: rows.iter().map(|row| row.flops).sum(),
-        bytes: rows.iter().map(|row| row.bytes).sum(),
+        flops: sum(&|row| row.flops),
+        bytes: sum(&|row| row.bytes),
+        least: [sum(&|row| row.least[0]), sum(&|row| row.least[1])],
     };
     let from = file.map(|path| path.display().to_string());
     let mut peaks = peak.json();
@@ -106,15 +103,15 @@ pub fn run(args: &ProfileArgs, term: &Term) -> Result<(), Failure> {
     let value = json!({
         "model": model_name(&args.model.model), "threads": threads, "runs": runs.len(),
         "run_us": median.total() as f64 / 1e3, "peak": peaks,
-        "kernels": rows.iter().map(|row| row.json(peak, total, plan)).collect::<Vec<_>>(),
-        "total": all.json(peak, total, plan),
+        "kernels": rows.iter().map(|row| row.json(total, plan)).collect::<Vec<_>>(),
+        "total": all.json(total, plan),
     });
     let from = from.map_or("measured now".to_string(), |path| format!("from {path}"));
     let time = milliseconds(Duration::from_nanos(median.total()));
     let mut text = format!("{} runs on {threads} threads, {time} each\n", runs.len());
     text += &format!("this machine: {} ({from})\n\n", peak.text());
     text += "        time  share  GFLOP/s    GB/s  roof          kernel\n";
-    text.extend(rows.iter().chain([&all]).map(|row| row.text(peak, total)));
+    text.extend(rows.iter().chain([&all]).map(|row| row.text(total)));
     term.report(value, &text)
 }
 
@@ -135,7 +132,7 @@ fn median_run(runs: &[Profile]) -> &Profile {
 }
 
 /// A row for each kernel, in the order in which they run.
-fn rows(plan: &Plan, runs: &[Profile]) -> Vec<Row> {
+fn rows(plan: &Plan, runs: &[Profile], peak: Peak) -> Vec<Row> {
     let mut steps = vec![Vec::new(); plan.work.len()];
     for (index, step) in plan.steps.iter().enumerate() {
         steps[step.work].push(index);
@@ -148,7 +145,9 @@ fn rows(plan: &Plan, runs: &[Profile]) -> Vec<Row> {
         times.sort_unstable();
         let dims = &runs[0].dims;
         let (flops, bytes) = (sum(&work.flops, dims), sum(&work.bytes, dims));
-        Row { name: sanitize(&work.name), steps, ns: times[times.len() / 2], flops, bytes }
+        let (compute, memory) = (flops / peak.gflops, bytes / peak.gb_per_s);
+        let least = if compute > memory { [compute, 0.0] } else { [0.0, memory] };
+        Row { name: sanitize(&work.name), steps, ns: times[times.len() / 2], flops, bytes, least }
     };
     plan.work.iter().zip(steps).map(row).collect()
 }
