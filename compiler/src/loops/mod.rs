@@ -10,6 +10,7 @@ pub mod ir;
 pub mod lower;
 pub mod moves;
 pub mod nest;
+pub mod panels;
 pub mod rewrite;
 pub mod text;
 pub mod verify;

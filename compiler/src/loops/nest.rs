@@ -7,7 +7,7 @@ use kiln_runtime::tensor::DType;
 
 use super::index::{Extents, Index, add, flatten};
 use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var};
-use super::lower::{Lower, Lowering, Refused, identity, origin_place};
+use super::lower::{Lower, Lowering, Refused, identity};
 use super::rewrite::{each_affine, rewrite, substitute};
 use crate::graph::Body;
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, UnaryFn};
@@ -63,7 +63,7 @@ pub fn wrap(extents: &Extents, vars: &[Var], body: Vec<Stmt>, parallel: usize) -
     })
 }
 
-/// Whether statements can run with a variable in vector lanes: f32 only, unit steps or none.
+/// Whether statements can run with a variable in vector lanes: f32 only, stores with unit steps.
 pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
     let var = var as usize;
     fn depends(e: &Expr, var: usize) -> bool {
@@ -80,7 +80,14 @@ pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
     fn value(buffers: &[Buffer], e: &Expr, var: usize) -> bool {
         let float = |d: DType| d == DType::F32;
         match e {
-            Expr::Load(b, p) => float(buffers[*b].dtype) && place(p, var, &[0, 1]),
+            Expr::Load(b, p) => {
+                // From memory, lanes may be read one by one.
+                let fits = match buffers[*b].scope {
+                    Scope::Register => place(p, var, &[0, 1]),
+                    Scope::Global => p.dynamic.as_ref().is_none_or(|d| !depends(d, var)),
+                };
+                float(buffers[*b].dtype) && fits
+            }
             Expr::Index(_) | Expr::Cast(..) => false,
             Expr::Const(dtype, _) => float(*dtype),
             Expr::Fold(..) => false,
@@ -170,6 +177,35 @@ pub fn writes(body: &[Stmt], buffer: BufferId) -> bool {
     })
 }
 
+/// Whether statements load from memory that they store to.
+fn reads_what_it_stores(lower: &Lower, body: &[Stmt]) -> bool {
+    fn loads(e: &Expr, buffer: BufferId) -> bool {
+        match e {
+            Expr::Load(b, p) => {
+                *b == buffer || p.dynamic.as_ref().is_some_and(|d| loads(d, buffer))
+            }
+            Expr::Index(_) | Expr::Const(..) => false,
+            Expr::Fold(_, b) => *b == buffer,
+            Expr::Unary(_, x) | Expr::Cast(_, x) => loads(x, buffer),
+            Expr::Binary(_, x, y) => loads(x, buffer) || loads(y, buffer),
+            Expr::Fma(x, y, z) | Expr::Select(x, y, z) => {
+                [x, y, z].into_iter().any(|e| loads(e, buffer))
+            }
+        }
+    }
+    fn reads(body: &[Stmt], buffer: BufferId) -> bool {
+        body.iter().any(|s| match s {
+            Stmt::For { body, .. } => reads(body, buffer),
+            Stmt::Store { value, .. } => loads(value, buffer),
+            Stmt::If { condition, then, other } => {
+                loads(condition, buffer) || reads(then, buffer) || reads(other, buffer)
+            }
+        })
+    }
+    let memory = |b: &BufferId| lower.buffers[*b].scope == Scope::Global;
+    (0..lower.buffers.len()).filter(memory).any(|b| writes(body, b) && reads(body, b))
+}
+
 /// A loop over `var` around statements: vector steps and a scalar rest where lanes can hold it.
 pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
     let (extent, lanes) = (lower.extents[var as usize], lower.target.lanes);
@@ -189,7 +225,12 @@ pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
     let index = Affine::scaled(step as usize, lanes as i64).plus(lane as usize, 1);
     let wide = in_lanes(lower, &body, var, lane, &index);
     let mut out = vec![Stmt::For { var: step, extent: steps, kind: Kind::Serial, body: wide }];
-    if rest > 0 {
+    let again = lower.span(var).is_none() && !reads_what_it_stores(lower, &body);
+    if rest > 0 && again {
+        // The last vector ends where the axis does and stores some elements a second time.
+        let index = Affine { offset: (extent - lanes) as i64, ..Affine::axis(lane as usize) };
+        out.extend(in_lanes(lower, &body, var, lane, &index));
+    } else if rest > 0 {
         let index = Affine { offset: (steps * lanes) as i64, ..Affine::axis(tail as usize) };
         let body = substitute(&body, var, &index);
         out.push(Stmt::For { var: tail, extent: rest, kind: Kind::Serial, body });
@@ -235,8 +276,7 @@ pub fn store_nest(
 
 /// A kernel that computes every element of a node by itself.
 pub fn map(lower: Lower, root: usize) -> Lowering<Loops> {
-    let ty = lower.ty(root).clone();
-    super::boxes::store(lower, root, &ty, (0, &origin_place()))
+    super::boxes::store(lower, root)
 }
 
 /// Whether every element of the root asks for one element of the reduction.
@@ -264,8 +304,8 @@ pub fn inline_reduce(mut lower: Lower, root: usize, reduce: usize) -> Lowering<L
     };
     let dtype = lower.ty(reduce).dtype;
     let cell = lower.register(dtype, 1);
-    let out = lower.out(&ty);
     let (index, vars) = lower.axes_of(&ty)?;
+    let (out, place) = lower.result(root, &index);
     lower.bind_cell(reduce, Expr::Load(cell, Place::affine(Affine::default())));
     let result = lower.value(root, &index)?;
     let mut from = lower.asked(reduce).ok_or_else(|| Refused("a dead reduction".into()))?;
@@ -280,21 +320,13 @@ pub fn inline_reduce(mut lower: Lower, root: usize, reduce: usize) -> Lowering<L
     if axes.iter().any(|&a| shape[a as usize] == 0) {
         let store = |buffer, place, value| Stmt::Store { buffer, place, value };
         let zero = Place::affine(Affine::default());
-        let place = flatten(&index, &ty.shape);
         let body = vec![store(cell, zero, start), store(out, place, (*result).clone())];
         let nested = nest(&mut lower, vars, body);
         return Ok(lower.finish(nested));
     }
     let next = lower.value(operand, &from)?;
     let update = Expr::Binary(f.binary(lower.buffers[cell].dtype), cell_value(cell), next);
-    Ok(accumulate(
-        lower,
-        vars,
-        inner,
-        cell,
-        [start, update],
-        (out, flatten(&index, &ty.shape), result),
-    ))
+    Ok(accumulate(lower, vars, inner, cell, [start, update], (out, place, result)))
 }
 
 fn cell_value(cell: BufferId) -> Arc<Expr> {

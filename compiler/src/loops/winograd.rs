@@ -13,9 +13,10 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::contract::{Panels, Product, Roles, Strip, pack, plain_load, tile};
+use super::contract::{Product, Roles, plain_load, tile};
 use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, origin_place};
+use super::panels::{Panels, Strip, pack};
 use super::{nest, rewrite};
 use crate::graph::op::{Affine, BinaryFn};
 use crate::rules::cost::{LEAST_CHANNELS, results_of_tile};
@@ -83,10 +84,11 @@ pub fn lower(
         tiles: sizes.oc / sizes.width,
         width: sizes.width,
         vectors: sizes.width / lower.target.lanes,
+        packed: 0,
     };
     let order = [conv.ic, conv.window[0], conv.window[1]];
     let (buffer, affine) = &conv.weights;
-    let (kernel, _) = pack(lower, *buffer, affine, (&order, conv.oc), strip, (given, 0))?;
+    let (kernel, _) = pack(lower, *buffer, affine, (&order, conv.oc), strip, (given, lens[0]))?;
     let mut add = |name: &str, kernel: Loops| {
         lowered.kernels.push(Loops { name: name.into(), ..kernel });
     };
@@ -505,8 +507,8 @@ fn products(
         place,
         result: Arc::new(Expr::Load(cell, origin_place())),
     };
-    let roles = Roles { lanes: 1, packed: true };
-    let panels = Panels { scratch: panels.0, place: panel };
+    let roles = Roles { both: false, lanes: 1, packed: true };
+    let panels = Panels { scratch: panels, place: panel };
     tile(lower, &product, roles, &[ic], strip, Some(panels))
 }
 

@@ -14,6 +14,8 @@ const BYTES_PER_US: f64 = 20_000.0;
 /// Floating point operations per microsecond at full rate.
 const FLOPS_PER_US: f64 = 100_000.0;
 
+/// Elements per microsecond that are read one by one into lanes.
+const APART_PER_US: f64 = 1_000.0;
 /// How much longer arithmetic takes outside of vector lanes.
 const LANES: f64 = 8.0;
 /// What folding an element takes, in floating point operations at full rate.
@@ -47,7 +49,7 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
     let mut work_us = 0.0;
     let rows = attention::find(&body.nodes).map(|a| a.rows(&body.nodes));
     let asked = reads::asked(body);
-    let lanes = rows.is_some() || reads::in_lanes(body);
+    let apart = if rows.is_some() { Some(0.0) } else { reads::apart(body, &asked) };
     for (at, node) in body.nodes.iter().enumerate() {
         match &node.op {
             Op::Input(_) => bytes += bytes_read(body, at),
@@ -72,9 +74,11 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
             }
         }
     }
-    // Where elements of neighbouring lanes lie apart, they are computed one by one.
-    let (slow, alone) = if lanes { (1.0, 1.0) } else { (4.0, LANES) };
-    LAUNCH_US + (slow * bytes / BYTES_PER_US).max(alone * work_us)
+    let work_us = match apart {
+        Some(apart) => work_us + apart / APART_PER_US,
+        None => LANES * work_us,
+    };
+    LAUNCH_US + (bytes / BYTES_PER_US).max(work_us)
 }
 
 /// A contraction with its operands as they lie in memory, where the body only moves them.

@@ -394,7 +394,7 @@ impl Machine for Clif<'_> {
     fn load(&mut self, dtype: DType, at: &(Value, i32), access: Access) -> Emitted<Val> {
         let (base, offset) = (at.0, Offset32::new(at.1));
         Ok(match (access, dtype) {
-            (Access::Lanes, DType::F32) => Val::Lanes(
+            (Access::Lanes(1), DType::F32) => Val::Lanes(
                 (0..self.pieces() as i32)
                     .map(|k| {
                         let offset = at.1 + self.piece.bytes() as i32 * k;
@@ -402,7 +402,12 @@ impl Machine for Clif<'_> {
                     })
                     .collect(),
             ),
-            (Access::Lanes, _) => return Err(Unsupported(format!("lanes of {dtype}"))),
+            (Access::Lanes(step), DType::F32) => Val::Lanes(
+                (0..self.pieces() as i64)
+                    .map(|k| self.apart(at, k, step))
+                    .collect::<Emitted<_>>()?,
+            ),
+            (Access::Lanes(_), _) => return Err(Unsupported(format!("lanes of {dtype}"))),
             (_, DType::F16 | DType::BF16) => {
                 let short = self.b.ins().load(types::I16, Self::memory(), base, offset);
                 Val::One(self.short_to_f32(dtype, short))
@@ -412,7 +417,7 @@ impl Machine for Clif<'_> {
                 let value = Val::One(self.b.ins().load(ty, Self::memory(), base, offset));
                 match access {
                     Access::Splat => self.splat(&value)?,
-                    Access::One | Access::Lanes => value,
+                    Access::One | Access::Lanes(_) => value,
                 }
             }
         })
