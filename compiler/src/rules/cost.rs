@@ -6,7 +6,7 @@ use kiln_runtime::tensor::DType;
 use super::attention;
 use super::contract::through_view;
 use super::reads;
-use crate::graph::op::{Affine, BinaryFn, Contract, Op, UnaryFn};
+use crate::graph::op::{Affine, BinaryFn, Contract, Op, Type, UnaryFn};
 use crate::graph::{Body, Graph, Node, NodeId};
 
 /// Microseconds to start a kernel.
@@ -141,18 +141,24 @@ pub fn parts_read(body: &Body) -> impl Iterator<Item = f64> + '_ {
     })
 }
 
-/// Bytes that a body reads of an argument: of one that it only takes parts of, those parts.
-fn bytes_read(body: &Body, argument: usize) -> f64 {
+/// What a body reads of an argument: of one that it only takes parts of, those parts.
+pub fn pieces_read(body: &Body, argument: usize) -> Vec<&Type> {
     let ty = &body.nodes[argument].ty;
     let users = body.nodes.iter().filter(|n| n.args.iter().any(|a| a.index() == argument));
-    let parts: Option<usize> = users
-        .map(|user| match &user.op {
-            Op::Slice(_) => Some(user.ty.numel()),
-            Op::Gather(_) if user.args[0].index() == argument => Some(user.ty.numel()),
-            _ => None,
-        })
-        .sum();
-    (parts.unwrap_or(usize::MAX).min(ty.numel()) * ty.dtype.bytes()) as f64
+    let part = |user: &'_ Node| match &user.op {
+        Op::Slice(_) => true,
+        Op::Gather(_) => user.args[0].index() == argument,
+        _ => false,
+    };
+    let pieces: Option<Vec<&Type>> = users.map(|user| part(user).then_some(&user.ty)).collect();
+    let elements = |pieces: &Vec<&Type>| pieces.iter().map(|ty| ty.numel()).sum::<usize>();
+    pieces.filter(|pieces| elements(pieces) < ty.numel()).unwrap_or_else(|| vec![ty])
+}
+
+/// The bytes of that.
+fn bytes_read(body: &Body, argument: usize) -> f64 {
+    let size = body.nodes[argument].ty.dtype.bytes();
+    pieces_read(body, argument).iter().map(|ty| ty.numel() * size).sum::<usize>() as f64
 }
 
 /// Modelled time of an operation's arithmetic for so many results.

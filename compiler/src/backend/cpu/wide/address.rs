@@ -69,7 +69,7 @@ impl Address {
 
     /// So many bytes further.
     pub fn after(&self, bytes: i64) -> Emitted<Address> {
-        Ok(Address { displacement: small(i64::from(self.displacement) + bytes)?, ..self.clone() })
+        Ok(Address { displacement: small(i64::from(self.displacement) + bytes)?, ..*self })
     }
 
     /// Its registers.
