@@ -43,15 +43,18 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
         return Ok(Lowered::default());
     }
     let mut product = product(&mut lower, root, contract)?;
+    let mut lowered = Lowered::default();
+    let mut few = false;
     if let Some(pairs) = pairs::paired(&mut lower, &product)?
-        && roles(&lower, &pairs).is_some()
+        && let Some(roles) = roles(&lower, &pairs)
     {
+        let bare = pairs::bare(&lower, product);
+        few = winograd::lower(&lower, &bare, roles, &mut lowered)?;
         product = pairs;
     }
-    let mut lowered = Lowered::default();
     match roles(&lower, &product) {
         Some(roles) => {
-            let few =
+            few |=
                 product.halves.is_none() && winograd::lower(&lower, &product, roles, &mut lowered)?;
             if !few {
                 tiles(lower, product, roles, &mut lowered)?;
