@@ -196,7 +196,9 @@ mod tests {
             ([32, 16, 3, 1], [4, 6], true),
             ([16, 32, 3, 2], [9, 7], false),
             ([10, 19, 3, 1], [5, 6], false),
-            ([18, 40, 1, 1], [5, 6], false),
+            ([7, 40, 3, 1], [5, 6], false),
+            ([3, 24, 7, 2], [19, 22], false),
+            ([64, 48, 1, 1], [9, 8], false),
         ] {
             let (graph, given) = quantised(sizes, image);
             let expected = eval(&graph, &[Value::from_tensor(&given)]);
