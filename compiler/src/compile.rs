@@ -10,6 +10,7 @@ use kiln_runtime::plan::{Length, Place, Plan, Port, Step};
 use kiln_runtime::pool::Pool;
 use kiln_runtime::session::Executable;
 use kiln_runtime::tensor::{DType, TensorView, TensorViewMut};
+use kiln_runtime::work::Work;
 
 use crate::backend::cpu::{Cpu, Emitted, emit_all};
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
@@ -36,9 +37,18 @@ struct Layout {
     arena_bytes: usize,
 }
 
-/// Steps of the launches that `choose` picks.
-fn steps(program: &Program, choose: impl Fn(&Launch) -> bool, layout: &Layout) -> Vec<Step> {
+/// Steps of the launches that `choose` picks, and what they do.
+fn steps(
+    program: &Program,
+    choose: impl Fn(&Launch) -> bool,
+    layout: &Layout,
+) -> (Vec<Step>, Vec<Work>) {
+    let mut works: Vec<usize> = Vec::new();
     let step = |launch: &Launch| {
+        // Those of one work follow one another.
+        if works.last() != Some(&launch.work) {
+            works.push(launch.work);
+        }
         let kernel = &program.kernels[launch.kernel];
         let extent = kernel.parallel_extent() as i64;
         let serial = kernel.work() < SERIAL_WORK;
@@ -46,12 +56,14 @@ fn steps(program: &Program, choose: impl Fn(&Launch) -> bool, layout: &Layout) -
         Step {
             name: launch.name.clone(),
             kernel: launch.kernel,
+            work: works.len() - 1,
             buffers: launch.slots.iter().map(place).collect(),
             extent,
             chunks: if serial { 1 } else { CHUNKS.min(extent) },
         }
     };
-    program.launches.iter().filter(|l| choose(l)).map(step).collect()
+    let steps = program.launches.iter().filter(|l| choose(l)).map(step).collect();
+    (steps, works.into_iter().map(|work| program.work[work].clone()).collect())
 }
 
 /// Gives arena places to the slots that launches touch and that have none.
@@ -141,7 +153,7 @@ fn fold(graph: &Graph, program: &Program, emitted: &Emitted, threads: usize) -> 
         plan.outputs.push(port(slot));
     }
     place_in_arena(program, &launches, &mut layout);
-    plan.steps = steps(program, |l| l.constant, &layout);
+    (plan.steps, plan.work) = steps(program, |l| l.constant, &layout);
     plan.arena_bytes = layout.arena_bytes;
     run_once(load(emitted, plan, Constants::from_bytes(&[]), threads)?, &given, results)?;
     Ok(Folded { bytes: bytes.into(), places })
@@ -230,12 +242,14 @@ pub fn assemble(
         shape: ty.shape.to_vec(),
         lengths: lengths(ty),
     };
+    let (steps, work) = steps(program, |l| !l.constant, &layout);
     let plan = Plan {
         dims: graph.dims.clone(),
         inputs: graph.inputs.iter().map(|(name, ty)| port(name, ty)).collect(),
         outputs: graph.outputs.iter().map(|(name, id)| port(name, graph.ty(*id))).collect(),
         states: graph.states.clone(),
-        steps: steps(program, |l| !l.constant, &layout),
+        steps,
+        work,
         arena_bytes: layout.arena_bytes,
     };
     Ok((plan, folded.bytes))

@@ -35,7 +35,7 @@ pub use cache::CacheUse;
 pub use half;
 pub use kiln_runtime::load::ArtifactFile;
 pub use kiln_runtime::session::{Executable, RunError, Session};
-pub use kiln_runtime::{code, manifest, npz, tensor};
+pub use kiln_runtime::{code, manifest, npz, tensor, work};
 pub use load::{is_artifact, load, load_opened, open_artifact};
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
 pub use on_demand::OnDemand;

@@ -4,11 +4,11 @@ use kiln_runtime::tensor::{DType, Tensor, TensorView};
 
 use crate::backend::cpu::{Cpu, emit_all};
 use crate::compile::{assemble, emit_constants, load};
-use crate::graph::Graph;
 use crate::graph::eval::{Data, Value, eval};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
 use crate::graph::scalar::round_float;
 use crate::graph::verify::Verified;
+use crate::graph::{Graph, Node, NodeId};
 use crate::loops::lower::Target;
 use crate::plan::kernels::{Program, program};
 use crate::plan::order::unfused;
@@ -127,7 +127,9 @@ fn matrix_products() {
 
 #[test]
 fn convolutions() {
-    for (c, o, groups, stride) in [(3, 16, 1, 1), (8, 20, 1, 2), (6, 6, 6, 1), (8, 12, 2, 2)] {
+    let depthwise = [(6, 6, 6, 1), (19, 19, 19, 1), (16, 16, 16, 2)];
+    let others = [(3, 16, 1, 1), (8, 20, 1, 2), (8, 12, 2, 2), (8, 42, 2, 1)];
+    for (c, o, groups, stride) in others.into_iter().chain(depthwise) {
         let graph = graph_of(&[&[1, c, 9, 11]], |g, x| {
             let weight = ramp(&Type::new(DType::F32, &[o, c / groups, 3, 3]), 77);
             let w = g.tensor(&weight.to_tensor(), &"w".into());
@@ -140,6 +142,62 @@ fn convolutions() {
             g.permute(y, &[0, 2, 3, 1], &origin).unwrap();
         });
         check(&graph, 2e-6);
+    }
+}
+
+/// A convolution with a border, whose groups share a result axis with their channels.
+fn grouped(groups: usize, [channels, outputs]: [usize; 2], graph: &mut Graph, x: NodeId) -> NodeId {
+    let origin = "conv".into();
+    let weight = ramp(&Type::new(DType::F32, &[outputs, channels / groups, 1, 1]), 77);
+    let w = graph.tensor(&weight.to_tensor(), &"w".into());
+    let y = graph.conv([x, w], (&[1, 1], &[1, 1]), groups, &origin).expect("fits");
+    graph.permute(y, &[0, 2, 3, 1], &origin).expect("fits")
+}
+
+/// Compiles a graph whose result is stored inside a border, by the kernel that computes it.
+fn bordered(graph: &Graph, tolerance: f64) {
+    let fused = crate::rules::optimise(graph, false).unwrap().graph;
+    let inside = |n: &Node| match n.op {
+        Op::Fused(body) => {
+            let nodes = &fused.bodies[body as usize].nodes;
+            let last = &nodes[nodes.len() - 1];
+            let below = last.args.first().map(|a| &nodes[a.index()].op);
+            matches!(last.op, Op::Pad(_)) && !matches!(below, Some(Op::Input(_)))
+        }
+        _ => false,
+    };
+    assert!(fused.nodes.iter().any(inside), "{}", crate::graph::text::print(&fused));
+    check_kernels(graph, &fused, tolerance);
+}
+
+#[test]
+fn results_are_stored_inside_a_border() {
+    let o = || "op".into();
+    let padded = |g: &mut Graph, y: NodeId, borders: [(usize, usize); 4]| {
+        let fill = g.scalar(DType::F32, 0, -2.5, &o());
+        g.add(Op::Pad(borders.into_iter().collect()), &[y, fill], &o()).expect("fits");
+    };
+    let images = [(0, 0), (1, 2), (3, 1), (0, 0)];
+    for borders in [images, [(1, 0), (0, 0), (0, 2), (1, 1)]] {
+        // A contraction with groups, a map, a pooling.
+        let graph = graph_of(&[&[2, 12, 5, 7]], |g, x| {
+            let y = grouped(2, [12, 18], g, x[0]);
+            padded(g, y, borders);
+        });
+        bordered(&graph, 2e-6);
+        let graph = graph_of(&[&[2, 12, 5, 7]], |g, x| {
+            let y = g.unary(UnaryFn::Tanh, x[0], &o()).expect("fits");
+            padded(g, y, borders);
+        });
+        bordered(&graph, 2e-6);
+        let graph = graph_of(&[&[2, 12, 5, 7]], |g, x| {
+            let windows = Op::Window([(3, 1, 1), (2, 2, 1)].into_iter().collect());
+            let windows = g.add(windows, &[x[0]], &o()).expect("fits");
+            let y = g.reduce(ReduceFn::Max, windows, &[4, 5], &o()).expect("fits");
+            let y = g.reshape(y, &[2, 12, 3, 3], &o()).expect("fits");
+            padded(g, y, borders);
+        });
+        bordered(&graph, 0.0);
     }
 }
 

@@ -20,3 +20,4 @@ mod scratch;
 pub mod session;
 pub mod state;
 pub mod tensor;
+pub mod work;

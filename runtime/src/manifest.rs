@@ -33,7 +33,7 @@ pub const WEIGHTS: &str = ".weights";
 /// The first bytes of a manifest. No text, so that no text is taken for one.
 pub const MAGIC: [u8; 8] = *b"\x89KILN\r\n\x1a";
 /// Version of the format; another one is refused.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const HASH: Range<usize> = 16..48;
 const HEADER_BYTES: usize = HASH.end;

@@ -1,6 +1,7 @@
 //! The order in which kernels run and the places that they read and write.
 
 use crate::tensor::{DType, size_bytes};
+use crate::work::Work;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -108,6 +109,8 @@ pub struct Step {
     pub name: String,
     /// Index of the kernel's entry in the code.
     pub kernel: usize,
+    /// Index of what it does, alone or with other steps, in [`Plan::work`].
+    pub work: usize,
     /// What the kernel's first argument points to, in its order.
     pub buffers: Vec<Place>,
     /// Number of independent iterations of the outermost loop.
@@ -136,6 +139,8 @@ pub struct Plan {
     pub states: Vec<PlanState>,
     /// Launches in order.
     pub steps: Vec<Step>,
+    /// What steps do, in the order of the first step of each.
+    pub work: Vec<Work>,
     /// Bytes of memory for intermediate values.
     pub arena_bytes: usize,
 }
@@ -152,6 +157,16 @@ pub enum PlanError {
         kernel: usize,
         /// Number of entries.
         entries: usize,
+    },
+    /// A step does what is not there.
+    #[error("step {step} does work {work}, but the plan has {works}")]
+    Work {
+        /// Index of the step.
+        step: usize,
+        /// Index of the work.
+        work: usize,
+        /// How much there is.
+        works: usize,
     },
     /// A step names a place that does not exist.
     #[error("step {step} uses {place}, which lies outside (there are {limit})")]
@@ -245,6 +260,10 @@ impl Plan {
     ) -> Result<(), PlanError> {
         if step.kernel >= entries {
             return Err(PlanError::Kernel { step: index, kernel: step.kernel, entries });
+        }
+        if step.work >= self.work.len() {
+            let (work, works) = (step.work, self.work.len());
+            return Err(PlanError::Work { step: index, work, works });
         }
         let (extent, chunks) = (step.extent, step.chunks);
         if extent < 0 || chunks < 0 || extent.checked_mul(chunks).is_none() {
@@ -348,10 +367,12 @@ mod tests {
             steps: vec![Step {
                 name: "relu".into(),
                 kernel: 0,
+                work: 0,
                 buffers: vec![Place::Input(0), Place::Arena(64), Place::Const(0), Place::Output(0)],
                 extent: 6,
                 chunks: 4,
             }],
+            work: vec![Work::default()],
             arena_bytes: 128,
         }
     }
@@ -389,6 +410,8 @@ mod tests {
             let found = wrong.check(1, 0);
             assert!(matches!(found, Err(PlanError::Place { step: 0, .. })), "{place}: {found:?}");
         }
+        let wrong = Plan { work: Vec::new(), ..plan() };
+        assert!(matches!(wrong.check(1, 0), Err(PlanError::Work { .. })));
         for (extent, chunks) in [(-1, 1), (1, -1), (i64::MAX, 2)] {
             let mut wrong = plan();
             (wrong.steps[0].extent, wrong.steps[0].chunks) = (extent, chunks);

@@ -11,6 +11,7 @@ pub use crate::run_error::{Names, RunError};
 use crate::scratch::{Scratch, room_bytes};
 use crate::state::State;
 use crate::tensor::{DType, Tensor, TensorView, TensorViewMut, size_bytes};
+use crate::work::Profile;
 
 /// A compiled model, ready to run from any thread; clones share everything.
 #[derive(Clone)]
@@ -106,7 +107,7 @@ impl Executable {
         Ok(())
     }
 
-    /// Runs the model once and says how many nanoseconds each step took.
+    /// Runs the model once and says how long each step took.
     ///
     /// # Errors
     /// As [`run_into`](Self::run_into).
@@ -114,16 +115,15 @@ impl Executable {
         &self,
         inputs: &[TensorView<'_>],
         outputs: &mut [TensorViewMut<'_>],
-    ) -> Result<Vec<(String, u64)>, RunError> {
+    ) -> Result<Profile, RunError> {
         self.keeps_nothing()?;
         let dims = check(self.plan(), inputs, outputs)?;
         let mut scratch = self.take_scratch();
         *scratch.dims = dims;
-        let mut times = vec![0; self.plan().steps.len()];
-        self.0.launch(&mut scratch, inputs, outputs, Some(&mut times));
+        let mut ends = Vec::with_capacity(self.plan().steps.len());
+        self.0.launch(&mut scratch, inputs, outputs, Some(&mut ends));
         self.put_scratch(scratch);
-        let names = self.plan().steps.iter().map(|step| step.name.clone());
-        Ok(names.zip(times).collect())
+        Ok(Profile { dims, ends })
     }
 
     /// A session: the same model with memory of its own. It keeps the states that the model was
@@ -256,10 +256,27 @@ impl Session {
         &mut self,
         inputs: &[(&str, TensorView<'_>)],
     ) -> Result<Vec<(String, Tensor)>, RunError> {
+        self.run_timed(inputs, None)
+    }
+
+    /// As [`run`](Self::run), and says how long each step took. The outputs are left out.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn profile(&mut self, inputs: &[(&str, TensorView<'_>)]) -> Result<Profile, RunError> {
+        let mut ends = Vec::with_capacity(self.executable.plan().steps.len());
+        self.run_timed(inputs, Some(&mut ends))?;
+        Ok(Profile { dims: *self.scratch.dims, ends })
+    }
+
+    fn run_timed(
+        &mut self,
+        inputs: &[(&str, TensorView<'_>)],
+        ends: Option<&mut Vec<u64>>,
+    ) -> Result<Vec<(String, Tensor)>, RunError> {
         let executable = self.executable.clone();
-        let plan = executable.plan();
         let mut states = std::mem::take(&mut self.states);
-        let result = self.run_with(plan, inputs, &mut states);
+        let result = self.run_with(executable.plan(), inputs, &mut states, ends);
         self.states = states;
         result
     }
@@ -269,6 +286,7 @@ impl Session {
         plan: &Plan,
         inputs: &[(&str, TensorView<'_>)],
         states: &mut [State],
+        ends: Option<&mut Vec<u64>>,
     ) -> Result<Vec<(String, Tensor)>, RunError> {
         let mut all = inputs.to_vec();
         for state in states.iter() {
@@ -278,7 +296,7 @@ impl Session {
             }
             all.push((name, state.view(plan)?));
         }
-        let made = run_named(plan, &all, |views, outputs| self.launch(plan, views, outputs))?;
+        let made = run_named(plan, &all, |views, outputs| self.launch(plan, views, outputs, ends))?;
         let (mut given, mut kept) = (Vec::with_capacity(made.len()), Vec::new());
         for (port, tensor) in made {
             match states.iter().any(|state| state.output == port) {
@@ -312,7 +330,7 @@ impl Session {
             });
         }
         let executable = self.executable.clone();
-        self.launch(executable.plan(), inputs, outputs)
+        self.launch(executable.plan(), inputs, outputs, None)
     }
 
     fn launch(
@@ -320,9 +338,10 @@ impl Session {
         plan: &Plan,
         inputs: &[TensorView<'_>],
         outputs: &mut [TensorViewMut<'_>],
+        ends: Option<&mut Vec<u64>>,
     ) -> Result<(), RunError> {
         *self.scratch.dims = check(plan, inputs, outputs)?;
-        self.executable.0.launch(&mut self.scratch, inputs, outputs, None);
+        self.executable.0.launch(&mut self.scratch, inputs, outputs, ends);
         Ok(())
     }
 
@@ -359,19 +378,19 @@ impl Arguments {
 }
 
 impl Shared {
-    /// Runs all steps on tensors that were checked; `times` gets the nanoseconds of each.
+    /// Runs all steps on tensors that were checked; `ends` gets the nanoseconds to the end of each.
     fn launch(
         &self,
         scratch: &mut Scratch,
         inputs: &[TensorView<'_>],
         outputs: &mut [TensorViewMut<'_>],
-        mut times: Option<&mut [u64]>,
+        mut ends: Option<&mut Vec<u64>>,
     ) {
         let plan = &self.artifact.plan;
         scratch.bind(inputs, outputs);
+        let begin = ends.is_some().then(Instant::now);
         let mut first = 0;
-        for (index, step) in plan.steps.iter().enumerate() {
-            let start = times.is_some().then(Instant::now);
+        for step in &plan.steps {
             let arguments = Arguments(scratch.buffers[first..].as_ptr());
             first += step.buffers.len();
             let kernel = self.artifact.code.entry(step.kernel);
@@ -389,8 +408,8 @@ impl Shared {
                     }
                 });
             }
-            if let (Some(times), Some(start)) = (times.as_deref_mut(), start) {
-                times[index] = start.elapsed().as_nanos() as u64;
+            if let (Some(ends), Some(begin)) = (ends.as_deref_mut(), begin) {
+                ends.push(begin.elapsed().as_nanos() as u64);
             }
         }
     }

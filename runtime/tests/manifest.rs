@@ -7,6 +7,7 @@ use file::{artifact, sealed, sections};
 use kiln_runtime::manifest::{MAGIC, Manifest, SECTION, TEXT, WEIGHTS, Weights, encode, find};
 use kiln_runtime::plan::{Place, Plan, Port, Step};
 use kiln_runtime::tensor::DType;
+use kiln_runtime::work::{Term, Work};
 use object::BinaryFormat;
 
 const CODE: [u8; 100] = [0xc3; 100];
@@ -28,9 +29,15 @@ fn manifest() -> Manifest {
             steps: vec![Step {
                 name: "relu".into(),
                 kernel: 0,
+                work: 0,
                 buffers: vec![Place::Input(0), Place::Const(0), Place::Output(0)],
                 extent: 6,
                 chunks: 1,
+            }],
+            work: vec![Work {
+                name: "relu".into(),
+                flops: vec![Term { times: 6, lengths: Vec::new() }],
+                bytes: vec![Term { times: 48, lengths: Vec::new() }],
             }],
             arena_bytes: 64,
         },
@@ -143,7 +150,7 @@ fn errors_say_what_is_wrong() {
         text(&sealed(BinaryFormat::Elf, &CODE, &encoded, &CONSTANTS))
     };
     let version = changed(MAGIC.len(), 1);
-    assert!(version.contains("has format 1, this Kiln reads format 2"), "{version}");
+    assert!(version.contains("has format 1, this Kiln reads format 3"), "{version}");
     assert!(changed(13, 0xff).contains("the manifest has"));
     assert!(changed(12, 9).contains("does not parse"));
     let changed = |change: &dyn Fn(&mut Manifest)| {

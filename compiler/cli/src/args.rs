@@ -13,9 +13,11 @@ use kiln::DimRange;
     kiln check model.onnx                      every problem at once\n  \
     kiln run model.onnx -i x.npy -o out.npz    compile in memory and run\n  \
     kiln bench model.onnx --threads 2          latency of random inputs\n  \
+    kiln profile model.onnx                    where the time goes\n  \
     kiln verify model.onnx -i test_data_set_0  compare with the reference\n  \
     kiln compile model.onnx --emit loops       look at a stage\n\n\
-    COMPILED MODELS (.so, .o) ARE CODE: run, bench and verify execute them with your rights.\n  \
+    COMPILED MODELS (.so, .o) ARE CODE: run, bench, profile and verify execute them\n  \
+    with your rights.\n  \
     Give only files whose origin you trust. inspect checks a file and executes nothing of it.\n\n\
     EXIT CODES:\n  \
     0 ok, 1 other failure, 2 usage, 3 invalid or unsupported model, 4 results differ,\n  \
@@ -95,6 +97,8 @@ pub enum Command {
     Run(RunArgs),
     /// Measure compile time, latency and memory
     Bench(BenchArgs),
+    /// Show how long each kernel takes, and how close to the machine it comes
+    Profile(ProfileArgs),
     /// Show inputs, outputs, operators and memory of a model
     Inspect(InspectArgs),
     /// Compare the compiled model with the reference interpreter and with stored outputs
@@ -104,7 +108,7 @@ pub enum Command {
     /// List the operators that are supported
     Ops(OpsArgs),
     /// Show what Kiln sees of this machine, and whether it can run here
-    Doctor,
+    Doctor(DoctorArgs),
     /// Print completions for a shell
     Completions {
         /// The shell
@@ -120,7 +124,8 @@ pub enum Command {
 /// The model and how far it may go.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ModelArgs {
-    /// The model, an .onnx file; run, bench, inspect and verify also take compiled ones, .so or .o
+    /// The model, an .onnx file; run, bench, profile, inspect and verify also take compiled ones,
+    /// .so or .o
     pub model: PathBuf,
     /// Extent of a named dimension of the inputs, or its range LEAST..MOST and what to compile for
     /// where no tensor settles it, such as batch=1..8@4; may be given several times
@@ -315,9 +320,69 @@ pub struct BenchArgs {
     #[arg(long, value_name = "P,..", default_value = "50,90,99", value_delimiter = ',')]
     #[arg(value_parser = clap::value_parser!(u8).range(0..=100))]
     pub percentiles: Vec<u8>,
-    /// Also print how long each kernel takes
+}
+
+/// What the machine can do at most.
+#[derive(Args, Clone, Debug, Default)]
+pub struct CalibrationArgs {
+    /// Folder of what `kiln doctor --calibrate` measured (default: kiln in $XDG_CACHE_HOME or
+    /// ~/.cache)
+    #[arg(long, value_name = "DIR")]
+    pub calibration: Option<PathBuf>,
+}
+
+/// `kiln profile`
+#[derive(Args, Debug)]
+#[command(after_help = "\
+    A row is a kernel: the nodes of the model that it computes, the median of its time, and what\n\
+    it does in that time. Sums of products count as two operations for each product that the\n\
+    model states, other functions as one; bytes are operands and results, each once. Roof is the\n\
+    least time that this takes on this machine, whichever of operations (compute) and bytes\n\
+    (memory) takes longer, over the time that it took. The machine's figures are those of f32\n\
+    and of memory beyond all caches. A kernel can be above 100 %: Winograd's convolutions need\n\
+    fewer products than the model states, and what is in a cache is read faster than memory.\n\
+    The last row has the sums of all.\n\n\
+    The trace has one run, that of median time, for chrome://tracing or ui.perfetto.dev.")]
+pub struct ProfileArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub build: BuildArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub cache: CacheArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub inputs: InputArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub states: StateArgs,
+    /// How long to run before measuring
+    #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = parse_time)]
+    pub warmup: Duration,
+    /// How long to measure
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_time)]
+    pub time: Duration,
+    /// File for a trace of one run, in Chrome's format
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub calibration: CalibrationArgs,
+}
+
+/// `kiln doctor`
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    /// Measure how many operations and bytes this machine, when idle, can do in a second, and keep
+    /// it for `kiln profile`
     #[arg(long)]
-    pub kernels: bool,
+    pub calibrate: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub calibration: CalibrationArgs,
 }
 
 /// `kiln inspect`

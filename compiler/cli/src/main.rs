@@ -6,6 +6,7 @@ mod failure;
 mod files;
 mod input;
 mod interrupt;
+mod peak;
 mod stats;
 mod term;
 
@@ -37,11 +38,12 @@ fn dispatch(command: &Command, term: &Term) -> Result<(), Failure> {
         Command::Compile(args) => commands::compile::run(args, term),
         Command::Run(args) => commands::run::run(args, term),
         Command::Bench(args) => commands::bench::run(args, term),
+        Command::Profile(args) => commands::profile::run(args, term),
         Command::Inspect(args) => commands::inspect::run(args, term),
         Command::Verify(args) => commands::verify::run(args, term),
         Command::Explain(args) => commands::explain::run(args, term),
         Command::Ops(args) => commands::ops::run(args, term),
-        Command::Doctor => commands::doctor::run(term),
+        Command::Doctor(args) => commands::doctor::run(args, term),
         Command::Completions { shell } => commands::shell::completions(*shell, term),
         Command::Man { command } => commands::shell::man(command.as_deref(), term),
     }

@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::contract::{self, Product, Shape, Strip, plain_load};
+use super::contract::{self, Product, Shape, plain_load};
 use super::index::{Index, add};
 use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
+use super::panels::{self, Strip};
 use super::{nest, rewrite};
 use crate::graph::op::{Affine, BinaryFn, ReduceFn};
 use crate::rules::attention::{Attention, FEW, MANY};
@@ -261,8 +262,9 @@ fn way(
         (false, _) | (true, 0) => Way::Single,
         (true, 1) if rows < MANY || !shared => Way::Lanes,
         (true, _) if shared => {
-            let inner = tiles.summed.iter().chain([&n]);
-            let each = inner.map(|&v| lower.extents[v as usize]).product();
+            let sums: usize = tiles.summed.iter().map(|&v| lower.extents[v as usize]).product();
+            let strips = panels::strips(lower.extents[n as usize], lower.target.lanes, 2);
+            let each = sums * panels::panel_elements(&strips);
             let (buffer, start) = pieces.buffer(lower, each);
             Way::Panels(buffer, start)
         }
@@ -336,9 +338,9 @@ impl Tiles {
         let extent = lower.extents[self.lanes as usize];
         match self.way {
             Way::Single | Way::Across => {
-                vec![Strip { start: 0, tiles: 1, width: extent, vectors: 0 }]
+                vec![Strip { start: 0, tiles: 1, width: extent, vectors: 0, packed: 0 }]
             }
-            Way::Lanes | Way::Panels(..) => contract::strips(extent, lower.target.lanes, 2),
+            Way::Lanes | Way::Panels(..) => panels::strips(extent, lower.target.lanes, 2),
         }
     }
 
@@ -358,7 +360,7 @@ impl Tiles {
             place = place.plus(v as usize, stride);
             stride *= lower.extents[v as usize] as i64;
         }
-        place.offset += strip.start as i64 * stride / strip.width as i64;
+        place.offset += strip.packed as i64 * stride / strip.width as i64;
         tile.terms.iter().fold(place, |a, t| a.plus(t.0 as usize, t.1 * stride))
     }
 

@@ -2,11 +2,10 @@
 //! reads one of its operands. A rotary embedding is two halves so, and a cache with new rows after
 //! it is the rows that are copied and those that are computed, in one kernel.
 
-use super::index::{Index, add, flatten, scale};
+use super::index::{Index, scale};
 use super::ir::{Expr, Loops, Param, Stmt, Var};
-use super::lower::{Lower, Lowering, Refused, origin_place};
+use super::lower::{Lower, Lowering, Refused};
 use super::nest::{coalesce, parallel_prefix, vectorize, wrap};
-use crate::graph::op::Type;
 use crate::graph::used::{Span, spans};
 
 /// Boxes of a result at most.
@@ -65,21 +64,14 @@ fn boxes(parent: &Lower, node: usize) -> Lowering<Vec<Box>> {
     Ok(done)
 }
 
-/// A kernel that computes a node and stores it in a result of type `into`, `shift` further along an
-/// axis.
-pub fn store(
-    mut lower: Lower,
-    node: usize,
-    into: &Type,
-    (axis, shift): (usize, &Index),
-) -> Lowering<Loops> {
+/// A kernel that computes a node and stores it.
+pub fn store(mut lower: Lower, node: usize) -> Lowering<Loops> {
     let boxes = boxes(&lower, node)?;
     let shape = lower.ty(node).shape.clone();
     let whole = |d: &usize| boxes.iter().all(|b| b[*d] == (0, shape[*d]));
     let shared = (0..shape.len()).take_while(whole).count();
     // One box is one nest; of several, the axes before the first cut are shared.
     let shared = if boxes.len() == 1 { 0 } else { shared };
-    let out = lower.out(into);
     let spans = spans(lower.ty(node));
     let (outer, mut vars) = lower.axes_in_use(&shape[..shared], &spans[..shared])?;
     let mut body = Vec::new();
@@ -88,11 +80,7 @@ pub fn store(
         let (inner, own) = axes(&mut lower, &ranges[shared..], &spans[shared..])?;
         let index: Vec<Index> = outer.iter().cloned().chain(inner).collect();
         let value = lower.value(node, &index)?;
-        let mut to = index;
-        if *shift != origin_place() {
-            to[axis] = add(&to[axis], shift);
-        }
-        let place = flatten(&to, &into.shape);
+        let (out, place) = lower.result(node, &index);
         // What is there already.
         if let Expr::Load(from, found) = &*value
             && lower.args.appended.is_some_and(|a| lower.buffers[*from].param == Param::Arg(a))
@@ -114,7 +102,7 @@ pub fn store(
 }
 
 /// Serial loops around the statements of one box.
-fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
+pub fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
     let body = coalesce(lower, &mut vars, body);
     let Some(inner) = vars.pop() else { return body };
     let body = vectorize(lower, inner, body);

@@ -9,9 +9,12 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::index::{Index, add, flatten, scale};
+use super::index::{Index, add, flatten, scale, unflatten};
 use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
+use super::panels::{
+    Panels, Strip, pack, packable, packed_len, panel_elements, panel_order, strips,
+};
 use super::{nest, pairs, rewrite, winograd};
 use crate::graph::op::{Affine, BinaryFn, Op};
 use crate::graph::used::iteration;
@@ -81,13 +84,61 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
 pub fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Product> {
     let ty = lower.ty(root).clone();
     let cell = lower.register(lower.ty(contract).dtype, 1);
-    let out = lower.out(&ty);
-    let (index, vars) = lower.axes_of(&ty)?;
+    let (index, vars) = match from_contract(lower, contract, root)? {
+        Some(path) => {
+            let (mut index, vars) = lower.axes_of(lower.ty(contract))?;
+            for node in path {
+                index = forward(lower, node, &index);
+            }
+            (index, vars)
+        }
+        None => lower.axes_of(&ty)?,
+    };
+    let (out, place) = lower.result(root, &index);
     lower.bind_cell(contract, Expr::Load(cell, origin_place()));
     let result = lower.value(root, &index)?;
     let (operands, summed) = operands(lower, contract)?;
-    let place = flatten(&index, &ty.shape);
     Ok(Product { vars, summed, operands, cell, out, place, result, halves: None })
+}
+
+/// The operations from a contraction to the result, where an index of the result is affine in those
+/// of the contraction and not the other way round: they join axes that the contraction has apart.
+fn from_contract(lower: &mut Lower, contract: usize, root: usize) -> Lowering<Option<Vec<usize>>> {
+    let body = lower.body;
+    let mut path = Vec::new();
+    let mut at = contract;
+    while at != root {
+        let user = |n: &usize| body.nodes[*n].args.iter().any(|a| a.index() == at);
+        let Some(next) = (at + 1..=root).find(user) else { return Ok(None) };
+        if lower.ty(next).numel() != lower.ty(at).numel() {
+            return Ok(None);
+        }
+        path.push(next);
+        at = next;
+    }
+    let affine = |index: &[Index]| index.iter().all(|i| i.dynamic.is_none());
+    let (mut down, _) = lower.axes(&lower.ty(root).shape)?;
+    for &node in path.iter().rev() {
+        down = lower.view_index(&body.nodes[node].op, node, &down).unwrap_or(down);
+    }
+    let (mut up, _) = lower.axes(&lower.ty(contract).shape)?;
+    for &node in &path {
+        up = forward(lower, node, &up);
+    }
+    Ok((!affine(&down) && affine(&up)).then_some(path))
+}
+
+/// The index of a node's result for an index of its operand, where it moves no element to two.
+fn forward(lower: &Lower, node: usize, index: &[Index]) -> Vec<Index> {
+    let node = &lower.body.nodes[node];
+    match &node.op {
+        Op::Reshape(to) => {
+            let from = &lower.ty(node.args[0].index()).shape;
+            unflatten(&flatten(index, from), to, &lower.extents)
+        }
+        Op::Permute(axes) => axes.iter().map(|&a| index[usize::from(a)].clone()).collect(),
+        _ => index.to_vec(),
+    }
 }
 
 /// The operands of a contraction for the element that was asked for, and the variables of its sum.
@@ -136,6 +187,8 @@ pub fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
 /// Which operand goes into lanes, and whether it is packed.
 #[derive(Clone, Copy)]
 pub struct Roles {
+    /// Whether the other operand moves along the last axis as well, as in a depthwise convolution.
+    pub both: bool,
     /// The operand that moves along the last axis.
     pub lanes: usize,
     /// Whether that operand is packed into panels.
@@ -148,73 +201,37 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
     let pairs = product.halves.is_some();
     let float = loads.iter().all(|l| lower.buffers[l.0].dtype == DType::F32);
     let steps = loads.map(|l| l.1.coefficient(n));
+    let constant = loads.map(|l| lower.is_constant(l.0));
     let lanes = match steps {
         [0, s] if s != 0 => 1,
         [s, 0] if s != 0 => 0,
+        // Depthwise: both move, and the constant one is packed.
+        [1, s] if s != 0 && constant[1] => 1,
+        [s, 1] if s != 0 && constant[0] => 0,
         _ => return None,
     };
-    let constant = lower.is_constant(loads[lanes].0);
+    let constant = constant[lanes];
     let packed = steps[lanes] != 1 || constant || pairs;
     let (buffer, place) = (product.out, product.place.clone());
     let epilogue = Stmt::Store { buffer, place, value: (*product.result).clone() };
     let fits = (!packed || packable(lower, loads[lanes]))
         && nest::is_vector(&lower.buffers, &[epilogue], n as Var);
-    ((float || pairs) && fits && !product.summed.is_empty()).then_some(Roles { lanes, packed })
-}
-
-/// An operand can be packed where every variable picks other elements, so that nothing repeats.
-fn packable(lower: &Lower, (buffer, affine): (BufferId, &Affine)) -> bool {
-    let picked = affine.terms.iter().map(|t| lower.extents[t.0 as usize]);
-    picked.product::<usize>() <= lower.buffers[buffer].len
-}
-
-/// A piece of the last axis that is tiled in one way.
-#[derive(Clone, Copy)]
-pub struct Strip {
-    /// First element.
-    pub start: usize,
-    /// Number of tiles.
-    pub tiles: usize,
-    /// Elements of a tile.
-    pub width: usize,
-    /// Vectors of a tile; 0 where elements go one by one.
-    pub vectors: usize,
-}
-
-/// An operand that is packed into panels.
-pub struct Panels {
-    /// The scratch memory that holds it.
-    pub scratch: usize,
-    /// The place of an element in terms of the product's variables, with the tile as variable 255
-    /// and the element within the tile as variable 254.
-    pub place: Affine,
-}
-
-/// The last axis in pieces: tiles of so many vectors, whole vectors that are left, single elements.
-pub fn strips(n: usize, lanes: usize, vectors: usize) -> Vec<Strip> {
-    let mut strips = Vec::new();
-    let mut start = 0;
-    let wide = vectors * lanes;
-    if n >= wide {
-        strips.push(Strip { start, tiles: n / wide, width: wide, vectors });
-        start = n / wide * wide;
-    }
-    let left = (n - start) / lanes;
-    if left > 0 {
-        strips.push(Strip { start, tiles: 1, width: left * lanes, vectors: left });
-        start += left * lanes;
-    }
-    if start < n {
-        strips.push(Strip { start, tiles: 1, width: n - start, vectors: 0 });
-    }
-    strips
+    ((float || pairs) && fits && !product.summed.is_empty()).then_some(Roles {
+        both: steps[1 - lanes] != 0,
+        lanes,
+        packed,
+    })
 }
 
 fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) -> Lowering<()> {
     let n = *product.vars.last().ok_or_else(|| Refused("a result without axes".into()))?;
     let extent = lower.extents[n as usize];
     let rows = row_axis(&product, roles).map_or(1, |m| lower.extents[m as usize]);
-    let vectors = if rows == 1 { 4 } else { 2 };
+    let vectors = match rows {
+        1 => 4,
+        _ if roles.both => 1,
+        _ => 2,
+    };
     let panel_loads = plain_load(&product.operands[roles.lanes]);
     let (source, affine) = panel_loads.ok_or_else(|| Refused("a packed load".into()))?;
     // The sum runs in the order of the broadcast operand's memory, largest steps first.
@@ -222,22 +239,19 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
     let other = plain_load(&product.operands[1 - roles.lanes]).map(|l| l.1.clone());
     let step = |v: &Var| other.as_ref().map_or(0, |a| a.coefficient(*v as usize).abs());
     summed.sort_by_key(|v| std::cmp::Reverse(step(v)));
+    let strips = strips(extent, lower.target.lanes, vectors);
     let scratch = roles.packed.then(|| {
-        let dtype = lower.buffers[source].dtype;
-        lowered.scratch.push((dtype, packed_len(&lower, &product, affine)));
-        lowered.scratch.len() - 1
+        let len = packed_len(&lower, &product, affine) / extent * panel_elements(&strips);
+        lowered.scratch.push((lower.buffers[source].dtype, len));
+        (lowered.scratch.len() - 1, len)
     });
-    let mut offset = 0;
-    for strip in strips(extent, lower.target.lanes, vectors) {
+    for strip in strips {
         let mut panel = None;
         if let Some(scratch) = scratch {
             let order = panel_order(&product, affine, &summed, n);
-            let to = (scratch, offset);
-            let (pack, place) =
-                pairs::pack(&lower, source, affine, (&order, n), strip, to, product.halves)?;
+            let axes = (&order[..], n);
+            let (pack, place) = pack(&lower, source, affine, axes, strip, scratch, product.halves)?;
             lowered.kernels.push(pack);
-            let elements = if product.halves.is_some() { 2 } else { 1 };
-            offset += strip.tiles * strip.width * order_len(&lower, &order) * elements;
             panel = Some(Panels { scratch, place });
         }
         let mut copy = lower.fresh();
@@ -247,40 +261,6 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
         lowered.kernels.push(tile(copy, &product, roles, &summed, strip, panel)?);
     }
     Ok(())
-}
-
-fn order_len(lower: &Lower, order: &[Var]) -> usize {
-    order.iter().map(|&v| lower.extents[v as usize]).product()
-}
-
-fn packed_len(lower: &Lower, product: &Product, affine: &Affine) -> usize {
-    let elements: usize = if product.halves.is_some() { 2 } else { 1 };
-    elements * affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product::<usize>()
-}
-
-/// Variables of the packed operand but the last axis, in the order of the loops.
-fn panel_order(product: &Product, affine: &Affine, summed: &[Var], n: Var) -> Vec<Var> {
-    product
-        .vars
-        .iter()
-        .chain(summed)
-        .copied()
-        .filter(|&v| v != n && affine.coefficient(v as usize) != 0)
-        .collect()
-}
-
-/// A kernel that copies a strip of an operand into panels `[tile][order..][width]`; and the place
-/// of an element in terms of the product's variables, with the tile as variable 255 and the
-/// element within the tile as variable 254.
-pub fn pack(
-    lower: &Lower,
-    source: BufferId,
-    affine: &Affine,
-    axes: (&[Var], Var),
-    strip: Strip,
-    to: (usize, usize),
-) -> Lowering<(Loops, Affine)> {
-    pairs::pack(lower, source, affine, axes, strip, to, None)
 }
 
 /// The innermost result axis along which only the broadcast operand moves.
@@ -314,9 +294,9 @@ pub fn tile(
     let element = Affine::scaled(vector as usize, step as i64).plus(lane as usize, 1);
     let mut operands = product.operands.clone();
     if let Some(Panels { scratch, place: packed }) = panel {
-        let load = plain_load(&operands[roles.lanes]);
-        let of = |l: (usize, &Affine)| (lower.buffers[l.0].dtype, packed_len(&lower, product, l.1));
-        let (dtype, len) = load.map_or((DType::F32, 0), of);
+        let (scratch, len) = scratch;
+        let source = plain_load(&operands[roles.lanes]).map(|l| lower.buffers[l.0].dtype);
+        let dtype = source.unwrap_or(DType::F32);
         let buffer = lower.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
         let place = Place::affine(packed.substitute(&|v| match v {
             255 => Affine::axis(tile as usize),
@@ -355,8 +335,9 @@ pub fn tile(
     // all turns.
     let own = |v: &Var| panel_moves(&body, roles, *v);
     let (mut loops, shared): (Vec<Var>, Vec<Var>) = vars.into_iter().partition(own);
-    loops.push(tile);
-    loops.extend(shared);
+    // What both operands move along is read in the order of memory.
+    let (before, after) = if roles.both { (shared, vec![]) } else { (vec![], shared) };
+    loops.extend(before.into_iter().chain([tile]).chain(after));
     let inner = row_tiles(&mut lower, product.cell, shape, strip, &sums, body)?;
     let (loops, single): (Vec<Var>, Vec<Var>) =
         loops.into_iter().partition(|&v| lower.extents[v as usize] > 1);
@@ -531,13 +512,12 @@ fn repacked(
         return Ok(operand.clone());
     }
     let extent = lower.extents[n as usize];
-    let strip = Strip { start: 0, tiles: 1, width: extent, vectors: 0 };
+    let strip = Strip { start: 0, tiles: 1, width: extent, vectors: 0, packed: 0 };
     let order = panel_order(product, affine, &product.summed, n);
-    let scratch = lowered.scratch.len();
-    lowered.scratch.push((DType::F32, packed_len(lower, product, affine)));
-    let (kernel, packed) = pack(lower, buffer, affine, (&order, n), strip, (scratch, 0))?;
+    let (scratch, len) = (lowered.scratch.len(), packed_len(lower, product, affine));
+    lowered.scratch.push((DType::F32, len));
+    let (kernel, packed) = pack(lower, buffer, affine, (&order, n), strip, (scratch, len), None)?;
     lowered.kernels.push(kernel);
-    let len = packed_len(lower, product, affine);
     let to = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
     let place = packed.substitute(&|v| match v {
         255 => Affine::constant(0),

@@ -78,6 +78,9 @@ pub struct Lower<'a> {
     /// Nodes whose value is already at hand: demanded index (once known) and value.
     bound: Vec<Option<Bound>>,
     memo: Vec<(usize, Vec<Index>, Arc<Expr>)>,
+    /// Where the result is only a part of what is stored: the type of the whole, and where the
+    /// part begins along each axis.
+    inside: Option<(&'a Type, Vec<Index>)>,
     /// Where a concatenation was read across its parts: a loop variable and its first value in the
     /// next part.
     crossing: Option<(Var, usize)>,
@@ -98,8 +101,26 @@ pub fn lower(
     target: Target,
     name: &str,
 ) -> Lowering<Lowered> {
-    let lower = Lower::new(body, constants, args, target);
+    let mut lower = Lower::new(body, constants, args, target);
     let root = lower.peel();
+    if let Op::Pad(borders) = &body.nodes[root].op
+        && let inside = body.nodes[root].args[0].index()
+        && !matches!(body.nodes[inside].op, Op::Input(_))
+    {
+        let border = lower.fresh().border(root, borders)?;
+        let border = Loops { name: format!("{name}.border"), ..border };
+        let start = borders.iter().map(|b| Place::affine(Affine::constant(b.0 as i64)));
+        lower.store_inside(&body.nodes[root].ty, start.collect());
+        let mut lowered = kernels(lower, inside, name)?;
+        lowered.kernels.push(border);
+        return Ok(lowered);
+    }
+    kernels(lower, root, name)
+}
+
+/// The kernels that store a node of a body.
+fn kernels(lower: Lower, root: usize, name: &str) -> Lowering<Lowered> {
+    let body = lower.body;
     let is = |test: fn(&Op) -> bool| body.nodes.iter().position(|n| test(&n.op));
     if let Some(parts) = attention::find(&body.nodes) {
         return super::attention::lower(lower, root, &parts, name);
@@ -156,6 +177,7 @@ impl<'a> Lower<'a> {
             ranges: Vec::new(),
             bound,
             memo: Vec::new(),
+            inside: None,
             crossing: None,
         }
     }
@@ -167,7 +189,8 @@ impl<'a> Lower<'a> {
 
     /// Another kernel of the same body.
     pub fn fresh(&self) -> Lower<'a> {
-        Lower::new(self.body, self.constants, self.args, self.target)
+        let fresh = Lower::new(self.body, self.constants, self.args, self.target);
+        Lower { inside: self.inside.clone(), ..fresh }
     }
 
     /// Takes over which turns of loops the run decides.
@@ -205,6 +228,31 @@ impl<'a> Lower<'a> {
             self.buffers.push(Buffer { dtype, len, scope, param });
             self.buffers.len() - 1
         })
+    }
+
+    /// The result buffer for the node that is stored, and the place there of an element of it.
+    pub fn result(&mut self, node: usize, index: &[Index]) -> (BufferId, Place) {
+        let Some((ty, before)) = self.inside.clone() else {
+            let ty = self.ty(node);
+            return (self.out(ty), flatten(index, &ty.shape));
+        };
+        let shifted: Vec<Index> = index.iter().zip(&before).map(|(i, b)| add(i, b)).collect();
+        (self.out(ty), flatten(&shifted, &ty.shape))
+    }
+
+    /// Whether the result is only a part of what is stored.
+    pub fn is_part(&self) -> bool {
+        self.inside.is_some()
+    }
+
+    /// Says that the result is a part of a value, which begins at these indices.
+    pub fn store_inside(&mut self, ty: &'a Type, start: Vec<Index>) {
+        self.inside = Some(match self.inside.take() {
+            None => (ty, start),
+            Some((whole, before)) => {
+                (whole, before.iter().zip(&start).map(|(a, b)| add(a, b)).collect())
+            }
+        });
     }
 
     /// The result buffer.

@@ -77,6 +77,42 @@ impl Lower<'_> {
         Ok(self.finish(nested))
     }
 
+    /// The border alone, where other kernels store what it surrounds: a box for each side, those of
+    /// later axes between those of earlier ones.
+    pub fn border(mut self, root: usize, borders: &[(usize, usize)]) -> Lowering<Loops> {
+        let ty = self.ty(root);
+        let fill = self.body.nodes[root].args[1].index();
+        let fill = self.value(fill, &vec![origin_place(); self.ty(fill).rank()])?;
+        let shared = borders.iter().take_while(|b| **b == (0, 0)).count();
+        let (outer, vars) = self.axes(&ty.shape[..shared])?;
+        let between = |d: usize| (borders[d].0, ty.shape[d] - borders[d].0 - borders[d].1);
+        let mut body = Vec::new();
+        for (axis, &(before, after)) in borders.iter().enumerate().skip(shared) {
+            for side in [(0, before), (ty.shape[axis] - after, after)] {
+                let rest = ty.shape[axis + 1..].iter().map(|&extent| (0, extent));
+                let part: Vec<(usize, usize)> =
+                    (shared..axis).map(between).chain([side]).chain(rest).collect();
+                if part.iter().any(|p| p.1 == 0) {
+                    continue;
+                }
+                let extents: Vec<usize> = part.iter().map(|p| p.1).collect();
+                let (inner, own) = self.axes(&extents)?;
+                let inner = inner.iter().zip(&part).map(|(i, p)| scale(i, 1, p.0 as i64));
+                let index: Vec<Index> = outer.iter().cloned().chain(inner).collect();
+                let (buffer, place) = self.result(root, &index);
+                let value = (*fill).clone();
+                body.extend(boxes::nest(
+                    &mut self,
+                    own,
+                    vec![Stmt::Store { buffer, place, value }],
+                ));
+            }
+        }
+        let parallel = nest::parallel_prefix(&self.extents, &vars);
+        let body = nest::wrap(&self.extents, &vars, body, parallel);
+        Ok(self.finish(body))
+    }
+
     /// `out[0] = x[0]`, then `out[i + 1] = f(out[i], x[i + 1])`.
     pub fn scan(mut self, root: usize, f: ReduceFn, axis: usize) -> Lowering<Loops> {
         let ty = self.ty(root).clone();
@@ -170,7 +206,10 @@ pub fn concat(parent: Lower, root: usize, axis: usize) -> Lowering<Vec<Loops>> {
                 // What comes after a piece in use in part moves up to it.
                 shift = add(&shift, &from_expr(lower.length(before, axis)));
             }
-            let kernel = boxes::store(lower, arg.index(), ty, (axis, &shift))?;
+            let mut start = vec![origin_place(); ty.rank()];
+            start[axis] = shift;
+            lower.store_inside(ty, start);
+            let kernel = boxes::store(lower, arg.index())?;
             // What is there already needs no kernel.
             kernels.extend((!kernel.body.is_empty()).then_some(kernel));
         }

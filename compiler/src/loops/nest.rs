@@ -7,7 +7,7 @@ use kiln_runtime::tensor::DType;
 
 use super::index::{Extents, Index, add, flatten};
 use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var, dtype};
-use super::lower::{Lower, Lowering, Refused, identity, origin_place};
+use super::lower::{Lower, Lowering, Refused, identity};
 use super::rewrite::{each_affine, rewrite, substitute};
 use crate::graph::Body;
 use crate::graph::op::{Affine, Op, ReduceFn, UnaryFn};
@@ -64,7 +64,7 @@ pub fn wrap(extents: &Extents, vars: &[Var], body: Vec<Stmt>, parallel: usize) -
     })
 }
 
-/// Whether statements can run with a variable in vector lanes: unit steps or none.
+/// Whether statements can run with a variable in vector lanes: stores have unit steps.
 pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
     let var = var as usize;
     fn depends(e: &Expr, var: usize) -> bool {
@@ -81,7 +81,13 @@ pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
     fn value(buffers: &[Buffer], e: &Expr, var: usize) -> bool {
         let float = |e: &Expr| dtype(buffers, e) == DType::F32;
         match e {
-            Expr::Load(b, p) => is_lane(buffers[*b].dtype) && place(p, var, &[0, 1]),
+            Expr::Load(b, p) => {
+                let b = &buffers[*b];
+                // Numbers may be read from memory lane by lane.
+                let apart = b.scope == Scope::Global && b.dtype == DType::F32;
+                let steps = [0, 1, p.affine.coefficient(var)];
+                is_lane(b.dtype) && place(p, var, if apart { &steps } else { &steps[..2] })
+            }
             Expr::Pair(_, p) => place(p, var, &[0, 2]),
             Expr::Index(_) | Expr::Fold(..) => false,
             Expr::Cast(to, x) => is_lane_cast(dtype(buffers, x), *to) && value(buffers, x, var),
@@ -172,6 +178,35 @@ pub fn writes(body: &[Stmt], buffer: BufferId) -> bool {
     })
 }
 
+/// Whether statements load from memory that they store to.
+fn reads_what_it_stores(lower: &Lower, body: &[Stmt]) -> bool {
+    fn loads(e: &Expr, buffer: BufferId) -> bool {
+        match e {
+            Expr::Load(b, p) | Expr::Pair(b, p) => {
+                *b == buffer || p.dynamic.as_ref().is_some_and(|d| loads(d, buffer))
+            }
+            Expr::Index(_) | Expr::Const(..) => false,
+            Expr::Fold(_, b) => *b == buffer,
+            Expr::Unary(_, x) | Expr::Cast(_, x) => loads(x, buffer),
+            Expr::Binary(_, x, y) => loads(x, buffer) || loads(y, buffer),
+            Expr::Fma(x, y, z) | Expr::Dot(x, y, z) | Expr::Select(x, y, z) => {
+                [x, y, z].into_iter().any(|e| loads(e, buffer))
+            }
+        }
+    }
+    fn reads(body: &[Stmt], buffer: BufferId) -> bool {
+        body.iter().any(|s| match s {
+            Stmt::For { body, .. } => reads(body, buffer),
+            Stmt::Store { value, .. } => loads(value, buffer),
+            Stmt::If { condition, then, other } => {
+                loads(condition, buffer) || reads(then, buffer) || reads(other, buffer)
+            }
+        })
+    }
+    let memory = |b: &BufferId| lower.buffers[*b].scope == Scope::Global;
+    (0..lower.buffers.len()).filter(memory).any(|b| writes(body, b) && reads(body, b))
+}
+
 /// A loop over `var` around statements: vector steps and a scalar rest where lanes can hold it.
 pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
     let (extent, lanes) = (lower.extents[var as usize], lower.target.lanes);
@@ -191,7 +226,12 @@ pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
     let index = Affine::scaled(step as usize, lanes as i64).plus(lane as usize, 1);
     let wide = in_lanes(lower, &body, var, lane, &index);
     let mut out = vec![Stmt::For { var: step, extent: steps, kind: Kind::Serial, body: wide }];
-    if rest > 0 {
+    let again = lower.span(var).is_none() && !reads_what_it_stores(lower, &body);
+    if rest > 0 && again {
+        // The last vector ends where the axis does and stores some elements a second time.
+        let index = Affine { offset: (extent - lanes) as i64, ..Affine::axis(lane as usize) };
+        out.extend(in_lanes(lower, &body, var, lane, &index));
+    } else if rest > 0 {
         let index = Affine { offset: (steps * lanes) as i64, ..Affine::axis(tail as usize) };
         let body = substitute(&body, var, &index);
         out.push(Stmt::For { var: tail, extent: rest, kind: Kind::Serial, body });
@@ -237,8 +277,7 @@ pub fn store_nest(
 
 /// A kernel that computes every element of a node by itself.
 pub fn map(lower: Lower, root: usize) -> Lowering<Loops> {
-    let ty = lower.ty(root).clone();
-    super::boxes::store(lower, root, &ty, (0, &origin_place()))
+    super::boxes::store(lower, root)
 }
 
 /// Whether every element of the root asks for one element of the reduction.
@@ -268,8 +307,8 @@ pub fn inline_reduce(mut lower: Lower, root: usize, reduce: usize) -> Lowering<L
     };
     let dtype = lower.ty(reduce).dtype;
     let cell = lower.register(dtype, 1);
-    let out = lower.out(&ty);
     let (index, vars) = lower.axes_of(&ty)?;
+    let (out, place) = lower.result(root, &index);
     lower.bind_cell(reduce, Expr::Load(cell, Place::affine(Affine::default())));
     let result = lower.value(root, &index)?;
     let mut from = lower.asked(reduce).ok_or_else(|| Refused("a dead reduction".into()))?;
@@ -284,21 +323,13 @@ pub fn inline_reduce(mut lower: Lower, root: usize, reduce: usize) -> Lowering<L
     if axes.iter().any(|&a| shape[a as usize] == 0) {
         let store = |buffer, place, value| Stmt::Store { buffer, place, value };
         let zero = Place::affine(Affine::default());
-        let place = flatten(&index, &ty.shape);
         let body = vec![store(cell, zero, start), store(out, place, (*result).clone())];
         let nested = nest(&mut lower, vars, body);
         return Ok(lower.finish(nested));
     }
     let next = lower.value(operand, &from)?;
     let update = Expr::Binary(f.binary(lower.buffers[cell].dtype), cell_value(cell), next);
-    Ok(accumulate(
-        lower,
-        vars,
-        inner,
-        cell,
-        [start, update],
-        (out, flatten(&index, &ty.shape), result),
-    ))
+    Ok(accumulate(lower, vars, inner, cell, [start, update], (out, place, result)))
 }
 
 fn cell_value(cell: BufferId) -> Arc<Expr> {
@@ -341,19 +372,16 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
         return Err(Refused("a reduction over axes that are not the last ones".into()));
     }
     let root_ty = lower.ty(root).clone();
-    let out = lower.out(&root_ty);
     let (outer, outer_vars) = lower.axes_in_use(&full[..first], &spans[..first])?;
     let mut body = Vec::new();
     for (k, &reduce) in reduces.iter().enumerate() {
-        let kept = keep_in_row(&lower, root, reduce, &reduces[k..]);
-        let start = flatten(&outer, &full);
-        body.extend(reduce_pass(
-            &mut lower,
-            reduce,
-            &outer,
-            (&full[first..], &spans[first..]),
-            kept.map(|n| (n, out, start)),
-        )?);
+        let kept = match lower.is_part() {
+            true => None,
+            false => keep_in_row(&lower, root, reduce, &reduces[k..]),
+        };
+        let kept = kept.map(|n| (n, lower.out(&root_ty), flatten(&outer, &full)));
+        let row = (&full[first..], &spans[first..]);
+        body.extend(reduce_pass(&mut lower, reduce, &outer, row, kept)?);
     }
     let reduced = root_ty.numel() != full.iter().product::<usize>()
         || full[first..].iter().product::<usize>() == 1;
@@ -364,8 +392,8 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
         return Err(Refused("a row of another rank than its reductions".into()));
     }
     let value = lower.value(root, &index)?;
-    let place = flatten(&index, &root_ty.shape);
-    let store = Stmt::Store { buffer: out, place, value: (*value).clone() };
+    let (buffer, place) = lower.result(root, &index);
+    let store = Stmt::Store { buffer, place, value: (*value).clone() };
     body.extend(pass(&mut lower, inner_vars, vec![store]));
     let parallel = parallel_prefix(&lower.extents, &outer_vars);
     let nested = wrap(&lower.extents, &outer_vars, body, parallel);

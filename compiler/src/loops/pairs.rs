@@ -8,10 +8,9 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::contract::{Product, Strip, plain_load};
-use super::ir::{BufferId, Expr, Loops, Param, Place, Scope, Var};
+use super::contract::{Product, plain_load};
+use super::ir::{Expr, Place, Var};
 use super::lower::{Lower, Lowering};
-use super::nest;
 use crate::graph::op::Affine;
 
 /// The i16 that an i32 is widened from.
@@ -71,64 +70,6 @@ pub fn paired(lower: &mut Lower, product: &Product) -> Lowering<Option<Product>>
         result: product.result.clone(),
         halves: Some(halves),
     }))
-}
-
-/// A kernel that packs an operand into panels, as [`contract::pack`](super::contract::pack) says;
-/// for pairs of elements that lie so far apart the panels are `[..][width][2]`.
-pub fn pack(
-    lower: &Lower,
-    source: BufferId,
-    affine: &Affine,
-    (order, n): (&[Var], Var),
-    strip: Strip,
-    (scratch, offset): (usize, usize),
-    halves: Option<i64>,
-) -> Lowering<(Loops, Affine)> {
-    let mut packer = lower.fresh();
-    let from = &lower.buffers[source];
-    let dtype = from.dtype;
-    let source = packer.buffer(dtype, from.len, Scope::Global, from.param);
-    let count = if halves.is_some() { 2 } else { 1 };
-    let len = count * affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product::<usize>();
-    let to = packer.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
-    // Outer axes of the result come before the tile in memory, as they do in the loops.
-    let tile = packer.var(strip.tiles)?;
-    let inner: Vec<Var> =
-        order.iter().map(|&v| packer.var(lower.extents[v as usize])).collect::<Lowering<_>>()?;
-    let element = packer.var(strip.width)?;
-    let half = halves.map(|_| packer.var(2)).transpose()?;
-    let mut packed = Affine { offset: offset as i64, ..Affine::scaled(254, count as i64) };
-    let mut step = (strip.width * count) as i64;
-    for &v in order.iter().rev() {
-        packed = packed.plus(v as usize, step);
-        step *= lower.extents[v as usize] as i64;
-    }
-    packed = packed.plus(255, step);
-    let place = packed.substitute(&|v| match v {
-        255 => Affine::axis(tile as usize),
-        254 => Affine::axis(element as usize),
-        v => Affine::axis(inner[order.iter().position(|&o| o as usize == v).unwrap_or(0)] as usize),
-    });
-    let n_index = Affine {
-        offset: strip.start as i64,
-        ..Affine::scaled(tile as usize, strip.width as i64).plus(element as usize, 1)
-    };
-    let read = affine.substitute(&|v| match order.iter().position(|&o| o as usize == v) {
-        Some(at) => Affine::axis(inner[at] as usize),
-        None if v == n as usize => n_index.clone(),
-        None => Affine::constant(0),
-    });
-    let mut vars = vec![tile];
-    vars.extend(inner);
-    vars.push(element);
-    let (mut place, mut read) = (place, read);
-    if let (Some(half), Some(step)) = (half, halves) {
-        vars.push(half);
-        place = place.plus(half as usize, 1);
-        read = read.plus(half as usize, step);
-    }
-    let value = Arc::new(Expr::Load(source, Place::affine(read)));
-    Ok((nest::store_nest(packer, vars, to, Place::affine(place), value), packed))
 }
 
 #[cfg(test)]

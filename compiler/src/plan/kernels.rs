@@ -4,10 +4,12 @@
 use std::collections::HashMap;
 
 use kiln_runtime::tensor::DType;
+use kiln_runtime::work::Work;
 
 use super::border::{Way, border};
+use super::work;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
-use crate::graph::op::Op;
+use crate::graph::op::{Op, Type};
 use crate::graph::verify::Verified;
 use crate::graph::{Graph, NodeId};
 use crate::loops::ir::{DIMS, Loops, Number, Param, Scope};
@@ -43,6 +45,8 @@ pub struct Slot {
 pub struct Launch {
     /// Index of the kernel.
     pub kernel: usize,
+    /// Index of what it does, alone or with others.
+    pub work: usize,
     /// Name for people.
     pub name: String,
     /// Slots, one for each global buffer of the kernel.
@@ -58,6 +62,8 @@ pub struct Program {
     pub kernels: Vec<Loops>,
     /// Launches in order.
     pub launches: Vec<Launch>,
+    /// What they do.
+    pub work: Vec<Work>,
     /// Memory.
     pub slots: Vec<Slot>,
     /// Slot of each output.
@@ -117,7 +123,7 @@ impl Build<'_> {
                 }
                 let inside = self.slot(Source::Made, bytes, false);
                 match border(&node.ty, Way::In, self.target) {
-                    Ok(kernel) => self.copy(kernel, given, inside),
+                    Ok(kernel) => self.copy(&node.ty, kernel, given, inside),
                     Err(refused) => self.problems.push(Diagnostic::new("K0602", refused.0)),
                 }
                 inside
@@ -131,7 +137,12 @@ impl Build<'_> {
                     .all(|a| self.program.slots[self.program.values[a.index()]].constant);
                 let out = self.slot(Source::Made, bytes, constant);
                 match self.lower(id, *body as usize) {
-                    Ok(lowered) => self.launches(id, lowered, out),
+                    Ok(lowered) => {
+                        let body = &self.graph.bodies[*body as usize];
+                        let work = work::work(body, &node.origin, self.appended(id));
+                        self.program.work.push(work);
+                        self.launches(id, lowered, out);
+                    }
                     Err(problem) => self.problems.push(problem),
                 }
                 out
@@ -215,7 +226,8 @@ impl Build<'_> {
             }
             let name = kernel.name.clone();
             let kernel = self.kernel(kernel);
-            self.program.launches.push(Launch { kernel, name, slots, constant });
+            let work = self.program.work.len() - 1;
+            self.program.launches.push(Launch { kernel, work, name, slots, constant });
         }
     }
 
@@ -253,13 +265,13 @@ impl Build<'_> {
         if ty.numel() > 0 {
             let kernel = border(&ty, Way::Out, self.target)
                 .map_err(|e| Error::new(ErrorKind::Model, Diagnostic::new("K0602", e.0)))?;
-            self.copy(kernel, slot, out);
+            self.copy(&ty, kernel, slot, out);
         }
         Ok(out)
     }
 
-    /// Launches a kernel of one argument.
-    fn copy(&mut self, kernel: Loops, from: usize, to: usize) {
+    /// Launches a kernel that copies a value.
+    fn copy(&mut self, ty: &Type, kernel: Loops, from: usize, to: usize) {
         let dims = self.dims_of(&kernel);
         let name = kernel.name.clone();
         let kernel = self.kernel(kernel);
@@ -271,7 +283,9 @@ impl Build<'_> {
         };
         let global = buffers.filter(|b| b.scope == Scope::Global);
         let slots = global.map(|b| slot(b.param)).collect();
-        self.program.launches.push(Launch { kernel, name, slots, constant: false });
+        self.program.work.push(work::copy(ty, &name));
+        let work = self.program.work.len() - 1;
+        self.program.launches.push(Launch { kernel, work, name, slots, constant: false });
     }
 
     /// The slot of the dims' lengths, made where a kernel asks for it.

@@ -5,5 +5,6 @@ pub mod eval;
 pub mod kernels;
 pub mod memory;
 pub mod order;
+pub mod work;
 
 pub use kiln_runtime::plan::{Place, Plan, PlanState, Port, Step};

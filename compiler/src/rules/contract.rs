@@ -138,10 +138,14 @@ pub(super) fn contract_channels_last(egraph: &mut Egg, node: &ENode) -> Option<I
         .filter(long)
         .find(|&a| uses(weight, a) && !uses(1 - weight, a))
         .or_else(|| (0..n).rev().filter(long).find(|&a| uses(weight, a)))?;
-    if channel + 1 == n {
+    // Groups, along which both vary, come just before it: together they are one axis of the model.
+    let group = |a: &usize| *a != channel && long(a) && uses(weight, *a);
+    let others = (0..n).filter(|a| *a != channel && !group(a));
+    let order: Axes =
+        others.chain((0..n).filter(group)).chain([channel]).map(|a| a as u8).collect();
+    if order.windows(2).all(|w| w[0] < w[1]) {
         return None;
     }
-    let order: Axes = (0..n).filter(|&a| a != channel).chain([channel]).map(|a| a as u8).collect();
     let place = |axis: usize| match order.iter().position(|&o| o as usize == axis) {
         Some(at) => Affine::axis(at),
         None => Affine::axis(axis),

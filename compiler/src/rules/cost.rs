@@ -6,7 +6,7 @@ use kiln_runtime::tensor::DType;
 use super::attention;
 use super::contract::through_view;
 use super::reads;
-use crate::graph::op::{Affine, BinaryFn, Contract, Op, UnaryFn};
+use crate::graph::op::{Affine, BinaryFn, Contract, Op, Type, UnaryFn};
 use crate::graph::{Body, Graph, Node, NodeId};
 
 /// Microseconds to start a kernel.
@@ -16,6 +16,8 @@ const BYTES_PER_US: f64 = 20_000.0;
 /// Floating point operations per microsecond at full rate.
 const FLOPS_PER_US: f64 = 100_000.0;
 
+/// Elements per microsecond that are read one by one into lanes.
+const APART_PER_US: f64 = 1_000.0;
 /// How much longer arithmetic takes outside of vector lanes.
 const LANES: f64 = 8.0;
 /// What folding an element takes, in floating point operations at full rate.
@@ -49,7 +51,7 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
     let mut work_us = 0.0;
     let rows = attention::find(&body.nodes).map(|a| a.rows(&body.nodes));
     let asked = reads::asked(body);
-    let lanes = rows.is_some() || reads::in_lanes(body);
+    let apart = if rows.is_some() { Some(0.0) } else { reads::apart(body, &asked) };
     for (at, node) in body.nodes.iter().enumerate() {
         match &node.op {
             Op::Input(_) => bytes += bytes_read(body, at),
@@ -78,9 +80,11 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
             }
         }
     }
-    // Where elements of neighbouring lanes lie apart, they are computed one by one.
-    let (slow, alone) = if lanes { (1.0, 1.0) } else { (4.0, LANES) };
-    LAUNCH_US + (slow * bytes / BYTES_PER_US).max(alone * work_us)
+    let work_us = match apart {
+        Some(apart) => work_us + apart / APART_PER_US,
+        None => LANES * work_us,
+    };
+    LAUNCH_US + (bytes / BYTES_PER_US).max(work_us)
 }
 
 /// A contraction with its operands as they lie in memory, where the body only moves them.
@@ -137,18 +141,24 @@ pub fn parts_read(body: &Body) -> impl Iterator<Item = f64> + '_ {
     })
 }
 
-/// Bytes that a body reads of an argument: of one that it only takes parts of, those parts.
-fn bytes_read(body: &Body, argument: usize) -> f64 {
+/// What a body reads of an argument: of one that it only takes parts of, those parts.
+pub fn pieces_read(body: &Body, argument: usize) -> Vec<&Type> {
     let ty = &body.nodes[argument].ty;
     let users = body.nodes.iter().filter(|n| n.args.iter().any(|a| a.index() == argument));
-    let parts: Option<usize> = users
-        .map(|user| match &user.op {
-            Op::Slice(_) => Some(user.ty.numel()),
-            Op::Gather(_) if user.args[0].index() == argument => Some(user.ty.numel()),
-            _ => None,
-        })
-        .sum();
-    (parts.unwrap_or(usize::MAX).min(ty.numel()) * ty.dtype.bytes()) as f64
+    let part = |user: &'_ Node| match &user.op {
+        Op::Slice(_) => true,
+        Op::Gather(_) => user.args[0].index() == argument,
+        _ => false,
+    };
+    let pieces: Option<Vec<&Type>> = users.map(|user| part(user).then_some(&user.ty)).collect();
+    let elements = |pieces: &Vec<&Type>| pieces.iter().map(|ty| ty.numel()).sum::<usize>();
+    pieces.filter(|pieces| elements(pieces) < ty.numel()).unwrap_or_else(|| vec![ty])
+}
+
+/// The bytes of that.
+fn bytes_read(body: &Body, argument: usize) -> f64 {
+    let size = body.nodes[argument].ty.dtype.bytes();
+    pieces_read(body, argument).iter().map(|ty| ty.numel() * size).sum::<usize>() as f64
 }
 
 /// Modelled time of an operation's arithmetic for so many results.

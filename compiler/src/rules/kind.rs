@@ -75,6 +75,9 @@ pub fn classify(nodes: &[Node]) -> Option<Kind> {
     if members.len() > MAX_OPS || arguments > MAX_ARGS {
         return None;
     }
+    if let Op::Pad(_) = nodes[root].op {
+        return bordered(nodes, members[members.len() - 2]);
+    }
     let mut contracts = Vec::new();
     let mut reduces = Vec::new();
     let mut concats = Vec::new();
@@ -108,6 +111,20 @@ pub fn classify(nodes: &[Node]) -> Option<Kind> {
         ([_, _], [_, _]) => attention::find(nodes).map(|_| Kind::Attention),
         _ => None,
     }
+}
+
+/// The kind of a body that ends in a border around what `last` and the nodes before it compute:
+/// they store into the middle of the result.
+fn bordered(nodes: &[Node], last: usize) -> Option<Kind> {
+    let root = nodes.last()?;
+    let [inside, fill] = root.args[..] else { return None };
+    let whole = root.ty.used.is_empty() && matches!(nodes[fill.index()].op, Op::Input(_));
+    // The parts of a concatenation are those of what is stored, but for reshapes above it; and
+    // there is one border at most.
+    let inner = &nodes[..=last];
+    let whole = whole && !inner.iter().any(|n| matches!(n.op, Op::Concat(_) | Op::Pad(_)));
+    let kind = (whole && inside.index() == last).then(|| classify(inner))??;
+    matches!(kind, Kind::Map | Kind::InlineReduce | Kind::Contract).then_some(kind)
 }
 
 /// A body with questions about it.

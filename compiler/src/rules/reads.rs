@@ -1,5 +1,5 @@
-//! How a kernel reads its arguments: how often it computes the nodes of its body, and whether the
-//! elements that go into vector lanes lie side by side in memory.
+//! How a kernel reads its arguments: how often it computes the nodes of its body, and how many
+//! elements that go into vector lanes do not lie side by side in memory.
 
 use smallvec::{SmallVec, smallvec};
 
@@ -39,11 +39,13 @@ pub fn asked(body: &Body) -> Vec<f64> {
     asked
 }
 
-/// Whether every argument stands still or moves by one element from lane to lane, so that the
-/// kernel can run in lanes. Operands of contractions are not looked at.
-pub fn in_lanes(body: &Body) -> bool {
+/// How many elements are read one by one, because an argument moves by more than one element from
+/// lane to lane; none where it is the data that says which, so that the kernel cannot run in lanes.
+/// Operands of contractions are not looked at.
+pub fn apart(body: &Body, asked: &[f64]) -> Option<f64> {
     let nodes = &body.nodes;
-    let Some(root) = nodes.last() else { return true };
+    let root = nodes.last()?;
+    let mut count = 0.0;
     let mut steps: Vec<SmallVec<[Steps; 2]>> = vec![SmallVec::new(); nodes.len()];
     // The result of rows that are folded whole has no lanes.
     let row = |n: &Node| match &n.op {
@@ -60,13 +62,13 @@ pub fn in_lanes(body: &Body) -> bool {
             let node = &nodes[n];
             if matches!(node.op, Op::Input(_)) {
                 if !matches!(in_memory(&step, &node.ty), 0 | 1) {
-                    return false;
+                    count += asked[n];
                 }
                 continue;
             }
             for (k, arg) in node.args.iter().enumerate() {
                 let from = &nodes[arg.index()].ty;
-                let Some(step) = below(node, k, from, &step) else { return false };
+                let step = below(node, k, from, &step)?;
                 let known = &mut steps[arg.index()];
                 if !known.contains(&step) {
                     known.push(step);
@@ -74,7 +76,7 @@ pub fn in_lanes(body: &Body) -> bool {
             }
         }
     }
-    true
+    Some(count)
 }
 
 /// Whether a reduction runs across lanes.
@@ -202,10 +204,11 @@ mod tests {
     #[test]
     fn lanes_are_where_elements_lie_side_by_side() {
         // Along the width, a pooling with steps of two takes every second element.
-        assert!(!in_lanes(&pool(false, false)));
-        assert!(!in_lanes(&pool(true, false)));
-        assert!(!in_lanes(&pool(false, true)));
-        assert!(in_lanes(&pool(true, true)));
+        let apart = |body: Body| apart(&body, &asked(&body));
+        assert_eq!(apart(pool(false, false)), Some(1152.0));
+        assert_eq!(apart(pool(true, false)), Some(1152.0));
+        assert_eq!(apart(pool(false, true)), Some(1152.0));
+        assert_eq!(apart(pool(true, true)), Some(0.0));
     }
 
     #[test]

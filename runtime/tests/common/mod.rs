@@ -8,6 +8,7 @@ use kiln_runtime::plan::{Place, Plan, Port, Step};
 use kiln_runtime::pool::Pool;
 use kiln_runtime::session::Executable;
 use kiln_runtime::tensor::DType;
+use kiln_runtime::work::Work;
 
 /// `c[i] = a[i] + b[i]` in f32, for `i` in `begin..end`; buffers a, b, c.
 #[rustfmt::skip]
@@ -34,6 +35,7 @@ pub fn executable(threads: usize, chunks: i64) -> Executable {
     let step = |name: &str, buffers| Step {
         name: name.into(),
         kernel: 0,
+        work: 0,
         buffers,
         extent: N as i64,
         chunks,
@@ -47,6 +49,7 @@ pub fn executable(threads: usize, chunks: i64) -> Executable {
             step("add", vec![Place::Input(0), Place::Input(1), Place::Arena(64)]),
             step("bias", vec![Place::Arena(64), Place::Const(0), Place::Output(0)]),
         ],
+        work: vec![Work::default()],
         arena_bytes: 64 + 4 * N,
     };
     let code = Code::load(ADD, vec![0]).expect("code loads");

@@ -2,11 +2,17 @@
 
 use serde_json::{Value, json};
 
+use crate::args::DoctorArgs;
 use crate::failure::{Exit, Failure};
+use crate::peak::{self, Peak};
 use crate::term::{Term, bytes};
 
 /// Finds out and prints; fails when compiled models cannot run here.
-pub fn run(term: &Term) -> Result<(), Failure> {
+pub fn run(args: &DoctorArgs, term: &Term) -> Result<(), Failure> {
+    let folder = args.calibration.calibration.as_deref();
+    if folder.is_some() && !args.calibrate {
+        return Err(Failure::usage("--calibration is for --calibrate").help("give both"));
+    }
     let features = features();
     let lanes = kiln::backend::cpu::Cpu::host(true).target().lanes;
     let vectors = format!("{} bits, {lanes} lanes of f32", 32 * lanes);
@@ -16,7 +22,8 @@ pub fn run(term: &Term) -> Result<(), Failure> {
     let code = kiln::code::Code::load(&[0xc3], vec![0]);
     let code_text = code.as_ref().map_or_else(ToString::to_string, |_| "works".to_string());
     let listed: Vec<&str> = features.iter().filter(|f| f.1).map(|f| f.0).collect();
-    let rows = [
+    let peaks = if args.calibrate { calibrate(threads, term)? } else { Vec::new() };
+    let mut rows = vec![
         ("version", env!("CARGO_PKG_VERSION").to_string()),
         ("target", target()),
         ("processor", processor().unwrap_or_else(|| "unknown".into())),
@@ -28,11 +35,20 @@ pub fn run(term: &Term) -> Result<(), Failure> {
         ("node limit", limits.max_nodes.to_string()),
         ("memory limit", bytes(limits.max_bytes)),
     ];
+    let file = match args.calibrate {
+        true => Some(peak::keep(folder, &peaks)?.display().to_string()),
+        false => None,
+    };
+    rows.extend(
+        peaks.iter().map(|peak| ("peak", format!("{} on {} threads", peak.text(), peak.threads))),
+    );
+    rows.extend(file.clone().map(|file| ("kept in", file)));
     let text: String = rows.iter().map(|(name, row)| format!("{name:<14}{row}\n")).collect();
     let value = json!({
         "ok": code.is_ok(), "version": env!("CARGO_PKG_VERSION"), "target": target(),
         "processor": processor(), "features": listed, "vectors": vectors, "threads": threads,
         "memory_bytes": memory, "machine_code": code_text,
+        "peaks": peaks.iter().map(Peak::json).collect::<Vec<Value>>(), "calibration": file,
         "limits": { "nodes": limits.max_nodes, "bytes": limits.max_bytes },
     });
     term.report(value, &text)?;
@@ -40,6 +56,13 @@ pub fn run(term: &Term) -> Result<(), Failure> {
         return Err(Failure::said(Exit::Incompatible));
     }
     Ok(())
+}
+
+/// What 1, 2, 4 and more threads can do, up to all.
+fn calibrate(all: usize, term: &Term) -> Result<Vec<Peak>, Failure> {
+    let powers = (0..).map(|power| 1 << power).take_while(|&threads| threads < all);
+    let counts: Vec<usize> = powers.chain([all]).collect();
+    term.during("measure the machine", None, || counts.into_iter().map(peak::best).collect())
 }
 
 fn target() -> String {
@@ -75,7 +98,8 @@ fn features() -> Vec<(&'static str, bool)> {
     Vec::new()
 }
 
-fn processor() -> Option<String> {
+/// What the system calls the processor.
+pub fn processor() -> Option<String> {
     let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("model name"))?;
     Some(line.split_once(':')?.1.trim().to_string())

@@ -1,5 +1,6 @@
 //! One file for each command, and what they share.
 
+pub mod again;
 pub mod bench;
 pub mod check;
 pub mod compile;
@@ -9,6 +10,7 @@ pub mod inspect;
 pub mod inspect_artifact;
 pub mod locate;
 pub mod ops;
+pub mod profile;
 pub mod ready;
 pub mod run;
 pub mod shell;

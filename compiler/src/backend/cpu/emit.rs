@@ -20,8 +20,8 @@ use crate::loops::ir::{
 pub enum Access {
     /// One element.
     One,
-    /// As many neighbours as there are lanes.
-    Lanes,
+    /// As many as there are lanes, so many elements apart: neighbours, where it is 1.
+    Lanes(i64),
     /// One element, in all lanes.
     Splat,
 }
@@ -348,13 +348,13 @@ impl<M: Machine> Emit<'_, M> {
         }
     }
 
-    /// The index with unrolled variables as numbers, and whether it steps along the lanes.
-    fn resolve(&self, index: &Affine) -> (Affine, bool) {
+    /// The index with unrolled variables as numbers, and how far it steps along the lanes.
+    fn resolve(&self, index: &Affine) -> (Affine, i64) {
         let mut resolved = Affine::constant(index.offset);
-        let mut along = false;
+        let mut along = 0;
         for &(var, coefficient) in &index.terms {
             if Some(var) == self.lane {
-                along = true;
+                along = coefficient;
                 continue;
             }
             match &self.vars[&var] {
@@ -376,8 +376,8 @@ impl<M: Machine> Emit<'_, M> {
             .collect()
     }
 
-    fn address(&mut self, buffer: BufferId, place: &Place) -> Emitted<(M::Address, Affine, bool)> {
-        let (index, along) = self.resolve(&place.affine);
+    fn address(&mut self, buffer: BufferId, place: &Place) -> Emitted<M::Address> {
+        let (index, _) = self.resolve(&place.affine);
         let dynamic = match &place.dynamic {
             Some(e) => {
                 // Places from data are scalars, whatever runs in lanes around them.
@@ -390,13 +390,8 @@ impl<M: Machine> Emit<'_, M> {
         };
         let bytes = self.loops.buffers[buffer].dtype.bytes() as i64;
         let terms = self.terms(&index, bytes);
-        let address = self.machine.address(
-            buffer,
-            &terms,
-            index.offset * bytes,
-            dynamic.as_ref().map(|d| (d, bytes)),
-        )?;
-        Ok((address, index, along))
+        let dynamic = dynamic.as_ref().map(|d| (d, bytes));
+        self.machine.address(buffer, &terms, index.offset * bytes, dynamic)
     }
 
     fn store(&mut self, buffer: BufferId, place: &Place, value: &Expr) -> Emitted<()> {
@@ -409,7 +404,7 @@ impl<M: Machine> Emit<'_, M> {
             return Ok(());
         }
         let dtype = b.dtype;
-        let (address, ..) = self.address(buffer, place)?;
+        let address = self.address(buffer, place)?;
         self.machine.store(dtype, &address, &result)?;
         self.loads.retain(|k, _| k.0 != buffer);
         self.known.retain(|_, v| !v.1);
@@ -518,16 +513,20 @@ impl<M: Machine> Emit<'_, M> {
         let (index, along) = self.resolve(&place.affine);
         let access = match (wide, along) {
             (false, _) => Access::One,
-            (true, true) => Access::Lanes,
-            (true, false) => Access::Splat,
+            (true, 0) => Access::Splat,
+            // A pair of short elements is one that is read.
+            (true, step) => Access::Lanes(step * b.dtype.bytes() as i64 / dtype.bytes() as i64),
         };
+        if dtype != DType::F32 && matches!(access, Access::Lanes(step) if step != 1) {
+            return Err(Unsupported(format!("lanes of {dtype} that lie apart")));
+        }
         let key = (buffer, index, access, dtype);
         if place.dynamic.is_none()
             && let Some(known) = self.loads.get(&key)
         {
             return Ok(known.clone());
         }
-        let (address, ..) = self.address(buffer, place)?;
+        let address = self.address(buffer, place)?;
         let value = self.machine.load(dtype, &address, access)?;
         if place.dynamic.is_none() {
             self.loads.insert(key, value.clone());

@@ -8,6 +8,27 @@ use crate::backend::cpu::emit::{Emitted, Unsupported};
 use crate::graph::op::{BinaryFn, UnaryFn};
 
 impl Clif<'_> {
+    /// One piece of lanes that are read so many elements apart.
+    pub(super) fn apart(&mut self, at: &(Value, i32), piece: i64, step: i64) -> Emitted<Value> {
+        let count = i64::from(self.piece.lane_count());
+        let element = |this: &mut Self, lane: i64| {
+            let offset = i64::from(at.1) + (piece * count + lane) * step * 4;
+            let far = |_| Unsupported("an offset of more than 31 bits".into());
+            let offset = i32::try_from(offset).map_err(far)?;
+            Ok(this.b.ins().load(types::F32, Self::memory(), at.0, offset))
+        };
+        let first = element(self, 0)?;
+        if !self.piece.is_vector() {
+            return Ok(first);
+        }
+        let mut whole = self.b.ins().scalar_to_vector(self.piece, first);
+        for lane in 1..count {
+            let x = element(self, lane)?;
+            whole = self.b.ins().insertlane(whole, x, lane as u8);
+        }
+        Ok(whole)
+    }
+
     /// c ? x : y, c a mask of the comparison of such values.
     pub(super) fn choose(&mut self, c: Value, x: Value, y: Value) -> Value {
         let ty = self.b.func.dfg.value_type(x);

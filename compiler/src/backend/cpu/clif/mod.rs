@@ -395,7 +395,7 @@ impl Machine for Clif<'_> {
     fn load(&mut self, dtype: DType, at: &(Value, i32), access: Access) -> Emitted<Val> {
         let (base, offset) = (at.0, Offset32::new(at.1));
         Ok(match (access, dtype) {
-            (Access::Lanes, DType::F32) => Val::Lanes(
+            (Access::Lanes(1), DType::F32) => Val::Lanes(
                 (0..self.pieces() as i32)
                     .map(|k| {
                         let offset = at.1 + self.piece.bytes() as i32 * k;
@@ -403,7 +403,12 @@ impl Machine for Clif<'_> {
                     })
                     .collect(),
             ),
-            (Access::Lanes, _) => Val::Lanes(
+            (Access::Lanes(step), DType::F32) => Val::Lanes(
+                (0..self.pieces() as i64)
+                    .map(|k| self.apart(at, k, step))
+                    .collect::<Emitted<_>>()?,
+            ),
+            (Access::Lanes(_), _) => Val::Lanes(
                 (0..self.pieces())
                     .map(|k| self.load_lanes(dtype, base, at.1, k))
                     .collect::<Emitted<_>>()?,
@@ -417,7 +422,7 @@ impl Machine for Clif<'_> {
                 let value = Val::One(self.b.ins().load(ty, Self::memory(), base, offset));
                 match access {
                     Access::Splat => self.spread(dtype, &value)?,
-                    Access::One | Access::Lanes => value,
+                    Access::One | Access::Lanes(_) => value,
                 }
             }
         })

@@ -67,6 +67,11 @@ impl Address {
         Arg::Memory(first, self.index.map(|_| first + 1), self.displacement)
     }
 
+    /// So many bytes further.
+    pub fn after(&self, bytes: i64) -> Emitted<Address> {
+        Ok(Address { displacement: small(i64::from(self.displacement) + bytes)?, ..*self })
+    }
+
     /// Its registers.
     pub fn registers(&self) -> Vec<VReg> {
         std::iter::once(self.base).chain(self.index).collect()

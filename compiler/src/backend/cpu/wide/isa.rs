@@ -144,6 +144,8 @@ table! { NARROW "Instructions that are used in their form of 128 bits alone.":
     LOAD_ONE: VEX_Vmovss_xmm_m32, EVEX_Vmovss_xmm_k1z_m32;
     /// An f32 to memory.
     STORE_ONE: VEX_Vmovss_m32_xmm, EVEX_Vmovss_m32_k1_xmm;
+    /// An f32 from memory in place of a lane.
+    INSERT: VEX_Vinsertps_xmm_xmm_xmmm32_imm8, EVEX_Vinsertps_xmm_xmm_xmmm32_imm8;
     /// Lanes in another order.
     PERMUTE: VEX_Vpermilps_xmm_xmmm128_imm8, EVEX_Vpermilps_xmm_k1z_xmmm128b32_imm8;
     /// Lanes 4 to 7.

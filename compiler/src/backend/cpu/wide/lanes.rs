@@ -5,6 +5,7 @@ use regalloc2::{RegClass, VReg};
 use smallvec::{SmallVec, smallvec};
 
 use super::Wide;
+use super::address::Address;
 use super::isa::{self, Level, Op, Width};
 use super::ssa::{Arg, Ask};
 use crate::backend::cpu::emit::{Emitted, Unsupported};
@@ -388,6 +389,39 @@ impl Wide {
         let code = self.form(op, wide);
         let result = self.code.change(self.current, code, &args, &uses, 1);
         Ok(wide_or_one(wide, result))
+    }
+
+    /// An element in each lane, so many elements apart: four by four, and then side by side.
+    pub fn apart(&mut self, address: &Address, step: i64) -> Emitted<Val> {
+        let (code, count) = match self.level {
+            Level::Avx2 => (Code::VEX_Vinsertf128_ymm_ymm_xmmm128_imm8, 8),
+            Level::Avx512 => (Code::EVEX_Vinsertf32x4_zmm_k1z_zmm_xmmm128_imm8, 16),
+        };
+        let xmm = |place| Arg::Vector(place, Width::Xmm);
+        let mut whole: Option<VReg> = None;
+        for part in 0..count / 4 {
+            let mut four: Option<VReg> = None;
+            for lane in 0..4 {
+                let at = address.after((4 * part + lane) * step * 4)?;
+                let (op, mut args, mut uses) = match four {
+                    None => (isa::LOAD_ONE, vec![xmm(0), at.operand(1)], vec![]),
+                    Some(x) => (isa::INSERT, vec![xmm(0), xmm(1), at.operand(2)], vec![x]),
+                };
+                args.extend(four.map(|_| byte(lane as u8 * 16)));
+                uses.extend(at.registers());
+                let code = self.form(op, false);
+                four = Some(self.code.make(self.current, RegClass::Float, code, &args, &uses));
+            }
+            whole = match (whole, four) {
+                (Some(low), Some(high)) => {
+                    let args = [self.part(0, true), self.part(1, true), xmm(2), byte(part as u8)];
+                    let uses = [low, high];
+                    Some(self.code.make(self.current, RegClass::Float, code, &args, &uses))
+                }
+                (_, four) => four,
+            };
+        }
+        whole.map(Val::Lanes).ok_or_else(|| Unsupported("no lanes".into()))
     }
 
     /// All lanes of these, folded: lane i with lane i + n / 2, and so on.

@@ -344,7 +344,8 @@ impl Machine for Wide {
         lanes_of(dtype)?;
         let (op, wide) = match access {
             Access::One => (isa::LOAD_ONE, false),
-            Access::Lanes => (isa::LOAD, true),
+            Access::Lanes(1) => (isa::LOAD, true),
+            Access::Lanes(step) => return self.apart(address, step),
             Access::Splat => (isa::SPREAD, true),
         };
         let args = [self.part(0, wide), address.operand(1)];

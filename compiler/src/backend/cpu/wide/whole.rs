@@ -36,7 +36,7 @@ impl Wide {
         access: Access,
     ) -> Emitted<Val> {
         let (widen, one) = loads(dtype)?;
-        if access == Access::Lanes {
+        if matches!(access, Access::Lanes(_)) {
             let args = [self.part(0, true), address.operand(1)];
             return Ok(self.value(widen, true, &args, &address.registers()));
         }
@@ -49,7 +49,7 @@ impl Wide {
                 let lane = self.vector(&value)?;
                 Ok(self.broadcast(lane))
             }
-            Access::One | Access::Lanes => Ok(value),
+            Access::One | Access::Lanes(_) => Ok(value),
         }
     }
 

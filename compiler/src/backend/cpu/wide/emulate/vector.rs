@@ -232,6 +232,20 @@ impl Processor<'_> {
         self.set_vector(i, value, lanes)
     }
 
+    fn inserted(&mut self, i: &Instruction) -> Result<(), Fault> {
+        let mut value = self.lanes(i, 1, 16)?;
+        let (at, count) = match i.mnemonic() {
+            // Lane 0 of what is read, and no lane is cleared.
+            Mnemonic::Vinsertps if i.immediate8() & 0xcf == 0 => (i.immediate8() >> 4, 1),
+            Mnemonic::Vinsertps => return Err("other lanes than one".into()),
+            _ => (4 * i.immediate8(), 4),
+        };
+        let (at, part) = (usize::from(at), self.lanes(i, 2, count)?);
+        let to = value.get_mut(at..at + count).ok_or("lanes that are not there")?;
+        to.copy_from_slice(&part[..count]);
+        self.set_vector(i, value, width(i).unwrap_or(4))
+    }
+
     /// Short integers of memory, a lane each.
     fn widened(&mut self, i: &Instruction, lanes: usize) -> Result<(), Fault> {
         let (bytes, signed) = match i.mnemonic() {
@@ -335,6 +349,9 @@ impl Processor<'_> {
             Mnemonic::Vfmadd213ps | Mnemonic::Vfmadd231ps => self.fused(i, lanes)?,
             Mnemonic::Vextractf128 | Mnemonic::Vextractf32x4 | Mnemonic::Vextractf32x8 => {
                 self.extracted(i)?;
+            }
+            Mnemonic::Vinsertps | Mnemonic::Vinsertf128 | Mnemonic::Vinsertf32x4 => {
+                self.inserted(i)?;
             }
             Mnemonic::Vpermilps => {
                 let (from, order) = (self.lanes(i, 1, lanes)?, i.immediate8());
