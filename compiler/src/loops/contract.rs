@@ -293,8 +293,7 @@ pub fn tile(
     let step = if strip.vectors == 0 { 1 } else { lanes };
     let element = Affine::scaled(vector as usize, step as i64).plus(lane as usize, 1);
     let mut operands = product.operands.clone();
-    if let Some(Panels { scratch, place: packed }) = panel {
-        let (scratch, len) = scratch;
+    if let Some(Panels { scratch: (scratch, len), place: packed }) = panel {
         let source = plain_load(&operands[roles.lanes]).map(|l| lower.buffers[l.0].dtype);
         let dtype = source.unwrap_or(DType::F32);
         let buffer = lower.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));

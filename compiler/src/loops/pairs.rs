@@ -139,7 +139,7 @@ mod tests {
             ([10, 19, 3, 1], [5, 6], false),
             ([7, 40, 3, 1], [5, 6], false),
             ([3, 24, 7, 2], [19, 22], false),
-            ([64, 48, 1, 1], [9, 8], false),
+            ([256, 64, 1, 1], [12, 10], false),
         ] {
             let (graph, given) = quantised(sizes, image);
             let expected = eval(&graph, &[Value::from_tensor(&given)]);
