@@ -13,6 +13,7 @@ import onnxruntime
 from onnxruntime import quantization
 
 from common import Builder, save
+from vision import Net, resnet18
 
 
 class Calibration(quantization.CalibrationDataReader):
@@ -60,39 +61,7 @@ def mlp(batch):
     quantised(b, b.dense(x, 512, 10), batch, 10)
 
 
-class Resnet(Builder):
-    """ResNet-18 with its batch norms already in the weights."""
-
-    def conv(self, x, inputs, outputs, size, stride, gain=1.0):
-        fan_in = inputs * size * size
-        weight = self.weight(outputs, inputs, size, size, scale=gain * np.sqrt(2 / fan_in))
-        bias = self.weight(outputs, scale=0.1)
-        pads = [size // 2] * 4
-        return self.op("Conv", x, weight, bias, kernel_shape=[size, size],
-                       strides=[stride, stride], pads=pads)
-
-    def block(self, x, inputs, outputs, stride):
-        y = self.op("Relu", self.conv(x, inputs, outputs, 3, stride))
-        y = self.conv(y, outputs, outputs, 3, 1, gain=0.5)
-        if inputs != outputs:
-            x = self.conv(x, inputs, outputs, 1, stride, gain=0.7)
-        return self.op("Relu", self.op("Add", y, x))
-
-
-def resnet18():
-    b = Resnet("qdq_resnet18")
-    x = b.input("x", 1, 3, 224, 224)
-    x = b.op("Relu", b.conv(x, 3, 64, 7, 2))
-    x = b.op("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
-    width = 64
-    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        x = b.block(x, width, outputs, stride)
-        x = b.block(x, outputs, outputs, 1)
-        width = outputs
-    x = b.op("Flatten", b.op("GlobalAveragePool", x))
-    quantised(b, b.dense(x, 512, 1000), 1, 1000)
-
-
 for batch in (1, 64):
     mlp(batch)
-resnet18()
+resnet = Net("qdq_resnet18")
+quantised(resnet, resnet18(resnet), 1, 1000)

@@ -34,7 +34,7 @@ class Net(Builder):
 
     def classes(self, x, inputs, outputs):
         x = self.op("Flatten", self.op("GlobalAveragePool", x))
-        self.save(self.dense(x, inputs, outputs), 1, outputs)
+        return self.dense(x, inputs, outputs)
 
 
 def mobilenet_v2():
@@ -52,7 +52,7 @@ def mobilenet_v2():
             y = b.conv(y, wide, outputs, gain=0.7)
             x = b.op("Add", x, y) if step == 1 and inputs == outputs else y
             inputs = outputs
-    b.classes(b.relu6(b.conv(x, 320, 1280)), 1280, 1000)
+    b.save(b.classes(b.relu6(b.conv(x, 320, 1280)), 1280, 1000), 1, 1000)
 
 
 def efficientnet_b0():
@@ -75,12 +75,11 @@ def efficientnet_b0():
             y = b.conv(b.op("Mul", y, b.op("Sigmoid", s)), wide, outputs)
             x = b.op("Add", x, y) if step == 1 and inputs == outputs else y
             inputs = outputs
-    b.classes(b.silu(b.conv(x, 320, 1280)), 1280, 1000)
+    b.save(b.classes(b.silu(b.conv(x, 320, 1280)), 1280, 1000), 1, 1000)
 
 
-def resnet18():
-    """https://arxiv.org/abs/1512.03385, table 1."""
-    b = Net("resnet18")
+def resnet18(b):
+    """The logits of https://arxiv.org/abs/1512.03385, table 1."""
     x = b.op("Relu", b.conv(b.input("x", 1, 3, 224, 224), 3, 64, 7, 2))
     x = b.op("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     inputs = 64
@@ -91,9 +90,11 @@ def resnet18():
             x = b.conv(x, inputs, outputs, 1, step, gain=0.7) if inputs != outputs else x
             x = b.op("Relu", b.op("Add", x, y))
             inputs = outputs
-    b.classes(x, 512, 1000)
+    return b.classes(x, 512, 1000)
 
 
-mobilenet_v2()
-efficientnet_b0()
-resnet18()
+if __name__ == "__main__":
+    mobilenet_v2()
+    efficientnet_b0()
+    net = Net("resnet18")
+    net.save(resnet18(net), 1, 1000)

@@ -103,7 +103,7 @@ pub fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Prod
 
 /// The operations from a contraction to the result, where an index of the result is affine in those
 /// of the contraction and not the other way round: they join axes that the contraction has apart.
-fn from_contract(lower: &mut Lower, contract: usize, root: usize) -> Lowering<Option<Vec<usize>>> {
+fn from_contract(lower: &Lower, contract: usize, root: usize) -> Lowering<Option<Vec<usize>>> {
     let body = lower.body;
     let mut path = Vec::new();
     let mut at = contract;
@@ -117,13 +117,15 @@ fn from_contract(lower: &mut Lower, contract: usize, root: usize) -> Lowering<Op
         at = next;
     }
     let affine = |index: &[Index]| index.iter().all(|i| i.dynamic.is_none());
-    let (mut down, _) = lower.axes(&lower.ty(root).shape)?;
+    // Variables of the trial are not those of the kernel.
+    let mut trial = lower.fresh();
+    let (mut down, _) = trial.axes(&lower.ty(root).shape)?;
     for &node in path.iter().rev() {
-        down = lower.view_index(&body.nodes[node].op, node, &down).unwrap_or(down);
+        down = trial.view_index(&body.nodes[node].op, node, &down).unwrap_or(down);
     }
-    let (mut up, _) = lower.axes(&lower.ty(contract).shape)?;
+    let (mut up, _) = trial.axes(&lower.ty(contract).shape)?;
     for &node in &path {
-        up = forward(lower, node, &up);
+        up = forward(&trial, node, &up);
     }
     Ok((!affine(&down) && affine(&up)).then_some(path))
 }
