@@ -46,15 +46,18 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
         return Ok(Lowered::default());
     }
     let mut product = product(&mut lower, root, contract)?;
+    let mut lowered = Lowered::default();
+    let mut few = false;
     if let Some(pairs) = pairs::paired(&mut lower, &product)?
-        && roles(&lower, &pairs).is_some()
+        && let Some(roles) = roles(&lower, &pairs)
     {
+        let bare = pairs::bare(&lower, product);
+        few = winograd::lower(&lower, &bare, roles, &mut lowered)?;
         product = pairs;
     }
-    let mut lowered = Lowered::default();
     match roles(&lower, &product) {
         Some(roles) => {
-            let few =
+            few |=
                 product.halves.is_none() && winograd::lower(&lower, &product, roles, &mut lowered)?;
             if !few {
                 tiles(lower, product, roles, &mut lowered)?;
@@ -292,8 +295,7 @@ pub fn tile(
     let step = if strip.vectors == 0 { 1 } else { lanes };
     let element = Affine::scaled(vector as usize, step as i64).plus(lane as usize, 1);
     let mut operands = product.operands.clone();
-    if let Some(Panels { scratch, place: packed }) = panel {
-        let (scratch, len) = scratch;
+    if let Some(Panels { scratch: (scratch, len), place: packed }) = panel {
         let source = plain_load(&operands[roles.lanes]).map(|l| lower.buffers[l.0].dtype);
         let dtype = source.unwrap_or(DType::F32);
         let buffer = lower.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));

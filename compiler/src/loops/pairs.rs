@@ -19,6 +19,16 @@ fn short<'e>(lower: &Lower, e: &'e Expr) -> Option<(usize, &'e Affine)> {
     plain_load(x).filter(|l| lower.buffers[l.0].dtype == DType::I16)
 }
 
+/// A product of i16 with its operands as they are before they are widened.
+pub fn bare(lower: &Lower, product: Product) -> Product {
+    let operand = |e: &Arc<Expr>| match (short(lower, e), &**e) {
+        (Some(_), Expr::Cast(_, x)) => x.clone(),
+        _ => e.clone(),
+    };
+    let operands = [0, 1].map(|k: usize| operand(&product.operands[k]));
+    Product { operands, ..product }
+}
+
 /// The product as a sum over pairs, where it is one: the innermost axis of the sum along which the
 /// operand that is broadcast steps by one element has half as many turns.
 pub fn paired(lower: &mut Lower, product: &Product) -> Lowering<Option<Product>> {
@@ -60,4 +70,92 @@ pub fn paired(lower: &mut Lower, product: &Product) -> Lowering<Option<Product>>
         result: product.result.clone(),
         halves: Some(halves),
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_runtime::tensor::Tensor;
+    use smallvec::smallvec;
+
+    use super::*;
+    use crate::Compiler;
+    use crate::graph::eval::{Value, eval};
+    use crate::graph::op::{BinaryFn, Op, Type, UnaryFn};
+    use crate::graph::{Args, Graph};
+
+    /// A convolution between quantisations, of numbers that f32 holds: of 3 by 3 or of 1 by 1.
+    fn quantised([ic, oc, size, stride]: [usize; 4], image: [usize; 2]) -> (Graph, Tensor) {
+        let (mut graph, o) = (Graph::default(), "conv".into());
+        let shape = [2, ic, image[0], image[1]];
+        let mut state = 7u32;
+        let mut next = || {
+            state = state.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
+            (state >> 16) as i32
+        };
+        let x: Vec<f32> =
+            (0..shape.iter().product()).map(|_| (next() % 300 - 130) as f32 / 4.0).collect();
+        let given = Tensor::from_slice(&shape, &x);
+        let x = graph.input("x", Type::new(DType::F32, &shape));
+        let mut whole = |x| {
+            let y = graph.binary_number(BinaryFn::Mul, x, 4.0, &o)?;
+            let y = graph.unary(UnaryFn::Round, y, &o)?;
+            let y = graph.binary_number(BinaryFn::Add, y, 117.0, &o)?;
+            let y = graph.cast(y, DType::U8, &o)?;
+            let y = graph.cast(y, DType::I32, &o)?;
+            let zero = graph.tensor(&Tensor::from_slice(&[], &[117i32]), &o);
+            let y = graph.binary(BinaryFn::Sub, y, zero, &o)?;
+            let y = graph.cast(y, DType::F32, &o)?;
+            graph.binary_number(BinaryFn::Mul, y, 0.25, &o)
+        };
+        let x = whole(x).expect("fits");
+        let weights: Vec<i8> = (0..oc * ic * size * size).map(|_| next() as i8).collect();
+        let of = [oc, ic, size, size];
+        let w = graph.tensor(&Tensor::from_slice(&of, &weights), &o);
+        let scales: Vec<f32> = (0..oc).map(|k| 0.5f32.powi(k as i32 % 5)).collect();
+        let scales = graph.tensor(&Tensor::from_slice(&[oc, 1, 1, 1], &scales), &o);
+        // As if they were too large to be folded while the graph is built.
+        let mut unfolded = |op, args: &[_], dtype| {
+            graph.push(op, Args::from_slice(args), Type::new(dtype, &of), &o)
+        };
+        let w = unfolded(Op::Cast(DType::I32), &[w], DType::I32);
+        let w = unfolded(Op::Cast(DType::F32), &[w], DType::F32);
+        let w = unfolded(Op::Binary(BinaryFn::Mul), &[w, scales], DType::F32);
+        let fill = graph.scalar(DType::F32, 0, 0.0, &o);
+        let b = size / 2;
+        let borders = Op::Pad(smallvec![(0, 0), (0, 0), (b, b), (b, b)]);
+        let x = graph.add(borders, &[x, fill], &o).expect("fits");
+        let steps = (&[stride; 2][..], &[1; 2][..]);
+        let y = graph.conv([x, w], steps, 1, &o).expect("fits");
+        graph.outputs.push(("y".into(), y));
+        (graph, given)
+    }
+
+    #[test]
+    fn convolutions_of_integers_are_exact() {
+        for (sizes, image, few) in [
+            ([16, 32, 3, 1], [9, 7], true),
+            ([32, 16, 3, 1], [4, 6], true),
+            ([16, 32, 3, 2], [9, 7], false),
+            ([10, 19, 3, 1], [5, 6], false),
+            ([7, 40, 3, 1], [5, 6], false),
+            ([3, 24, 7, 2], [19, 22], false),
+            ([256, 64, 1, 1], [12, 10], false),
+        ] {
+            let (graph, given) = quantised(sizes, image);
+            let expected = eval(&graph, &[Value::from_tensor(&given)]);
+            for wide in [false, true] {
+                let compiler = Compiler::new().wide(wide);
+                let kernels = compiler.optimise(&graph).unwrap_or_else(|e| panic!("{e}"));
+                let program = compiler.lower(&kernels).unwrap_or_else(|e| panic!("{e}"));
+                let text: String = program.kernels.iter().map(crate::loops::text::print).collect();
+                assert!(text.contains("dot("), "{sizes:?}\n{text}");
+                assert_eq!(text.contains(".products"), few, "{sizes:?}");
+                let inputs = [Value::from_tensor(&given)];
+                crate::tests::check_loops(&kernels, &program, &inputs, (&expected, 0.0));
+                let executable = compiler.build(&kernels).unwrap_or_else(|e| panic!("{e}"));
+                let got = executable.run(&[("x", given.view())]).unwrap_or_else(|e| panic!("{e}"));
+                assert!(Value::from_tensor(&got[0].1) == expected[0], "{sizes:?}, wide {wide}");
+            }
+        }
+    }
 }

@@ -6,6 +6,9 @@
 //! by itself as a matrix product, and m * m results are made of the sums. With m = 4 that is 36
 //! products where there were 144, with m = 2 it is 16 of 36.
 //!
+//! Of integers (i16 that stand for bytes) all is exact: m is 2, the weights are those of 4 results,
+//! products are summed over pairs of channels in i32, and results are divided by 4.
+//!
 //! Channels run in lanes. Tiles at the right and lower border have fewer results; what they read
 //! beyond the input is its last row or column again, which no result depends on.
 
@@ -14,13 +17,16 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::contract::{Product, Roles, plain_load, tile};
-use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
+use super::ir::{BufferId, Expr, Loops, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, origin_place};
 use super::panels::{Panels, Strip, pack};
+use super::straight::{Straight, inputs, results, weights};
 use super::{nest, rewrite};
-use crate::graph::op::{Affine, BinaryFn};
+use crate::graph::op::Affine;
 use crate::rules::cost::{LEAST_CHANNELS, results_of_tile};
 
+/// Input channels for which sums of 4 times the products of two bytes stay within an i32.
+const MOST_CHANNELS: usize = 900;
 /// Bytes of transformed inputs and sums at most.
 const MOST_BYTES: usize = 64 << 20;
 /// A convolution of 3 by 3 with a step of 1.
@@ -38,6 +44,8 @@ struct Conv {
     weights: (BufferId, Affine),
     /// Results of a tile along an axis.
     m: usize,
+    /// Of integers.
+    whole: bool,
 }
 
 /// Extents of everything.
@@ -56,6 +64,15 @@ struct Sizes {
     steps: [usize; 2],
     /// Channels of a panel of weights.
     width: usize,
+    /// Of integers: i16, and i32 where they are added.
+    whole: bool,
+}
+
+impl Sizes {
+    /// What memory holds of inputs and weights, and of sums.
+    fn dtypes(self) -> [DType; 2] {
+        if self.whole { [DType::I16, DType::I32] } else { [DType::F32; 2] }
+    }
 }
 
 /// Adds the kernels of a convolution of this kind. Says whether it is one.
@@ -78,7 +95,9 @@ pub fn lower(
     if (lens[2] + lens[3]) * 4 > MOST_BYTES {
         return Ok(false);
     }
-    lowered.scratch.extend(lens.map(|len| (DType::F32, len)));
+    let [short, sum] = sizes.dtypes();
+    lowered.scratch.extend([short, short, short, sum].into_iter().zip(lens));
+    lowered.scratch.extend(sizes.whole.then_some((short, lens[1])));
     let strip = Strip {
         start: 0,
         tiles: sizes.oc / sizes.width,
@@ -94,7 +113,11 @@ pub fn lower(
         lowered.kernels.push(Loops { name: name.into(), ..kernel });
     };
     add("pack", kernel);
-    add("weights", of_weights(lower, sizes, strip, [(given, lens[0]), (panels, lens[1])])?);
+    let made = if sizes.whole { (scratch + 4, lens[1]) } else { (panels, lens[1]) };
+    add("weights", of_weights(lower, sizes, strip, [(given, lens[0]), made])?);
+    if sizes.whole {
+        add("pairs", in_pairs(lower, sizes, [made, (panels, lens[1])])?);
+    }
     for rows in regions(lower, &conv, sizes) {
         add("in", of_input(lower, &conv, sizes, rows, (input, lens[2]))?);
     }
@@ -123,7 +146,8 @@ fn find(lower: &Lower, product: &Product, roles: Roles) -> Option<Conv> {
     };
     let image = [along(ky)?, along(kx)?];
     let batch: Vec<Var> = others.iter().copied().filter(|v| !image.contains(v)).collect();
-    let m = results_of_tile(image.map(extent))?;
+    let whole = lower.buffers[input].dtype == DType::I16;
+    let m = results_of_tile(image.map(extent)).map(|m| if whole { 2 } else { m })?;
     let channels = [ic, oc]
         .iter()
         .all(|&v| extent(v) >= LEAST_CHANNELS && extent(v).is_multiple_of(lower.target.lanes));
@@ -136,6 +160,7 @@ fn find(lower: &Lower, product: &Product, roles: Roles) -> Option<Conv> {
         && others.iter().all(|&v| step(w, v) == 0)
         && image[0] != image[1]
         && channels
+        && !(whole && extent(ic) > MOST_CHANNELS)
         && all.copied().all(|v| lower.span(v).is_none());
     fits.then(|| Conv {
         image,
@@ -146,6 +171,7 @@ fn find(lower: &Lower, product: &Product, roles: Roles) -> Option<Conv> {
         input: (input, x.clone()),
         weights: (weights, w.clone()),
         m,
+        whole,
     })
 }
 
@@ -166,6 +192,7 @@ fn sizes(lower: &Lower, conv: &Conv) -> Sizes {
         oc,
         steps: [apart(all * ic), apart(all * oc)],
         width: if oc.is_multiple_of(wide) { wide } else { lanes },
+        whole: conv.whole,
     }
 }
 
@@ -191,156 +218,11 @@ fn regions(lower: &Lower, conv: &Conv, sizes: Sizes) -> Vec<Region> {
     along(lower.extents[usize::from(conv.image[0])], sizes.m)
 }
 
-/// Statements one after another, whose values are named: each stands in a register of its own.
-struct Straight {
-    registers: BufferId,
-    lanes: usize,
-    lane: Var,
-    count: usize,
-    body: Vec<Stmt>,
-}
-
-impl Straight {
-    fn new(lower: &mut Lower, lane: Var) -> Straight {
-        let lanes = lower.target.lanes;
-        Straight {
-            registers: lower.register(DType::F32, 0),
-            lanes,
-            lane,
-            count: 0,
-            body: Vec::new(),
-        }
-    }
-
-    /// Keeps a value and gives it back as a name.
-    fn keep(&mut self, value: Expr) -> Expr {
-        let place = self.place(self.count);
-        self.count += 1;
-        self.body.push(Stmt::Store { buffer: self.registers, place: place.clone(), value });
-        Expr::Load(self.registers, place)
-    }
-
-    fn place(&self, number: usize) -> Place {
-        Place::affine(Affine {
-            offset: (number * self.lanes) as i64,
-            ..Affine::axis(self.lane.into())
-        })
-    }
-
-    /// `x + c * y`, with as little work as that takes.
-    fn sum(&mut self, x: &Expr, c: f64, y: &Expr) -> Expr {
-        let [a, b] = [x, y].map(|e| Arc::new(e.clone()));
-        let value = match c {
-            1.0 => Expr::Binary(BinaryFn::Add, a, b),
-            -1.0 => Expr::Binary(BinaryFn::Sub, a, b),
-            c => Expr::Fma(Arc::new(number(c)), b, a),
-        };
-        self.keep(value)
-    }
-
-    /// `sum of c * x` for every row of a matrix.
-    fn times(&mut self, rows: &[&[f64]], x: &[Expr]) -> Vec<Expr> {
-        let row = |row: &&[f64]| {
-            let mut sum: Option<Expr> = None;
-            for (&c, x) in row.iter().zip(x).filter(|(c, _)| **c != 0.0) {
-                sum = Some(match (sum, c) {
-                    (None, 1.0) => x.clone(),
-                    (None, c) => {
-                        let (c, x) = (Arc::new(number(c)), Arc::new(x.clone()));
-                        self.keep(Expr::Binary(BinaryFn::Mul, c, x))
-                    }
-                    (Some(sum), c) => self.sum(&sum, c, x),
-                });
-            }
-            sum.unwrap_or_else(|| number(0.0))
-        };
-        rows.iter().map(row).collect()
-    }
-
-    /// Applies a transform to the columns of a square of `width` by `width` elements, then to the
-    /// rows of what comes out.
-    fn both(
-        &mut self,
-        width: usize,
-        element: impl Fn([usize; 2]) -> Expr,
-        transform: impl Fn(&mut Straight, &[Expr]) -> Vec<Expr>,
-    ) -> Vec<Vec<Expr>> {
-        let mut column = |j: usize| {
-            let given: Vec<Expr> = (0..width).map(|i| self.keep(element([i, j]))).collect();
-            transform(self, &given)
-        };
-        let columns: Vec<Vec<Expr>> = (0..width).map(&mut column).collect();
-        let height = columns.first().map_or(0, Vec::len);
-        let row = |i: usize| columns.iter().map(|column| column[i].clone()).collect::<Vec<Expr>>();
-        (0..height).map(|i| transform(self, &row(i))).collect()
-    }
-
-    /// The statements in lanes.
-    fn finish(self, lower: &mut Lower) -> Vec<Stmt> {
-        lower.buffers[self.registers].len = (self.count * self.lanes).max(1);
-        let (var, extent) = (self.lane, self.lanes);
-        vec![Stmt::For { var, extent, kind: Kind::Vector, body: self.body }]
-    }
-}
-
-fn number(value: f64) -> Expr {
-    Expr::Const(DType::F32, Number::Float(value))
-}
-
-/// G: 3 weights to n numbers.
-fn weights(s: &mut Straight, m: usize, g: &[Expr]) -> Vec<Expr> {
-    let (a, b, c) = (1.0 / 6.0, 1.0 / 12.0, 1.0 / 24.0);
-    match m {
-        2 => s.times(&[&[1.0], &[0.5, 0.5, 0.5], &[0.5, -0.5, 0.5], &[0.0, 0.0, 1.0]], g),
-        _ => s.times(
-            &[&[0.25], &[-a, -a, -a], &[-a, a, -a], &[c, b, a], &[c, -b, a], &[0.0, 0.0, 1.0]],
-            g,
-        ),
-    }
-}
-
-/// The transpose of B: n elements of the input to n numbers. Numbers that differ in a sign share
-/// their halves.
-fn inputs(s: &mut Straight, m: usize, d: &[Expr]) -> Vec<Expr> {
-    if m == 2 {
-        let rows: [&[f64]; 4] =
-            [&[1.0, 0.0, -1.0], &[0.0, 1.0, 1.0], &[0.0, -1.0, 1.0], &[0.0, 1.0, 0.0, -1.0]];
-        return s.times(&rows, d);
-    }
-    let (even, odd) = (s.sum(&d[4], -4.0, &d[2]), s.sum(&d[3], -4.0, &d[1]));
-    let (near, far) = (s.sum(&d[4], -1.0, &d[2]), s.sum(&d[3], -1.0, &d[1]));
-    let (first, last) = (s.sum(&d[4], 4.0, &d[0]), s.sum(&d[5], 4.0, &d[1]));
-    vec![
-        s.sum(&first, -5.0, &d[2]),
-        s.sum(&even, 1.0, &odd),
-        s.sum(&even, -1.0, &odd),
-        s.sum(&near, 2.0, &far),
-        s.sum(&near, -2.0, &far),
-        s.sum(&last, -5.0, &d[3]),
-    ]
-}
-
-/// The transpose of A: n sums to m results.
-fn results(s: &mut Straight, m: usize, x: &[Expr]) -> Vec<Expr> {
-    if m == 2 {
-        return s.times(&[&[1.0, 1.0, 1.0], &[0.0, 1.0, -1.0, -1.0]], x);
-    }
-    let (even, odd) = (s.sum(&x[1], 1.0, &x[2]), s.sum(&x[1], -1.0, &x[2]));
-    let (more, less) = (s.sum(&x[3], 1.0, &x[4]), s.sum(&x[3], -1.0, &x[4]));
-    let (first, last) = (s.sum(&x[0], 1.0, &even), s.sum(&odd, 8.0, &less));
-    vec![
-        s.sum(&first, 1.0, &more),
-        s.sum(&odd, 2.0, &less),
-        s.sum(&even, 4.0, &more),
-        s.sum(&last, 1.0, &x[5]),
-    ]
-}
-
 /// Scratch memory: its number and its length.
 type Memory = (usize, usize);
 
-fn memory(lower: &mut Lower, (number, len): Memory) -> BufferId {
-    lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(number))
+fn memory(lower: &mut Lower, (number, len): Memory, dtype: DType) -> BufferId {
+    lower.buffer(dtype, len, Scope::Global, Param::Scratch(number))
 }
 
 /// From packed weights `[panel][ic][3][3][width]` to `[n * n][panel][ic][width]`.
@@ -351,7 +233,8 @@ fn of_weights(
     [from, to]: [Memory; 2],
 ) -> Lowering<Loops> {
     let mut lower = parent.fresh();
-    let (from, to) = (memory(&mut lower, from), memory(&mut lower, to));
+    let [short, _] = sizes.dtypes();
+    let (from, to) = (memory(&mut lower, from, short), memory(&mut lower, to, short));
     let lanes = lower.target.lanes;
     let pair = lower.var(strip.tiles * sizes.ic)?;
     let (vector, lane) = (lower.var(strip.vectors)?, lower.var(lanes)?);
@@ -359,16 +242,33 @@ fn of_weights(
         let place = Affine { offset: offset as i64, ..Affine::axis(lane.into()) };
         Place::affine(place.plus(vector.into(), lanes as i64).plus(pair.into(), step as i64))
     };
-    let mut s = Straight::new(&mut lower, lane);
-    let tap = |[i, j]: [usize; 2]| Expr::Load(from, at(9 * sizes.width, (3 * i + j) * sizes.width));
+    let mut s = Straight::new(&mut lower, lane, sizes.whole);
+    let place = |[i, j]: [usize; 2]| at(9 * sizes.width, (3 * i + j) * sizes.width);
+    let tap = |s: &Straight, tap| s.load(from, place(tap));
     let made = s.both(3, tap, |s, g| weights(s, sizes.m, g));
     for (point, value) in made.concat().into_iter().enumerate() {
-        let place = at(sizes.width, point * sizes.ic * sizes.oc);
-        s.body.push(Stmt::Store { buffer: to, place, value });
+        s.store(to, at(sizes.width, point * sizes.ic * sizes.oc), value);
     }
     let body = s.finish(&mut lower);
     let body = nest::wrap(&lower.extents, &[pair, vector], body, 1);
     Ok(lower.finish(body))
+}
+
+/// Weights of two channels side by side: from `[point and panel][ic][width]` to
+/// `[point and panel][ic / 2][width][2]`.
+fn in_pairs(parent: &Lower, sizes: Sizes, [from, to]: [Memory; 2]) -> Lowering<Loops> {
+    let mut lower = parent.fresh();
+    let (width, len) = (sizes.width, to.1);
+    let (from, to) = (memory(&mut lower, from, DType::I16), memory(&mut lower, to, DType::I16));
+    let (pair, element) = (lower.var(len / (2 * width))?, lower.var(width)?);
+    let half = lower.var(2)?;
+    let at = |steps: [usize; 2]| {
+        let place = Affine::scaled(pair.into(), 2 * width as i64);
+        let place = place.plus(element.into(), steps[0] as i64);
+        Place::affine(place.plus(half.into(), steps[1] as i64))
+    };
+    let value = Arc::new(Expr::Load(from, at([1, width])));
+    Ok(nest::store_nest(lower, vec![pair, element, half], to, at([2, 1]), value))
 }
 
 /// Loops over images and the tiles of some rows: what stands in them is made by `body` for each
@@ -444,11 +344,11 @@ fn of_input(
     lower.extents = parent.extents.clone();
     let from = &parent.buffers[conv.input.0];
     let from = lower.buffer(from.dtype, from.len, from.scope, from.param);
-    let to = memory(&mut lower, to);
+    let to = memory(&mut lower, to, sizes.dtypes()[0]);
     let vectors = sizes.ic / lower.target.lanes;
     let body = over_tiles(&mut lower, conv, sizes, (rows, vectors), |lower, tile| {
-        let mut s = Straight::new(lower, tile.lane);
-        let element = |at: [usize; 2]| {
+        let mut s = Straight::new(lower, tile.lane, sizes.whole);
+        let element = |s: &Straight, at: [usize; 2]| {
             // What no result depends on is the last that one does.
             let at = [0, 1].map(|k: usize| at[k].min(tile.results[k] + 1) as i64);
             let place = conv.input.1.substitute(&|v| {
@@ -463,12 +363,11 @@ fn of_input(
                     None => Affine::axis(v),
                 }
             });
-            Expr::Load(from, Place::affine(place))
+            s.load(from, Place::affine(place))
         };
         let made = s.both(sizes.n, element, |s, d| inputs(s, sizes.m, d));
         for (point, value) in made.concat().into_iter().enumerate() {
-            let place = tile.point(point, sizes.steps[0], sizes.ic);
-            s.body.push(Stmt::Store { buffer: to, place, value });
+            s.store(to, tile.point(point, sizes.steps[0], sizes.ic), value);
         }
         Ok(s.finish(lower))
     })?;
@@ -483,27 +382,34 @@ fn products(
     [input, panels, sums]: [Memory; 3],
 ) -> Lowering<Loops> {
     let mut lower = parent.fresh();
-    let (x, w) = (memory(&mut lower, input), memory(&mut lower, panels));
-    let out = memory(&mut lower, sums);
+    let [short, whole] = sizes.dtypes();
+    let (x, w) = (memory(&mut lower, input, short), memory(&mut lower, panels, short));
+    let out = memory(&mut lower, sums, whole);
+    // Channels of the input go one by one, or in pairs.
+    let each = if sizes.whole { 2 } else { 1 };
     let (point, row) = (lower.var(sizes.n * sizes.n)?, lower.var(sizes.all)?);
-    let (oc, ic) = (lower.var(sizes.oc)?, lower.var(sizes.ic)?);
-    let cell = lower.register(DType::F32, 1);
+    let (oc, ic) = (lower.var(sizes.oc)?, lower.var(sizes.ic / each)?);
+    let cell = lower.register(whole, 1);
     let at = |terms: [(Var, usize); 3]| {
         let sum = terms.iter().fold(Affine::default(), |a, t| a.plus(t.0.into(), t.1 as i64));
         Place::affine(sum)
     };
-    let left = at([(point, sizes.steps[0]), (row, sizes.ic), (ic, 1)]);
-    let right = at([(point, sizes.ic * sizes.oc), (ic, sizes.oc), (oc, 1)]);
+    let left = at([(point, sizes.steps[0]), (row, sizes.ic), (ic, each)]);
+    let right = at([(point, sizes.ic * sizes.oc), (ic, each * sizes.oc), (oc, 1)]);
     let place = at([(point, sizes.steps[1]), (row, sizes.oc), (oc, 1)]);
-    let panel = Affine::scaled(254, 1)
-        .plus(ic.into(), sizes.width as i64)
+    let panel = Affine::scaled(254, each as i64)
+        .plus(ic.into(), (each * sizes.width) as i64)
         .plus(255, (sizes.ic * sizes.width) as i64)
         .plus(point.into(), (sizes.ic * sizes.oc) as i64);
+    let operand = |buffer, place| match sizes.whole {
+        true => Arc::new(Expr::Pair(buffer, place)),
+        false => Arc::new(Expr::Load(buffer, place)),
+    };
     let product = Product {
-        halves: None,
+        halves: sizes.whole.then_some(sizes.oc as i64),
         vars: vec![point, row, oc],
         summed: vec![ic],
-        operands: [Arc::new(Expr::Load(x, left)), Arc::new(Expr::Load(w, right))],
+        operands: [operand(x, left), operand(w, right)],
         cell,
         out,
         place,
@@ -526,16 +432,17 @@ fn of_sums(
     let mut lower = parent.fresh();
     lower.buffers = parent.buffers.clone();
     lower.extents = parent.extents.clone();
-    let from = memory(&mut lower, from);
+    let from = memory(&mut lower, from, sizes.dtypes()[1]);
     let vectors = sizes.oc / lower.target.lanes;
     let body = over_tiles(&mut lower, conv, sizes, (rows, vectors), |lower, tile| {
-        let mut s = Straight::new(lower, tile.lane);
-        let sum = |[i, j]: [usize; 2]| {
+        let mut s = Straight::new(lower, tile.lane, sizes.whole);
+        let sum = |_: &Straight, [i, j]: [usize; 2]| {
             Expr::Load(from, tile.point(i * sizes.n + j, sizes.steps[1], sizes.oc))
         };
         let made = s.both(sizes.n, sum, |s, x| results(s, sizes.m, x));
         for (i, row) in made.into_iter().enumerate().take(tile.results[0]) {
             for (j, value) in row.into_iter().enumerate().take(tile.results[1]) {
+                let value = if sizes.whole { s.quarter(value) } else { value };
                 let Expr::Load(registers, place) = &value else { continue };
                 let (buffer, at, value) = (product.out, &product.place, (*product.result).clone());
                 let store = [Stmt::Store { buffer, place: at.clone(), value }];
@@ -545,7 +452,7 @@ fn of_sums(
                     rewrite::substitute(&store, conv.image[k], &index)
                 });
                 let store = rewrite::substitute(&store, conv.oc, &tile.channel);
-                s.body.extend(rewrite::retarget(&store, product.cell, *registers, &place.affine));
+                s.extend(rewrite::retarget(&store, product.cell, *registers, &place.affine));
             }
         }
         Ok(s.finish(lower))

@@ -281,6 +281,7 @@ pub fn integers_us(contract: &Contract, constant: [bool; 2], shorts: bool) -> f6
     let extent = lanes.map_or(1, |a| contract.extents[a]);
     let filled = extent as f64 / extent.next_multiple_of(8) as f64;
     let efficiency = match shorts && in_pairs(contract, constant) {
+        true if fewer_products(contract, constant).is_some() => 1.7,
         true => 0.95 * filled,
         false => 0.03,
     };

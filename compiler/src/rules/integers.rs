@@ -5,13 +5,14 @@
 
 use egg::Id;
 use kiln_runtime::tensor::DType;
+use smallvec::SmallVec;
 
 use super::algebra::number;
 use super::cost::in_pairs;
 use super::lang::{ENode, Egg};
-use super::table::{add, find, shape};
+use super::table::{add, find, permuted, shape};
 use crate::graph::eval::{Data, Value, int_range};
-use crate::graph::op::{BinaryFn, Contract, Op, ReduceFn, Shape};
+use crate::graph::op::{Axes, BinaryFn, Contract, Op, ReduceFn, Shape};
 
 /// Products of two such numbers that an i32 holds the sum of.
 const MOST_SUMMED: usize = 33_000;
@@ -163,25 +164,104 @@ fn scale_of_result(egraph: &mut Egg, contract: &Contract, at: usize, scale: Id) 
     Some(if of == to { scale } else { add(egraph, Op::Reshape(to), &[scale]) })
 }
 
+/// A contraction whose sum can run over pairs, once an axis of both operands is the last one of the
+/// first and has an even extent.
+struct Paired {
+    contract: Contract,
+    /// The axis of each operand.
+    axes: [usize; 2],
+    /// The operand of which it becomes the last one.
+    moved: usize,
+    /// Whether both get one more element there.
+    odd: bool,
+}
+
+impl Paired {
+    fn of(egraph: &Egg, contract: &Contract, args: &[Id], constant: [bool; 2]) -> Option<Paired> {
+        let moved = constant.iter().position(|&c| !c)?;
+        let axis_of = |at: usize, k: usize| {
+            contract.maps[at].iter().position(|index| index.as_axis() == Some(k))
+        };
+        let sums = contract.n_out..contract.extents.len();
+        let longest = sums
+            .filter(|&k| axis_of(0, k).is_some() && axis_of(1, k).is_some())
+            .max_by_key(|&k| contract.extents[k])?;
+        let axes = [axis_of(0, longest)?, axis_of(1, longest)?];
+        let extent = contract.extents[longest];
+        let same = (0..2).all(|at| shape(egraph, args[at])[axes[at]] == extent);
+        let mut contract = contract.clone();
+        let index = contract.maps[moved].remove(axes[moved]);
+        contract.maps[moved].push(index);
+        contract.extents[longest] = extent.next_multiple_of(2);
+        let fits = same && extent > 2 && in_pairs(&contract, constant);
+        fits.then(|| Paired { contract, axes, moved, odd: extent % 2 == 1 })
+    }
+
+    /// An operand, in i16, as it has to be; a border that it has is made with its new ones.
+    fn operand(&self, egraph: &mut Egg, at: usize, x: Id) -> Id {
+        let rank = shape(egraph, x).len();
+        let axis = self.axes[at];
+        let bordered = find(egraph, x, |n| match &n.op {
+            Op::Pad(borders) if is_zero(egraph, n.args[1], DEPTH) => {
+                Some((borders.clone(), n.args[0], n.args[1]))
+            }
+            _ => None,
+        });
+        let (mut borders, x, fill) = match bordered {
+            Some((borders, x, fill)) => (borders, x, Some(fill)),
+            None => (SmallVec::from_elem((0, 0), rank), x, None),
+        };
+        if self.odd {
+            borders[axis].1 += 1;
+        }
+        let mut order: Axes = (0..rank as u8).collect();
+        if at == self.moved {
+            let axis = order.remove(axis);
+            order.push(axis);
+        }
+        let x = permuted(egraph, &order, x);
+        if borders.iter().all(|&b| b == (0, 0)) {
+            return x;
+        }
+        let fill = fill.unwrap_or_else(|| {
+            // The numbers from 0 on, one of them.
+            let zero = add(egraph, Op::Iota(Shape::from_elem(1, 1), 0), &[]);
+            add(egraph, Op::Cast(DType::I16), &[zero])
+        });
+        let borders = order.iter().map(|&a| borders[usize::from(a)]).collect();
+        add(egraph, Op::Pad(borders), &[x, fill])
+    }
+}
+
 /// contract(i * s, j * t) = contract(i, j) * (s * t), the product of integers.
 pub(super) fn contract_of_integers(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let Op::Contract(contract) = &node.op else { return None };
     let to = egraph[node.args[0]].data.ty.dtype;
     let summed: usize = contract.extents[contract.n_out..].iter().product();
     let constant = [0, 1].map(|k: usize| egraph[node.args[k]].data.constant);
-    let fits = to.is_float() && summed <= MOST_SUMMED && in_pairs(contract, constant);
-    if !fits {
+    if !to.is_float() || summed > MOST_SUMMED {
         return None;
     }
+    let pairs = match in_pairs(contract, constant) {
+        true => None,
+        false => Some(Paired::of(egraph, contract, &node.args, constant)?),
+    };
     let mut wholes = Vec::new();
     let mut scales = Vec::new();
     for at in 0..2 {
         let (whole, scale) = scaled(egraph, node.args[at], DEPTH)?;
-        let short = short(egraph, whole, DEPTH)?;
+        let mut short = short(egraph, whole, DEPTH)?;
+        if let Some(pairs) = &pairs {
+            short = pairs.operand(egraph, at, short);
+        }
         wholes.push(add(egraph, Op::Cast(DType::I32), &[short]));
         scales.push(scale_of_result(egraph, contract, at, scale)?);
     }
-    let sum = add(egraph, node.op.clone(), &wholes);
+    let op = match pairs {
+        Some(pairs) => Op::Contract(Box::new(pairs.contract)),
+        None => node.op.clone(),
+    };
+    let sum = add(egraph, op, &wholes);
     let sum = add(egraph, Op::Cast(to), &[sum]);
     let scale = add(egraph, Op::Binary(BinaryFn::Mul), &scales);
     Some(add(egraph, Op::Binary(BinaryFn::Mul), &[sum, scale]))

@@ -154,3 +154,13 @@ impl Clif<'_> {
         }
     }
 }
+
+/// The low bits of an integer, as an immediate of its type.
+pub(super) fn mask(dtype: DType, v: i128) -> i64 {
+    match scalar_type(dtype) {
+        types::I8 => i64::from(v as u8),
+        types::I16 => i64::from(v as u16),
+        types::I32 => i64::from(v as u32),
+        _ => v as i64,
+    }
+}

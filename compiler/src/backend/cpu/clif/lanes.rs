@@ -139,8 +139,13 @@ impl Clif<'_> {
             BinaryFn::Mul => self.b.ins().imul(x, y),
             BinaryFn::Max => return Ok(self.b.ins().smax(x, y)),
             BinaryFn::Min => return Ok(self.b.ins().smin(x, y)),
-            BinaryFn::Div
-            | BinaryFn::Rem
+            BinaryFn::Div if !self.piece.is_vector() => self.int_divide(f, true, x, y),
+            BinaryFn::Div => (0..4).fold(x, |sum, lane| {
+                let [a, b] = [x, y].map(|v| self.b.ins().extractlane(v, lane));
+                let quotient = self.int_divide(f, true, a, b);
+                self.b.ins().insertlane(sum, quotient, lane)
+            }),
+            BinaryFn::Rem
             | BinaryFn::Pow
             | BinaryFn::Eq
             | BinaryFn::Ne

@@ -20,6 +20,7 @@ use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
+use self::cast::mask;
 use super::emit::{Access, Bits, Emitted, Machine, Unsupported, emit};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Loops, Number};
@@ -591,15 +592,5 @@ impl Machine for Clif<'_> {
 
     fn fold(&mut self, f: ReduceFn, x: &[Val]) -> Emitted<Val> {
         self.folded(f.binary(DType::F32), flat(x))
-    }
-}
-
-/// The low bits of an integer, as an immediate of its type.
-fn mask(dtype: DType, v: i128) -> i64 {
-    match scalar_type(dtype) {
-        types::I8 => i64::from(v as u8),
-        types::I16 => i64::from(v as u16),
-        types::I32 => i64::from(v as u32),
-        _ => v as i64,
     }
 }

@@ -119,6 +119,14 @@ impl Wide {
         self.one(isa::SHIFT_SIGNED, &high, Some(unused))
     }
 
+    /// x / 2^times, towards 0.
+    fn halved(&mut self, x: &Val, times: u8) -> Emitted<Val> {
+        let sign = self.one(isa::SHIFT_SIGNED, x, Some(31))?;
+        let rest = self.one(isa::SHIFT_RIGHT, &sign, Some(32 - times))?;
+        let sum = self.two(isa::ADD_INT, x, &rest)?;
+        self.one(isa::SHIFT_SIGNED, &sum, Some(times))
+    }
+
     pub(super) fn whole_binary(
         &mut self,
         f: BinaryFn,
@@ -126,6 +134,12 @@ impl Wide {
         x: &Val,
         y: &Val,
     ) -> Emitted<Val> {
+        if let (BinaryFn::Div, DType::I32, &Val::Literal(by, _)) = (f, dtype, y)
+            && by.is_power_of_two()
+            && (2..1 << 31).contains(&by)
+        {
+            return self.halved(x, by.trailing_zeros() as u8);
+        }
         let (op, wraps) = match f {
             BinaryFn::Add => (isa::ADD_INT, true),
             BinaryFn::Sub => (isa::SUB_INT, true),
@@ -261,6 +275,10 @@ mod tests {
                 each_way(&buffers, &format!("{f}(b0[@], b1[@])"), from);
                 each_way(&buffers, &format!("{f}(b0[@], b1[7])"), from);
                 each_way(&buffers, &format!("{f}(b0[@], 3:{from})"), from);
+            }
+            if from == DType::I32 {
+                each_way(&buffers, "div(b0[@], 4:i32)", from);
+                each_way(&buffers, "div(b0[@], 2:i32)", from);
             }
             for to in short {
                 each_way(&buffers, &format!("{to}(b0[@])"), to);
