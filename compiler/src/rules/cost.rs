@@ -267,8 +267,11 @@ pub fn in_pairs(contract: &Contract, constant: [bool; 2]) -> bool {
     };
     let [x, w] = [1 - weights, weights].map(|k| &contract.maps[k]);
     let along = |map: &[Affine], axis: usize| map.iter().any(|i| i.coefficient(axis) != 0);
-    let even = x.last().and_then(Affine::as_axis).is_some_and(|k| {
-        k >= contract.n_out && contract.extents[k].is_multiple_of(2) && along(w, k)
+    let Some((last, others)) = x.split_last() else { return false };
+    let even = last.terms.iter().any(|&(k, step)| {
+        let k = usize::from(k);
+        let sum = k >= contract.n_out && step == 1 && !along(others, k) && along(w, k);
+        sum && contract.extents[k].is_multiple_of(2)
     });
     even && along(w, axis) && !along(x, axis)
 }

@@ -170,15 +170,55 @@ struct Paired {
     contract: Contract,
     /// The axis of each operand.
     axes: [usize; 2],
-    /// The operand of which it becomes the last one.
-    moved: usize,
-    /// Whether both get one more element there.
-    odd: bool,
+    /// The operand of which it becomes the last one, where it is not.
+    moved: Option<usize>,
+    /// How many more elements each operand gets there.
+    more: [usize; 2],
 }
+
+/// From so many channels on, pairs are of these, else of the taps of a window along a row.
+const MANY: usize = 8;
 
 impl Paired {
     fn of(egraph: &Egg, contract: &Contract, args: &[Id], constant: [bool; 2]) -> Option<Paired> {
-        let moved = constant.iter().position(|&c| !c)?;
+        let x = constant.iter().position(|&c| !c)?;
+        let channels = Paired::of_channels(egraph, contract, args, x);
+        let few = |p: &Paired| shape(egraph, args[x])[p.axes[x]] < MANY;
+        let taps = || Paired::of_taps(egraph, contract, args, x);
+        let made = match channels {
+            Some(channels) if !few(&channels) => Some(channels),
+            other => taps().or(other),
+        };
+        made.filter(|p| in_pairs(&p.contract, constant))
+    }
+
+    /// Pairs along the last axis of the operand `x`, of which windows take an odd number.
+    fn of_taps(egraph: &Egg, contract: &Contract, args: &[Id], x: usize) -> Option<Paired> {
+        let weights = 1 - x;
+        let last = contract.maps[x].last()?;
+        let tap = |&(k, step): &(u8, i64)| {
+            let k = usize::from(k);
+            let axis = contract.maps[weights].iter().position(|i| i.as_axis() == Some(k))?;
+            let extent = contract.extents[k];
+            let whole = shape(egraph, args[weights])[axis] == extent;
+            let fits = k >= contract.n_out && step == 1 && extent > 2 && extent % 2 == 1;
+            (fits && whole).then_some((k, axis))
+        };
+        let (k, axis) = last.terms.iter().find_map(tap)?;
+        let mut contract = contract.clone();
+        contract.extents[k] += 1;
+        let rank = contract.maps[x].len();
+        let room = shape(egraph, args[x])[rank - 1] as i64;
+        let reach = contract.maps[x][rank - 1].range(&contract.extents).1 + 1;
+        let mut axes = [axis; 2];
+        axes[x] = rank - 1;
+        let mut more = [1; 2];
+        more[x] = usize::try_from(reach - room).unwrap_or(0);
+        Some(Paired { contract, axes, moved: None, more })
+    }
+
+    /// Pairs along an axis of both operands, the longest.
+    fn of_channels(egraph: &Egg, contract: &Contract, args: &[Id], moved: usize) -> Option<Paired> {
         let axis_of = |at: usize, k: usize| {
             contract.maps[at].iter().position(|index| index.as_axis() == Some(k))
         };
@@ -193,8 +233,8 @@ impl Paired {
         let index = contract.maps[moved].remove(axes[moved]);
         contract.maps[moved].push(index);
         contract.extents[longest] = extent.next_multiple_of(2);
-        let fits = same && extent > 2 && in_pairs(&contract, constant);
-        fits.then(|| Paired { contract, axes, moved, odd: extent % 2 == 1 })
+        let more = [extent % 2; 2];
+        (same && extent > 2).then_some(Paired { contract, axes, moved: Some(moved), more })
     }
 
     /// An operand, in i16, as it has to be; a border that it has is made with its new ones.
@@ -211,11 +251,9 @@ impl Paired {
             Some((borders, x, fill)) => (borders, x, Some(fill)),
             None => (SmallVec::from_elem((0, 0), rank), x, None),
         };
-        if self.odd {
-            borders[axis].1 += 1;
-        }
+        borders[axis].1 += self.more[at];
         let mut order: Axes = (0..rank as u8).collect();
-        if at == self.moved {
+        if Some(at) == self.moved {
             let axis = order.remove(axis);
             order.push(axis);
         }
