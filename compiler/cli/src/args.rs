@@ -264,9 +264,9 @@ pub struct InputArgs {
     pub input: Vec<String>,
 }
 
-/// `kiln run`
+/// A model that is made ready to run, and what it runs on.
 #[derive(Args, Debug)]
-pub struct RunArgs {
+pub struct GivenArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelArgs,
@@ -282,6 +282,14 @@ pub struct RunArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub states: StateArgs,
+}
+
+/// `kiln run`
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub given: GivenArgs,
     /// Runs, each with the states that the one before left; the outputs are those of the last
     #[arg(long, value_name = "N", default_value_t = 1)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
@@ -297,19 +305,7 @@ pub struct RunArgs {
 pub struct BenchArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub build: BuildArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub cache: CacheArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub inputs: InputArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub states: StateArgs,
+    pub given: GivenArgs,
     /// How long to run before measuring
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_time)]
     pub warmup: Duration,
@@ -346,19 +342,7 @@ pub struct CalibrationArgs {
 pub struct ProfileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub build: BuildArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub cache: CacheArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub inputs: InputArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub states: StateArgs,
+    pub given: GivenArgs,
     /// How long to run before measuring
     #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = parse_time)]
     pub warmup: Duration,

@@ -179,7 +179,7 @@ pub fn known_or_measured(
 /// What a file says of so many threads of this machine, or why it says nothing.
 fn find(value: &Value, threads: usize) -> Result<Peak, String> {
     if value["processor"] != json!(processor()) {
-        return Err("is of another processor".into());
+        return Err("is damaged, or of another processor".into());
     }
     if value["version"] != env!("CARGO_PKG_VERSION") {
         return Err("is of another version of Kiln".into());

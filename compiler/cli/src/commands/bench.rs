@@ -17,8 +17,7 @@ const MAX_RUNS: usize = 1 << 22;
 
 /// Measures and prints.
 pub fn run(args: &BenchArgs, term: &Term) -> Result<(), Failure> {
-    let given = (&args.inputs, &args.states);
-    let ready = ready(&args.model, &args.build, &args.cache, given, true, term)?;
+    let ready = ready(&args.given, true, term)?;
     let Ready { executable, inputs, read: load, compile } = ready;
     let mut run = Again::new(&executable, &inputs)?;
     let mut measure = |length| run.measure(length, MAX_RUNS);
@@ -28,7 +27,7 @@ pub fn run(args: &BenchArgs, term: &Term) -> Result<(), Failure> {
     let ms = |time: Duration| time.as_nanos() as f64 / 1e6;
     let (threads, rss) = (executable.pool().threads(), peak_rss_mb());
     let mut value = json!({
-        "model": model_name(&args.model.model), "threads": threads, "compile_ms": compile.map(ms),
+        "model": model_name(&args.given.model.model), "threads": threads, "compile_ms": compile.map(ms),
         "load_ms": ms(load), "runs": times.len(), "min_ms": ms(percentile(&times, 0)),
     });
     let mut lines = match compile {

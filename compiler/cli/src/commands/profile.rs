@@ -70,9 +70,7 @@ impl Row {
 
 /// Measures and prints.
 pub fn run(args: &ProfileArgs, term: &Term) -> Result<(), Failure> {
-    let given = (&args.inputs, &args.states);
-    let Ready { executable, inputs, .. } =
-        ready(&args.model, &args.build, &args.cache, given, true, term)?;
+    let Ready { executable, inputs, .. } = ready(&args.given, true, term)?;
     let (plan, threads) = (executable.plan(), executable.pool().threads());
     let folder = args.calibration.calibration.as_deref();
     let (peak, file) = known_or_measured(folder, threads, term)?;
@@ -101,7 +99,7 @@ pub fn run(args: &ProfileArgs, term: &Term) -> Result<(), Failure> {
     let mut peaks = peak.json();
     peaks["file"] = json!(from);
     let value = json!({
-        "model": model_name(&args.model.model), "threads": threads, "runs": runs.len(),
+        "model": model_name(&args.given.model.model), "threads": threads, "runs": runs.len(),
         "run_us": median.total() as f64 / 1e3, "peak": peaks,
         "kernels": rows.iter().map(|row| row.json(total, plan)).collect::<Vec<_>>(),
         "total": all.json(total, plan),

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use kiln::{ArtifactFile, Executable};
 
-use crate::args::{BuildArgs, CacheArgs, InputArgs, ModelArgs, StateArgs};
+use crate::args::{BuildArgs, CacheArgs, GivenArgs, InputArgs, ModelArgs, StateArgs};
 use crate::commands::{
     compile, compiler, gather, model_name, open, threads, with_cache, with_states,
 };
@@ -26,14 +26,8 @@ pub struct Ready {
 }
 
 /// Makes a model ready to run. `fallback` says whether inputs that are not given may be random.
-pub fn ready(
-    model: &ModelArgs,
-    build: &BuildArgs,
-    cache: &CacheArgs,
-    (inputs, states): (&InputArgs, &StateArgs),
-    fallback: bool,
-    term: &Term,
-) -> Result<Ready, Failure> {
+pub fn ready(given: &GivenArgs, fallback: bool, term: &Term) -> Result<Ready, Failure> {
+    let GivenArgs { model, build, cache, inputs, states } = given;
     if kiln::is_artifact(&model.model) {
         refuse_flags(model, build, cache)?;
         refuse_states(model, states)?;

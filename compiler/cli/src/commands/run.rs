@@ -20,12 +20,11 @@ use crate::term::{Term, milliseconds};
 
 /// Runs the model and writes its outputs, or a summary of them.
 pub fn run(args: &RunArgs, term: &Term) -> Result<(), Failure> {
-    let given = (&args.inputs, &args.states);
-    let ready = ready(&args.model, &args.build, &args.cache, given, false, term)?;
+    let ready = ready(&args.given, false, term)?;
     let outputs = steps(&ready.executable, &ready.inputs, args.steps, term);
     let outputs = outputs.map_err(|error| Failure::usage(error.to_string()))?;
     let Some(path) = &args.output else {
-        let name = model_name(&args.model.model);
+        let name = model_name(&args.given.model.model);
         let list: Vec<Value> = outputs.iter().map(|(name, t)| summary_json(name, t)).collect();
         let text: String = outputs.iter().map(|(name, t)| summary(name, t)).collect();
         return term.report(json!({ "ok": true, "model": name, "outputs": list }), &text);

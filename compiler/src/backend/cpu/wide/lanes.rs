@@ -63,7 +63,8 @@ const ONE: u32 = 0x3f80_0000;
 const SIGN: u32 = 0x8000_0000;
 const MAGNITUDE: u32 = 0x7fff_ffff;
 
-fn byte(value: u8) -> Arg {
+/// A byte within an instruction.
+pub fn byte(value: u8) -> Arg {
     Arg::Imm(OpKind::Immediate8, i64::from(value))
 }
 

@@ -346,6 +346,28 @@ fn conditions_on_indices_choose_lanes() {
 }
 
 #[test]
+fn lanes_may_be_read_one_by_one() {
+    for lanes in LEVELS {
+        for step in [2i64, 3, 17, -1, -4] {
+            let size = 5 * lanes;
+            let room = size * step.unsigned_abs() as usize + 1;
+            let first = if step < 0 { room as i64 - 1 } else { 0 };
+            let from = at(&[(0, step * lanes as i64), (1, step)], first);
+            let store = Stmt::Store {
+                buffer: 1,
+                place: at(&[(0, lanes as i64), (1, 1)], 0),
+                value: Expr::Load(0, from),
+            };
+            let axes = [(0, 5, Kind::Parallel), (1, lanes, Kind::Vector)];
+            let loops = kernel([room, size], nest(&axes, vec![store]));
+            let x: Vec<f32> = (0..room).map(|k| k as f32 + 0.5).collect();
+            let want: Vec<f32> = (0..size as i64).map(|k| x[(first + step * k) as usize]).collect();
+            assert_eq!(agree(&loops, lanes, &x), want, "{lanes} lanes, {step} apart");
+        }
+    }
+}
+
+#[test]
 fn folds_are_trees() {
     for (lanes, vectors) in [(8, 4), (16, 4), (16, 1), (8, 1)] {
         let size = vectors * lanes;

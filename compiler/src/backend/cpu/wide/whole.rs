@@ -1,22 +1,18 @@
 //! Integers of up to 32 bits. In a lane each takes 32 bits and has its value there, whatever its
 //! dtype: what is computed is wrapped, and stores take the low bits.
 
-use iced_x86::{Code, OpKind};
+use iced_x86::Code;
 use kiln_runtime::tensor::DType;
 use regalloc2::{RegClass, VReg};
 
 use super::address::Address;
 use super::isa::{self, Level, Op, Width};
-use super::lanes::Val;
+use super::lanes::{Val, byte};
 use super::ssa::Arg;
 use super::{Wide, f32_only};
 use crate::backend::cpu::emit::{Access, Emitted, Unsupported};
 use crate::graph::eval::int_range;
 use crate::graph::op::BinaryFn;
-
-fn byte(value: u8) -> Arg {
-    Arg::Imm(OpKind::Immediate8, i64::from(value))
-}
 
 /// How a short dtype is read: into lanes, and into a general register.
 fn loads(dtype: DType) -> Emitted<(Op, Code)> {
