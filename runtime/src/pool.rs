@@ -2,8 +2,12 @@
 //!
 //! A job is a number of chunks and a function of the chunk's index. The caller works on it as
 //! well, and never waits for a thread that has not begun: it closes the job when no chunk is left
-//! and waits only for those that are in the middle of one. Which thread takes which chunk is open,
-//! so a chunk's result must not depend on it.
+//! and waits only for those that are in the middle of one.
+//!
+//! Every thread begins with a share of its own, chunks that follow one another, and the shares are
+//! the same in every job: so what one job wrote is mostly read by the next on the same core. A
+//! thread whose share is done takes chunks from the ends of others' shares. Which thread takes
+//! which chunk stays open, so a chunk's result must not depend on it.
 //!
 //! ```
 //! use kiln_runtime::pool::Pool;
@@ -18,8 +22,9 @@
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::io;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -39,30 +44,37 @@ struct Line<T>(T);
 type Work<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// The job in progress; written by the caller while the gate is closed and nobody is inside.
-struct Job {
-    work: *const Work<'static>,
-    chunks: usize,
-    caller: Thread,
+#[derive(Clone, Copy)]
+struct Job(*const Work<'static>);
+
+/// What waiting workers look at and what they read next, on one line: it comes in one piece.
+struct Post {
+    /// Counts jobs; workers wait for it to change.
+    epoch: AtomicU32,
+    job: UnsafeCell<Option<Job>>,
 }
 
+/// Chunks that nobody has taken, `first..end`; the upper half of the word is the end.
+struct Share(AtomicU64);
+
 struct Shared {
-    /// Counts jobs; workers wait for it to change.
-    epoch: Line<AtomicU32>,
-    /// The next chunk that nobody has taken.
-    next: Line<AtomicUsize>,
+    post: Line<Post>,
+    /// For each thread, the chunks that it begins with; the caller's first.
+    shares: Vec<Line<Share>>,
     /// [`OPEN`], and the number of workers inside the job.
     gate: Line<AtomicUsize>,
     /// Number of workers that sleep or are about to.
     asleep: Line<AtomicUsize>,
     /// The caller sleeps, or is about to, until the last worker has left.
     caller_asleep: AtomicBool,
-    job: UnsafeCell<Option<Job>>,
+    /// That caller.
+    caller: Mutex<Option<Thread>>,
     /// The first panic of a worker in this job.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     stop: AtomicBool,
 }
 
-// SAFETY: `job` is the only part that is not `Sync` by itself. It is written by the one caller that
+// SAFETY: `post.job` is the only part that is not `Sync` by itself. It is written by the one caller that
 // holds `Pool::busy`, while the gate is closed and no worker is inside, and read by workers that
 // are inside; entering and leaving the gate orders these.
 unsafe impl Sync for Shared {}
@@ -94,12 +106,12 @@ impl Pool {
             threads => threads,
         };
         let shared = Arc::new(Shared {
-            epoch: Line(AtomicU32::new(0)),
-            next: Line(AtomicUsize::new(0)),
+            post: Line(Post { epoch: AtomicU32::new(0), job: UnsafeCell::new(None) }),
+            shares: (0..threads).map(|_| Line(Share(AtomicU64::new(0)))).collect(),
             gate: Line(AtomicUsize::new(0)),
             asleep: Line(AtomicUsize::new(0)),
             caller_asleep: AtomicBool::new(false),
-            job: UnsafeCell::new(None),
+            caller: Mutex::new(None),
             panic: Mutex::new(None),
             stop: AtomicBool::new(false),
         });
@@ -110,7 +122,7 @@ impl Pool {
             let (shared, flag) = (pool.shared.clone(), asleep.clone());
             let handle = thread::Builder::new()
                 .name(format!("kiln-{index}"))
-                .spawn(move || shared.serve(&flag.0))?;
+                .spawn(move || shared.serve(index, &flag.0))?;
             pool.workers.push(Worker { asleep, handle: Some(handle) });
         }
         Ok(pool)
@@ -126,13 +138,16 @@ impl Pool {
     /// alone. A panic of `work` is passed on after all threads have left the job; chunks that
     /// were not begun by then are not run.
     pub fn run(&self, chunks: usize, work: &(dyn Fn(usize) + Sync)) {
-        if chunks > 1 && !self.workers.is_empty() {
+        if let Ok(count) = u32::try_from(chunks)
+            && count > 1
+            && !self.workers.is_empty()
+        {
             match self.busy.try_lock() {
-                Ok(_guard) => return self.run_shared(chunks, work),
+                Ok(_guard) => return self.run_shared(count, work),
                 // A job that panicked was closed in order all the same.
                 Err(TryLockError::Poisoned(poisoned)) => {
                     let _guard = poisoned.into_inner();
-                    return self.run_shared(chunks, work);
+                    return self.run_shared(count, work);
                 }
                 Err(TryLockError::WouldBlock) => {}
             }
@@ -140,7 +155,7 @@ impl Pool {
         (0..chunks).for_each(work);
     }
 
-    fn run_shared(&self, chunks: usize, work: &Work<'_>) {
+    fn run_shared(&self, chunks: u32, work: &Work<'_>) {
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. Workers use the pointer only while they are inside the
         // gate, and this function does not return, nor unwind, before they have left.
@@ -148,18 +163,16 @@ impl Pool {
             std::mem::transmute::<*const Work<'_>, *const Work<'static>>(std::ptr::from_ref(work))
         };
         // SAFETY: `busy` is held and the gate is closed and empty since the last job.
-        unsafe {
-            *shared.job.get() = Some(Job { work: work_static, chunks, caller: thread::current() });
-        }
-        shared.next.0.store(0, Ordering::Relaxed);
+        unsafe { *shared.post.0.job.get() = Some(Job(work_static)) };
+        shared.deal(chunks);
         shared.gate.0.store(OPEN, Ordering::Release);
         // Ordered before the look at the sleepers: a worker counts itself before it looks at the
         // epoch for the last time, so one of the two sees the other.
-        shared.epoch.0.fetch_add(1, Ordering::SeqCst);
-        self.wake(chunks - 1);
-        let own = catch_unwind(AssertUnwindSafe(|| shared.take_chunks(work, chunks)));
+        shared.post.0.epoch.fetch_add(1, Ordering::SeqCst);
+        self.wake(chunks as usize - 1);
+        let own = catch_unwind(AssertUnwindSafe(|| shared.take_chunks(0, work)));
         if own.is_err() {
-            shared.next.0.store(chunks, Ordering::Relaxed);
+            shared.give_up();
         }
         shared.close();
         let other = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -188,7 +201,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.0.fetch_add(1, Ordering::SeqCst);
+        self.shared.post.0.epoch.fetch_add(1, Ordering::SeqCst);
         for handle in self.workers.iter_mut().filter_map(|worker| worker.handle.take()) {
             handle.thread().unpark();
             // Workers catch the panics of their jobs.
@@ -197,9 +210,29 @@ impl Drop for Pool {
     }
 }
 
+impl Share {
+    fn set(&self, chunks: Range<u32>) {
+        self.0.store(u64::from(chunks.end) << 32 | u64::from(chunks.start), Ordering::Relaxed);
+    }
+
+    /// Takes one chunk, the first or the last.
+    fn take(&self, last: bool) -> Option<usize> {
+        let halves = |word: u64| (word as u32, (word >> 32) as u32);
+        let rest = |word: u64| {
+            let (first, end) = halves(word);
+            let less = if last { 1 << 32 } else { u64::MAX };
+            (first < end).then(|| word.wrapping_sub(less))
+        };
+        // What chunks are about is ordered by the gate.
+        let taken = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest);
+        let (first, end) = halves(taken.ok()?);
+        Some(if last { end - 1 } else { first } as usize)
+    }
+}
+
 impl Shared {
-    /// The life of a worker.
-    fn serve(&self, asleep: &AtomicBool) {
+    /// The life of a worker, which has the share of that number.
+    fn serve(&self, own: usize, asleep: &AtomicBool) {
         let mut seen = 0;
         loop {
             seen = self.wait_for_job(seen, asleep);
@@ -208,22 +241,22 @@ impl Shared {
             }
             if self.enter() {
                 // SAFETY: inside the gate the job is set and stays as it is.
-                let job = unsafe { (*self.job.get()).as_ref() }.expect("an open job is set");
+                let job = unsafe { *self.post.0.job.get() }.expect("an open job is set");
                 // SAFETY: `run_shared` does not return before this worker has left.
-                let work = unsafe { &*job.work };
-                let done = catch_unwind(AssertUnwindSafe(|| self.take_chunks(work, job.chunks)));
+                let work = unsafe { &*job.0 };
+                let done = catch_unwind(AssertUnwindSafe(|| self.take_chunks(own, work)));
                 if let Err(panic) = done {
-                    self.next.0.store(job.chunks, Ordering::Relaxed);
+                    self.give_up();
                     let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
                     first.get_or_insert(panic);
                 }
-                self.leave(job.caller.clone());
+                self.leave();
             }
         }
     }
 
     fn wait_for_job(&self, seen: u32, asleep: &AtomicBool) -> u32 {
-        let changed = || self.epoch.0.load(Ordering::SeqCst) != seen;
+        let changed = || self.post.0.epoch.load(Ordering::SeqCst) != seen;
         if !spin_until(changed) {
             asleep.store(true, Ordering::SeqCst);
             self.asleep.0.fetch_add(1, Ordering::SeqCst);
@@ -237,16 +270,31 @@ impl Shared {
             asleep.store(false, Ordering::SeqCst);
             self.asleep.0.fetch_sub(1, Ordering::SeqCst);
         }
-        self.epoch.0.load(Ordering::SeqCst)
+        self.post.0.epoch.load(Ordering::SeqCst)
     }
 
-    fn take_chunks(&self, work: &Work<'_>, chunks: usize) {
-        loop {
-            let chunk = self.next.0.fetch_add(1, Ordering::Relaxed);
-            if chunk >= chunks {
-                return;
+    /// Gives every thread its share of that many chunks.
+    fn deal(&self, chunks: u32) {
+        let threads = self.shares.len() as u64;
+        // At most `chunks`, so it fits.
+        let bound = |thread: u64| (u64::from(chunks) * thread / threads) as u32;
+        for (share, thread) in self.shares.iter().zip(0..) {
+            share.0.set(bound(thread)..bound(thread + 1));
+        }
+    }
+
+    /// Takes away all chunks that were not begun.
+    fn give_up(&self) {
+        self.shares.iter().for_each(|share| share.0.set(0..0));
+    }
+
+    fn take_chunks(&self, own: usize, work: &Work<'_>) {
+        let (before, from) = self.shares.split_at(own);
+        let shares = from.iter().chain(before);
+        for (distance, share) in shares.enumerate() {
+            while let Some(chunk) = share.0.take(distance > 0) {
+                work(chunk);
             }
-            work(chunk);
         }
     }
 
@@ -257,23 +305,27 @@ impl Shared {
     }
 
     /// Leaves the job; the last one out after it was closed wakes the caller.
-    fn leave(&self, caller: Thread) {
+    fn leave(&self) {
         let before = self.gate.0.fetch_sub(1, Ordering::SeqCst);
         if before == 1 && self.caller_asleep.load(Ordering::SeqCst) {
-            caller.unpark();
+            let caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
+            caller.as_ref().inspect(|caller| caller.unpark());
         }
     }
 
     /// Lets no more workers in and waits until all have left.
     fn close(&self) {
-        self.gate.0.fetch_and(!OPEN, Ordering::SeqCst);
+        let inside = self.gate.0.fetch_and(!OPEN, Ordering::SeqCst) & !OPEN;
         let empty = || self.gate.0.load(Ordering::SeqCst) == 0;
-        if !spin_until(empty) {
+        if inside != 0 && !spin_until(empty) {
+            let caller = || self.caller.lock().unwrap_or_else(PoisonError::into_inner);
+            *caller() = Some(thread::current());
             self.caller_asleep.store(true, Ordering::SeqCst);
             while !empty() {
                 thread::park();
             }
             self.caller_asleep.store(false, Ordering::SeqCst);
+            *caller() = None;
         }
     }
 }

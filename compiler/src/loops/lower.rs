@@ -12,6 +12,7 @@ use super::ir::{
     Buffer, BufferId, Count, DIMS, Expr, Loops, Number, Param, Place, Range, Scope, Stmt, Var,
 };
 use super::rewrite::prune;
+use super::share::share;
 use super::{moves, nest};
 use crate::graph::eval::{Data, Value, reduce_identity};
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, Type};
@@ -113,9 +114,21 @@ pub fn lower(
         lower.store_inside(&body.nodes[root].ty, start.collect());
         let mut lowered = kernels(lower, inside, name)?;
         lowered.kernels.push(border);
-        return Ok(lowered);
+        return Ok(shared(body, args, lowered));
     }
-    kernels(lower, root, name)
+    Ok(shared(body, args, kernels(lower, root, name)?))
+}
+
+/// Cuts the kernels of a body into enough pieces.
+fn shared(body: &Body, args: Arguments, mut lowered: Lowered) -> Lowered {
+    let contraction = body.nodes.iter().any(|n| matches!(n.op, Op::Contract(_)))
+        && attention::find(&body.nodes).is_none();
+    // What is appended to lies where the result does.
+    if args.appended.is_none() {
+        let kernels = lowered.kernels.into_iter();
+        lowered.kernels = kernels.map(|kernel| share(kernel, contraction)).collect();
+    }
+    lowered
 }
 
 /// The kernels that store a node of a body.

@@ -13,6 +13,7 @@ pub mod nest;
 pub mod pairs;
 pub mod panels;
 pub mod rewrite;
+pub mod share;
 pub mod straight;
 pub mod text;
 pub mod verify;

@@ -1,0 +1,298 @@
+//! Loops that are shared out to threads: enough pieces of them, cut so that a thread finds what it
+//! wrote before.
+//!
+//! The loops around a kernel's statements, one in another, may run in any order and at once where
+//! the kernel reads no memory that it writes: nothing passes from one turn to the next, as all
+//! that a turn keeps in registers it has to set first.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use kiln_runtime::tensor::DType;
+
+use super::contract::plain_load;
+use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Number, Place, Scope, Stmt, Var};
+use super::rewrite::substitute;
+use crate::graph::op::{Affine, BinaryFn};
+
+/// Pieces that a kernel is cut into at least, where that can be.
+const PIECES: usize = 16;
+/// Value nodes of a turn that is a piece by itself: to find the indices of a piece of several loops
+/// takes some divisions.
+const LEAST_WORK: u64 = 100;
+/// Blocks of rows at least, where each of them goes through all panels.
+const BLOCKS: usize = 8;
+/// Bytes of all panels at most for that: they stay in the cache of a core.
+const PANEL_BYTES: usize = 256 << 10;
+
+/// A loop around everything.
+#[derive(Clone, Copy)]
+struct Outer {
+    var: Var,
+    extent: usize,
+    kind: Kind,
+}
+
+/// The loops around statements, outermost first, as far as their turns may run in any order.
+#[derive(Clone)]
+struct Nest<'a> {
+    buffers: &'a [Buffer],
+    outer: Vec<Outer>,
+    body: Vec<Stmt>,
+    /// The first number that no variable has.
+    free: usize,
+}
+
+/// Shares the loops of a kernel out anew where they make too few pieces. Those of a contraction go
+/// through blocks of rows first, where their panels fit into a cache: the kernels before and after
+/// are cut along rows as well.
+pub fn share(kernel: Loops, contraction: bool) -> Loops {
+    let Some(mut nest) = Nest::of(&kernel) else { return kernel };
+    if contraction && let Some(rows_first) = nest.rows_first() {
+        nest = rows_first;
+    }
+    nest.cut();
+    let body = nest.wrapped();
+    Loops { body, ..kernel }
+}
+
+impl<'a> Nest<'a> {
+    /// The loops of a kernel, where they can be changed.
+    fn of(kernel: &'a Loops) -> Option<Nest<'a>> {
+        let buffers = &kernel.buffers[..];
+        if !kernel.ranges.is_empty() || !apart(buffers, &kernel.body) {
+            return None;
+        }
+        let (mut outer, mut body) = (Vec::new(), &kernel.body[..]);
+        while let [Stmt::For { var, extent, kind, body: inner }] = body
+            && (*kind == Kind::Parallel || *kind == Kind::Serial && moves(buffers, inner, *var))
+        {
+            outer.push(Outer { var: *var, extent: *extent, kind: *kind });
+            body = inner;
+        }
+        let free = most(&kernel.body) + 1;
+        // Two loops are cut at most.
+        let enough = free + 4 <= usize::from(Var::MAX);
+        enough.then(|| Nest { buffers, outer, body: body.to_vec(), free })
+    }
+
+    fn wrapped(self) -> Vec<Stmt> {
+        self.outer.into_iter().rev().fold(self.body, |body, Outer { var, extent, kind }| {
+            vec![Stmt::For { var, extent, kind, body }]
+        })
+    }
+
+    /// Shares out one more loop where there are too few pieces.
+    fn cut(&mut self) {
+        let count = self.outer.iter().take_while(|o| o.kind == Kind::Parallel).count();
+        let pieces: usize = self.outer[..count].iter().map(|o| o.extent).product();
+        if pieces >= PIECES || (count == self.outer.len() && !self.join_rest()) {
+            return;
+        }
+        let next = self.outer[count].extent;
+        let wanted = PIECES.div_ceil(pieces);
+        match divisor(next, wanted..=4 * wanted) {
+            Some(blocks) if blocks < next => self.split(count, blocks),
+            _ if pieces > 1 && self.turn(count) < LEAST_WORK => return,
+            _ => {}
+        }
+        self.outer[count].kind = Kind::Parallel;
+    }
+
+    /// Value nodes of one turn of a loop.
+    fn turn(&self, at: usize) -> u64 {
+        let inside = Nest { outer: self.outer[at + 1..].to_vec(), ..self.clone() };
+        work(&inside.wrapped())
+    }
+
+    /// Cuts a loop into blocks: a loop over these, and one inside of a block.
+    fn split(&mut self, at: usize, blocks: usize) {
+        let Outer { var, extent, kind } = self.outer[at];
+        let width = extent / blocks;
+        let [block, inside] = [self.free, self.free + 1];
+        self.free += 2;
+        let index = Affine::scaled(block, width as i64).plus(inside, 1);
+        self.body = substitute(&self.body, var, &index);
+        self.outer[at] = Outer { var: block as Var, extent: blocks, kind };
+        let inside = Outer { var: inside as Var, extent: width, kind: Kind::Serial };
+        self.outer.insert(at + 1, inside);
+    }
+
+    /// Where a loop is followed by statements for what is left of its axis, these become part of
+    /// its last turn. Says whether there is such a loop.
+    fn join_rest(&mut self) -> bool {
+        let [Stmt::For { var, extent, kind: Kind::Serial, body }, rest @ ..] = &self.body[..]
+        else {
+            return false;
+        };
+        let (var, extent) = (*var, *extent);
+        let register = |b: &usize| self.buffers[*b].scope == Scope::Register;
+        let [first, second] = [&body[..], rest].map(|part| uses(self.buffers.len(), part));
+        let mut registers = (0..self.buffers.len()).filter(register);
+        let own = registers.all(|b| !(first[b].any() && second[b].any()));
+        // The last turn is not to take much longer than others.
+        let little = work(rest).saturating_mul(4) <= work(&self.body[..1]);
+        if rest.is_empty() || !little || !own || !moves(self.buffers, body, var) {
+            return false;
+        }
+        let last = Expr::Const(DType::I64, Number::Int(extent as i128 - 1));
+        let index = Expr::Index(Affine::axis(var.into()));
+        let condition = Expr::Binary(BinaryFn::Le, Arc::new(last), Arc::new(index));
+        let mut joined = body.clone();
+        joined.push(Stmt::If { condition, then: rest.to_vec(), other: Vec::new() });
+        self.outer.push(Outer { var, extent, kind: Kind::Serial });
+        self.body = joined;
+        true
+    }
+
+    /// With blocks of rows outside of the loop over panels.
+    fn rows_first(&self) -> Option<Nest<'a>> {
+        let mut nest = self.clone();
+        if nest.outer.len() == 1 {
+            nest.join_rest();
+        }
+        let [panels, rows, ..] = nest.outer[..] else { return None };
+        let [x, y] = operands(&nest.body)?;
+        let step = |operand: (BufferId, &Affine), var: Var| operand.1.coefficient(var.into());
+        let (panel, other) = if step(x, panels.var) != 0 { (x, y) } else { (y, x) };
+        let bytes = |b: usize| self.buffers[b].len.saturating_mul(self.buffers[b].dtype.bytes());
+        let uses = uses(self.buffers.len(), &nest.body);
+        let memory = |b: &usize| self.buffers[*b].scope == Scope::Global && uses[*b].written;
+        let results: usize = (0..self.buffers.len()).filter(memory).map(bytes).sum();
+        let fits = [(panel, panels.var, true), (panel, rows.var, false)]
+            .into_iter()
+            .chain([(other, panels.var, false), (other, rows.var, true)])
+            .all(|(operand, var, moves)| (step(operand, var) != 0) == moves)
+            && bytes(panel.0) <= PANEL_BYTES.min(bytes(other.0) + results);
+        let blocks = divisor(rows.extent, BLOCKS..=4 * BLOCKS).filter(|_| fits)?;
+        // A panel is read again for every block: that should have several tiles.
+        let tiles = matches!(nest.body[0], Stmt::For { kind: Kind::Serial, .. });
+        match blocks < rows.extent {
+            true => nest.split(1, blocks),
+            false if tiles || nest.outer.len() > 2 => {}
+            false => return None,
+        }
+        nest.outer.swap(0, 1);
+        for (at, outer) in nest.outer.iter_mut().enumerate() {
+            outer.kind = if at < 2 { Kind::Parallel } else { Kind::Serial };
+        }
+        Some(nest)
+    }
+}
+
+/// Value nodes of statements.
+fn work(body: &[Stmt]) -> u64 {
+    let (name, buffers, ranges) = (String::new(), Vec::new(), Vec::new());
+    Loops { name, buffers, ranges, body: body.to_vec() }.work()
+}
+
+/// What statements do with a buffer.
+#[derive(Clone, Copy, Default)]
+struct Use {
+    read: bool,
+    written: bool,
+}
+
+impl Use {
+    fn any(self) -> bool {
+        self.read || self.written
+    }
+}
+
+/// What statements do with each buffer.
+fn uses(buffers: usize, body: &[Stmt]) -> Vec<Use> {
+    fn expr(e: &Expr, uses: &mut [Use]) {
+        match e {
+            Expr::Load(buffer, place) | Expr::Pair(buffer, place) => {
+                uses[*buffer].read = true;
+                place.dynamic.iter().for_each(|e| expr(e, uses));
+            }
+            Expr::Fold(_, buffer) => uses[*buffer].read = true,
+            Expr::Index(_) | Expr::Const(..) => {}
+            Expr::Unary(_, x) | Expr::Cast(_, x) => expr(x, uses),
+            Expr::Binary(_, x, y) => [x, y].into_iter().for_each(|e| expr(e, uses)),
+            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
+                [x, y, z].into_iter().for_each(|e| expr(e, uses));
+            }
+        }
+    }
+    fn block(body: &[Stmt], uses: &mut [Use]) {
+        for stmt in body {
+            match stmt {
+                Stmt::For { body, .. } => block(body, uses),
+                Stmt::Store { buffer, place, value } => {
+                    uses[*buffer].written = true;
+                    place.dynamic.iter().for_each(|e| expr(e, uses));
+                    expr(value, uses);
+                }
+                Stmt::If { condition, then, other } => {
+                    expr(condition, uses);
+                    block(then, uses);
+                    block(other, uses);
+                }
+            }
+        }
+    }
+    let mut uses = vec![Use::default(); buffers];
+    block(body, &mut uses);
+    uses
+}
+
+/// Calls a function with every store.
+fn each_store<'a>(body: &'a [Stmt], visit: &mut dyn FnMut(BufferId, &'a Place, &'a Expr)) {
+    for stmt in body {
+        match stmt {
+            Stmt::For { body, .. } => each_store(body, visit),
+            Stmt::Store { buffer, place, value } => visit(*buffer, place, value),
+            Stmt::If { then, other, .. } => {
+                each_store(then, visit);
+                each_store(other, visit);
+            }
+        }
+    }
+}
+
+/// Whether no memory is read that is written, and data does not decide where.
+fn apart(buffers: &[Buffer], body: &[Stmt]) -> bool {
+    let memory = |b: BufferId| buffers[b].scope == Scope::Global;
+    let uses = uses(buffers.len(), body);
+    let mut apart = (0..buffers.len()).all(|b| !(memory(b) && uses[b].read && uses[b].written));
+    each_store(body, &mut |buffer, place, _| apart &= !memory(buffer) || place.dynamic.is_none());
+    apart
+}
+
+/// Whether every turn of a loop writes other memory.
+fn moves(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
+    let mut moves = true;
+    each_store(body, &mut |buffer, place, _| {
+        let memory = buffers[buffer].scope == Scope::Global;
+        moves &= !memory || place.affine.coefficient(var.into()) != 0;
+    });
+    moves
+}
+
+/// The operands of the first sum of products.
+fn operands(body: &[Stmt]) -> Option<[(BufferId, &Affine); 2]> {
+    let mut found = None;
+    each_store(body, &mut |_, _, value| {
+        if let (None, Expr::Fma(x, y, _) | Expr::Dot(x, y, _)) = (found, value) {
+            found = plain_load(x).zip(plain_load(y));
+        }
+    });
+    found.map(|(x, y)| [x, y])
+}
+
+/// The greatest number of a loop variable.
+fn most(body: &[Stmt]) -> usize {
+    let inside = |stmt: &Stmt| match stmt {
+        Stmt::For { var, body, .. } => most(body).max((*var).into()),
+        Stmt::Store { .. } => 0,
+        Stmt::If { then, other, .. } => most(then).max(most(other)),
+    };
+    body.iter().map(inside).max().unwrap_or(0)
+}
+
+/// The least divisor of a number in a range.
+fn divisor(number: usize, mut range: RangeInclusive<usize>) -> Option<usize> {
+    range.find(|&d| number.is_multiple_of(d))
+}
