@@ -29,6 +29,8 @@ use crate::rules::cost::{LEAST_CHANNELS, results_of_tile};
 const MOST_CHANNELS: usize = 900;
 /// Bytes of transformed inputs and sums at most.
 const MOST_BYTES: usize = 64 << 20;
+/// Pieces of transforms at least, where channels can be cut.
+const PIECES: usize = 8;
 /// A convolution of 3 by 3 with a step of 1.
 struct Conv {
     /// Axes of the result: the two of the image, and channels.
@@ -271,6 +273,14 @@ fn in_pairs(parent: &Lower, sizes: Sizes, [from, to]: [Memory; 2]) -> Lowering<L
     Ok(nest::store_nest(lower, vec![pair, element, half], to, at([2, 1]), value))
 }
 
+/// How many blocks channels are cut into, so that few rows of tiles make enough pieces. A block has
+/// whole cache lines.
+fn channel_blocks(rows: usize, vectors: usize) -> usize {
+    let wanted = PIECES.div_ceil(rows);
+    let fits = |blocks: &usize| vectors.is_multiple_of(*blocks) && vectors / blocks >= 2;
+    (1..=vectors).filter(fits).find(|&b| b >= wanted).or((1..=vectors).rfind(fits)).unwrap_or(1)
+}
+
 /// Loops over images and the tiles of some rows: what stands in them is made by `body` for each
 /// region of columns.
 fn over_tiles(
@@ -281,6 +291,10 @@ fn over_tiles(
     mut body: impl FnMut(&mut Lower, &Tile) -> Lowering<Vec<Stmt>>,
 ) -> Lowering<Vec<Stmt>> {
     let down = lower.var(rows.count)?;
+    let images: usize = conv.batch.iter().map(|&v| lower.extents[usize::from(v)]).product();
+    let blocks = channel_blocks(images * rows.count, vectors);
+    let block = lower.var(blocks)?;
+    let vectors = vectors / blocks;
     let mut inside = Vec::new();
     for columns in along(lower.extents[usize::from(conv.image[1])], sizes.m) {
         let across = lower.var(columns.count)?;
@@ -299,12 +313,14 @@ fn over_tiles(
             ..Affine::scaled(var.into(), sizes.m as i64)
         });
         let results = [rows.results, columns.results];
-        let channel = Affine::scaled(vector.into(), lower.target.lanes as i64).plus(lane.into(), 1);
+        let lanes = lower.target.lanes as i64;
+        let channel = Affine::scaled(vector.into(), lanes).plus(lane.into(), 1);
+        let channel = channel.plus(block.into(), lanes * vectors as i64);
         let tile = Tile { number, corner, results, channel, lane };
         let statements = body(lower, &tile)?;
         inside.extend(nest::wrap(&lower.extents, &[across, vector], statements, 0));
     }
-    let outer: Vec<Var> = conv.batch.iter().copied().chain([down]).collect();
+    let outer: Vec<Var> = conv.batch.iter().copied().chain([down, block]).collect();
     Ok(nest::wrap(&lower.extents, &outer, inside, outer.len()))
 }
 
