@@ -18,13 +18,12 @@ use crate::graph::Graph;
 use crate::graph::op::Type;
 use crate::graph::used::Span;
 use crate::loops::ir::Loops;
+use crate::loops::share::chunks;
 use crate::plan::kernels::{Launch, Program, Source};
 use crate::plan::memory::{ALIGN, Lifetime, assign};
 
-/// Work (in value nodes) below which a kernel is not worth sharing out to threads.
+/// Work below which a kernel is not worth sharing out to threads: one or two us.
 const SERIAL_WORK: u64 = 20_000;
-/// Pieces that the work of a large kernel is cut into.
-const CHUNKS: i64 = 16;
 
 fn internal(what: &str, why: impl std::fmt::Display) -> Error {
     let diagnostic = Diagnostic::new("K0801", format!("{what}: {why}"));
@@ -51,7 +50,7 @@ fn steps(
         }
         let kernel = &program.kernels[launch.kernel];
         let extent = kernel.parallel_extent() as i64;
-        let serial = kernel.work() < SERIAL_WORK;
+        let work = kernel.work();
         let place = |s: &usize| layout.places[*s].expect("every slot of a launch has a place");
         Step {
             name: launch.name.clone(),
@@ -59,7 +58,7 @@ fn steps(
             work: works.len() - 1,
             buffers: launch.slots.iter().map(place).collect(),
             extent,
-            chunks: if serial { 1 } else { CHUNKS.min(extent) },
+            chunks: if work < SERIAL_WORK { 1 } else { extent.min(chunks(work) as i64) },
         }
     };
     let steps = program.launches.iter().filter(|l| choose(l)).map(step).collect();

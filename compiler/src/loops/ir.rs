@@ -218,41 +218,43 @@ impl Loops {
         extent
     }
 
-    /// Floating point operations and other work of one run, counted roughly: one per value node.
+    /// Floating point operations and other work of one run, counted roughly.
     pub fn work(&self) -> u64 {
-        fn expr(e: &Expr) -> u64 {
-            1 + match e {
-                Expr::Load(..)
-                | Expr::Index(_)
-                | Expr::Const(..)
-                | Expr::Fold(..)
-                | Expr::Pair(..) => 0,
-                Expr::Unary(_, x) => 8 + expr(x),
-                Expr::Cast(_, x) => expr(x),
-                Expr::Binary(_, x, y) => expr(x) + expr(y),
-                Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
-                    expr(x) + expr(y) + expr(z)
-                }
-            }
-        }
-        fn block(body: &[Stmt]) -> u64 {
-            body.iter().map(stmt).fold(0, u64::saturating_add)
-        }
-        fn stmt(s: &Stmt) -> u64 {
-            match s {
-                Stmt::For { body, kind: Kind::Vector, .. } => block(body),
-                Stmt::For { extent, body, .. } => block(body).saturating_mul(*extent as u64),
-                Stmt::Store { value, .. } => expr(value),
-                Stmt::If { then, other, .. } => block(then).max(block(other)),
-            }
-        }
-        block(&self.body)
+        work(&self.buffers, &self.body)
     }
 
     /// The dtype of a value.
     pub fn dtype(&self, e: &Expr) -> DType {
         dtype(&self.buffers, e)
     }
+}
+
+/// Work of statements: one for each value node, and some for what is written to memory.
+pub fn work(buffers: &[Buffer], body: &[Stmt]) -> u64 {
+    const STORE: u64 = 16;
+    fn expr(e: &Expr) -> u64 {
+        1 + match e {
+            Expr::Load(..) | Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) | Expr::Pair(..) => {
+                0
+            }
+            Expr::Unary(_, x) => 8 + expr(x),
+            Expr::Cast(_, x) => expr(x),
+            Expr::Binary(_, x, y) => expr(x) + expr(y),
+            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
+                expr(x) + expr(y) + expr(z)
+            }
+        }
+    }
+    let of = |s: &Stmt| match s {
+        Stmt::For { body, kind: Kind::Vector, .. } => work(buffers, body),
+        Stmt::For { extent, body, .. } => work(buffers, body).saturating_mul(*extent as u64),
+        Stmt::Store { buffer, value, .. } => match buffers[*buffer].scope {
+            Scope::Global => STORE + expr(value),
+            Scope::Register => expr(value),
+        },
+        Stmt::If { then, other, .. } => work(buffers, then).max(work(buffers, other)),
+    };
+    body.iter().map(of).fold(0, u64::saturating_add)
 }
 
 /// The dtype of a value over these buffers.

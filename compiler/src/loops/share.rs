@@ -11,19 +11,29 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::contract::plain_load;
-use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Number, Place, Scope, Stmt, Var};
+use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Number, Place, Scope, Stmt, Var, work};
 use super::rewrite::substitute;
 use crate::graph::op::{Affine, BinaryFn};
 
-/// Pieces that a kernel is cut into at least, where that can be.
-const PIECES: usize = 16;
-/// Value nodes of a turn that is a piece by itself: to find the indices of a piece of several loops
+/// Pieces that a kernel of much work is cut into at least, where that can be.
+const PIECES: usize = 64;
+/// Work of a turn that is a piece by itself: to find the indices of a piece of several loops
 /// takes some divisions.
 const LEAST_WORK: u64 = 100;
 /// Blocks of rows at least, where each of them goes through all panels.
 const BLOCKS: usize = 8;
 /// Bytes of all panels at most for that: they stay in the cache of a core.
 const PANEL_BYTES: usize = 256 << 10;
+
+/// Work that makes a chunk: some 20 us where it is sums of products. A thread that is done waits no
+/// longer for another.
+const CHUNK_WORK: u64 = 300_000;
+
+/// How many chunks a kernel of that much work is cut into at least and at most, where it has the
+/// turns.
+pub fn chunks(work: u64) -> usize {
+    (work / CHUNK_WORK).clamp(16, 128) as usize
+}
 
 /// A loop around everything.
 #[derive(Clone, Copy)]
@@ -86,11 +96,13 @@ impl<'a> Nest<'a> {
     fn cut(&mut self) {
         let count = self.outer.iter().take_while(|o| o.kind == Kind::Parallel).count();
         let pieces: usize = self.outer[..count].iter().map(|o| o.extent).product();
-        if pieces >= PIECES || (count == self.outer.len() && !self.join_rest()) {
+        let all = work(self.buffers, &self.clone().wrapped());
+        let enough = chunks(all).min(PIECES);
+        if pieces >= enough || (count == self.outer.len() && !self.join_rest()) {
             return;
         }
         let next = self.outer[count].extent;
-        let wanted = PIECES.div_ceil(pieces);
+        let wanted = enough.div_ceil(pieces);
         match divisor(next, wanted..=4 * wanted) {
             Some(blocks) if blocks < next => self.split(count, blocks),
             _ if pieces > 1 && self.turn(count) < LEAST_WORK => return,
@@ -99,10 +111,10 @@ impl<'a> Nest<'a> {
         self.outer[count].kind = Kind::Parallel;
     }
 
-    /// Value nodes of one turn of a loop.
+    /// Work of one turn of a loop.
     fn turn(&self, at: usize) -> u64 {
         let inside = Nest { outer: self.outer[at + 1..].to_vec(), ..self.clone() };
-        work(&inside.wrapped())
+        work(self.buffers, &inside.wrapped())
     }
 
     /// Cuts a loop into blocks: a loop over these, and one inside of a block.
@@ -131,7 +143,8 @@ impl<'a> Nest<'a> {
         let mut registers = (0..self.buffers.len()).filter(register);
         let own = registers.all(|b| !(first[b].any() && second[b].any()));
         // The last turn is not to take much longer than others.
-        let little = work(rest).saturating_mul(4) <= work(&self.body[..1]);
+        let little =
+            work(self.buffers, rest).saturating_mul(4) <= work(self.buffers, &self.body[..1]);
         if rest.is_empty() || !little || !own || !moves(self.buffers, body, var) {
             return false;
         }
@@ -178,12 +191,6 @@ impl<'a> Nest<'a> {
         }
         Some(nest)
     }
-}
-
-/// Value nodes of statements.
-fn work(body: &[Stmt]) -> u64 {
-    let (name, buffers, ranges) = (String::new(), Vec::new(), Vec::new());
-    Loops { name, buffers, ranges, body: body.to_vec() }.work()
 }
 
 /// What statements do with a buffer.
