@@ -437,4 +437,62 @@ mod tests {
             assert_eq!(sum.into_inner(), 28);
         }
     }
+
+    #[test]
+    fn shares_are_dealt_evenly_and_taken_from_both_ends() {
+        let pool = Pool::new(3).expect("threads");
+        pool.shared.deal(8);
+        let take = |share: usize, last| pool.shared.shares[share].0.take(last);
+        assert_eq!([0, 1, 2].map(|share| take(share, false)), [Some(0), Some(2), Some(5)]);
+        assert_eq!([0, 1, 2].map(|share| take(share, true)), [Some(1), Some(4), Some(7)]);
+        assert_eq!([0, 1, 2].map(|share| take(share, false)), [None, Some(3), Some(6)]);
+        assert_eq!([0, 1, 2].map(|share| take(share, true)), [None; 3]);
+        pool.shared.deal(u32::MAX);
+        assert_eq!(take(2, true), Some(u32::MAX as usize - 1));
+        pool.shared.give_up();
+        assert_eq!(take(2, true), None);
+    }
+
+    #[test]
+    fn jobs_of_any_size_with_panics_between_them() {
+        let pool = Pool::new(4).expect("threads");
+        let mut state = 1_u32;
+        for job in 0..3_000 {
+            // xorshift32
+            for shift in [13, -17, 5_i32] {
+                state ^= if shift > 0 { state << shift } else { state >> -shift };
+            }
+            let chunks = (state % 40) as usize;
+            let bad = (job % 7 == 0 && chunks > 0).then(|| state as usize / 64 % chunks);
+            let counts: Vec<AtomicUsize> = (0..chunks).map(|_| AtomicUsize::new(0)).collect();
+            let run = || {
+                pool.run(chunks, &|chunk| {
+                    counts[chunk].fetch_add(1, Ordering::Relaxed);
+                    if Some(chunk) == bad {
+                        resume_unwind(Box::new(chunk));
+                    }
+                })
+            };
+            let panic = catch_unwind(AssertUnwindSafe(run)).err();
+            assert_eq!(panic.and_then(|p| p.downcast_ref::<usize>().copied()), bad);
+            let counts: Vec<usize> = counts.into_iter().map(AtomicUsize::into_inner).collect();
+            // Nothing runs twice; what was not begun before a panic may be left out.
+            assert!(counts.iter().all(|&count| count == 1 || bad.is_some() && count == 0));
+        }
+    }
+
+    #[test]
+    fn pools_end_at_once_whether_their_threads_wait_or_sleep() {
+        for gap in [0, 20, 500] {
+            for _ in 0..20 {
+                let pool = Pool::new(3).expect("threads");
+                pool.run(5, &|_| {});
+                thread::sleep(Duration::from_micros(gap));
+                let begin = Instant::now();
+                drop(pool);
+                assert!(begin.elapsed() < Duration::from_secs(2));
+            }
+            drop(Pool::new(3).expect("threads"));
+        }
+    }
 }

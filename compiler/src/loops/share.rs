@@ -303,3 +303,111 @@ fn most(body: &[Stmt]) -> usize {
 fn divisor(number: usize, mut range: RangeInclusive<usize>) -> Option<usize> {
     range.find(|&d| number.is_multiple_of(d))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::eval::Data;
+    use crate::loops::eval::eval;
+    use crate::loops::text::parse;
+    use crate::loops::verify::verify;
+
+    /// The extents and kinds of the loops of a kernel that has been shared out anew, and its results
+    /// are those of before.
+    fn shared(text: &str, contraction: bool) -> Vec<(usize, Kind)> {
+        let before = parse(text).expect("a kernel").remove(0);
+        let after = share(before.clone(), contraction);
+        verify(&after).expect("a kernel that keeps to its memory");
+        let numbers = |len: usize| (0..len).map(|i| ((i * 7) % 23) as f64 - 11.0).collect();
+        let memory = before.buffers.iter().filter(|b| b.scope == Scope::Global);
+        let given: Vec<Data> = memory.map(|b| Data::Float(numbers(b.len))).collect();
+        let [first, second] = [&before, &after].map(|kernel| {
+            let mut buffers = given.clone();
+            eval(kernel, &mut buffers).expect("a run");
+            buffers
+        });
+        assert_eq!(first, second);
+        let (mut outer, mut body) = (Vec::new(), &after.body[..]);
+        while let [Stmt::For { extent, kind, body: inner, .. }] = body {
+            outer.push((*extent, *kind));
+            body = inner;
+        }
+        outer
+    }
+
+    /// Tiles of 5 rows and one of 3, by panels of 4: with a loop over panels where there are some.
+    fn product(panels: usize, tiles: usize) -> String {
+        let (rows, columns) = (5 * tiles + 3, 4 * panels);
+        let tile = |register: usize, height: usize, [from, to]: [String; 2]| {
+            format!(
+                "unroll i2 in {height} {{ vector i3 in 4 {{ b{register}[4*i2 + i3] = 0.0:f32 }} }}
+                for i4 in 40 {{ unroll i2 in {height} {{ vector i3 in 4 {{
+                  b{register}[4*i2 + i3] = fma(b0[40*i2 + i4 + {from}],
+                    b1[160*i0 + 4*i4 + i3], b{register}[4*i2 + i3])
+                }} }} }}
+                unroll i2 in {height} {{ vector i3 in 4 {{
+                  b2[4*i0 + {columns}*i2 + i3 + {to}] = b{register}[4*i2 + i3]
+                }} }}"
+            )
+        };
+        let whole = tile(3, 5, ["200*i1".into(), format!("{}*i1", 5 * columns)]);
+        let [from, to] = [40, columns].map(|row| (5 * tiles * row).to_string());
+        let rest = tile(4, 3, [from, to]);
+        format!(
+            "kernel \"product\" {{
+              b0 : f32[{}] arg 0
+              b1 : f32[{}] arg 1
+              b2 : f32[{}] out
+              b3 : f32[20] register
+              b4 : f32[12] register
+              parallel i0 in {panels} {{ for i1 in {tiles} {{ {whole} }} {rest} }}
+            }}",
+            40 * rows,
+            40 * columns,
+            rows * columns
+        )
+    }
+
+    #[test]
+    fn what_is_left_of_an_axis_is_part_of_the_last_turn() {
+        use Kind::{Parallel, Serial};
+        // One panel: the rows are all that there is to share out.
+        let outer = shared(&product(1, 48), false);
+        assert_eq!(outer, [(1, Parallel), (16, Parallel), (3, Serial)]);
+        // 47 has no divisors, so every turn is a piece.
+        assert_eq!(shared(&product(2, 47), false), [(2, Parallel), (47, Parallel)]);
+        // There are enough panels, and nothing changes.
+        assert_eq!(shared(&product(16, 3), false), [(16, Parallel)]);
+    }
+
+    #[test]
+    fn blocks_of_rows_go_through_all_panels() {
+        use Kind::{Parallel, Serial};
+        let outer = shared(&product(4, 48), true);
+        assert_eq!(outer, [(8, Parallel), (4, Parallel), (6, Serial)]);
+        // More weights than rows: those are shared out.
+        assert_eq!(shared(&product(32, 3), true), [(32, Parallel)]);
+    }
+
+    #[test]
+    fn turns_that_hang_on_one_another_stay_in_order() {
+        let long = |store: &str| {
+            format!(
+                "kernel \"k\" {{
+                  b0 : f32[4096] arg 0
+                  b1 : f32[4096] out
+                  for i0 in 64 {{ for i1 in 64 {{ {store} }} }}
+                }}"
+            )
+        };
+        let blocks = shared(&long("b1[64*i0 + i1] = tanh(b0[64*i0 + i1])"), false);
+        assert_eq!(blocks[0], (16, Kind::Parallel));
+        for store in ["b1[i1] = b0[64*i0 + i1]", "b1[64*i0 + i1] = add(b0[i0], b1[i1])"] {
+            let outer = shared(&long(store), false);
+            assert!(outer.iter().all(|o| o.1 == Kind::Serial), "{store}: {outer:?}");
+        }
+        let scattered = "b1[0 + i64(index(i0))] = b0[64*i0 + i1]";
+        let kernel = parse(&long(scattered)).expect("a kernel").remove(0);
+        assert_eq!(share(kernel.clone(), false), kernel);
+    }
+}
