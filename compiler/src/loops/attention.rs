@@ -212,8 +212,10 @@ fn softmax(
 ) -> Lowering<Vec<Stmt>> {
     let whole: (&[usize], _) = (&[keys], &[None][..]);
     let mut body = nest::reduce_pass(lower, parts.most, row, whole, None)?;
+    body.extend(nest::row_cells(lower, row)?);
     let keep = Some((parts.powers, *buffer, start.clone()));
     body.extend(nest::reduce_pass(lower, parts.sum, row, whole, keep)?);
+    body.extend(nest::row_cells(lower, row)?);
     let key = lower.var(keys)?;
     let mut index = row.to_vec();
     index.push(Place::affine(Affine::axis(key as usize)));

@@ -62,12 +62,18 @@ pub(super) fn add_zero(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     (number(egraph, c)? == 0.0 && keeps_shape(egraph, x, c)).then_some(x)
 }
 
-pub(super) fn square(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+pub(super) fn small_power(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let (x, c) = with_constant(egraph, node, BinaryFn::Pow)?;
-    if number(egraph, c)? != 2.0 || !keeps_shape(egraph, x, c) {
+    let times = [2.0, 3.0, 4.0].iter().position(|&p| number(egraph, c) == Some(p))?;
+    if !keeps_shape(egraph, x, c) {
         return None;
     }
-    Some(add(egraph, Op::Binary(BinaryFn::Mul), &[x, x]))
+    let square = add(egraph, Op::Binary(BinaryFn::Mul), &[x, x]);
+    Some(match times {
+        0 => square,
+        1 => add(egraph, Op::Binary(BinaryFn::Mul), &[square, x]),
+        _ => add(egraph, Op::Binary(BinaryFn::Mul), &[square, square]),
+    })
 }
 
 /// Whether a class is a constant of the model. Rules that make constants take only such ones:

@@ -127,8 +127,8 @@ impl Random {
         let shape = self.shape(x);
         let f = [BinaryFn::Mul, BinaryFn::Mul, BinaryFn::Add, BinaryFn::Sub][self.rng.below(4)];
         if self.rng.below(3) == 0 {
-            let number = self.rng.below(3) as f64;
-            let f = if number == 2.0 { BinaryFn::Pow } else { f };
+            let number = self.rng.below(4) as f64;
+            let f = if number >= 2.0 { BinaryFn::Pow } else { f };
             return self.graph.binary_number(f, x, number, &"number".into());
         }
         let mut along = vec![1; shape.len()];

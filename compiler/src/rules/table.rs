@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 
 use super::algebra::{
     add_zero, bounds_meet, constants_meet, neutral_number, scale_into_contract, scale_past_shift,
-    square,
+    small_power,
 };
 use super::contract::{
     contract_absorbs_expand, contract_absorbs_join, contract_absorbs_permute,
@@ -109,8 +109,8 @@ pub static RULES: &[Rule] = rules! {
     "neutral-number" Exact neutral_number;
     // x + 0 = x (the sign of a zero may differ)
     "add-zero" Reassociating add_zero;
-    // x^2 = x * x
-    "square" Reassociating square;
+    // x^2 = x * x, x^3 = x^2 * x, x^4 = x^2 * x^2
+    "small-power" Reassociating small_power;
     // (x + c) + d = x + (c + d), and products alike
     "constants-meet" Reassociating constants_meet;
     // max(max(x, c), d) = max(x, max(c, d)), and minima alike

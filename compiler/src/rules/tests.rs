@@ -42,7 +42,10 @@ fn grow(graph: &mut Graph, random: &mut Random, values: &[NodeId]) -> Option<Nod
     let shape = graph.ty(x).shape.to_vec();
     let rank = shape.len();
     match random.below(19) {
-        0 if random.below(3) == 0 => graph.binary_number(BinaryFn::Pow, x, 2.0, &o).ok(),
+        0 if random.below(3) == 0 => {
+            let power = 2.0 + random.below(3) as f64;
+            graph.binary_number(BinaryFn::Pow, x, power, &o).ok()
+        }
         0 => graph.unary(UnaryFn::Neg, x, &o).ok(),
         1 => graph.binary_number(BinaryFn::Max, x, 0.0, &o).ok(),
         2 | 3 => {

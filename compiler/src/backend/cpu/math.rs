@@ -67,13 +67,6 @@ impl<M: Machine> Calc<'_, M> {
         let above = self.op(BinaryFn::Lt, &bound, &x)?;
         self.machine.select(self.dtype, &above, &bound, &x)
     }
-
-    /// 2^n of an integral f32 n in -126..=127.
-    fn pow2(&mut self, n: &V<M>) -> Emitted<V<M>> {
-        // Adding 1.5 * 2^23 puts an integer into the low bits.
-        let shifted = self.opc(BinaryFn::Add, n, 12_582_912.0 + 127.0)?;
-        self.machine.shift(&shifted, 23)
-    }
 }
 
 /// f(x), by the machine or by a polynomial.
@@ -107,13 +100,19 @@ pub fn unary<M: Machine>(
     }
 }
 
-/// e^x within 1 ulp: 2^n times a polynomial of degree 6 on |r| <= ln 2 / 2.
-fn exp<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
-    let x = calc.clamp(x, -104.0, 89.0)?;
-    let n = calc.opc(BinaryFn::Mul, &x, std::f64::consts::LOG2_E)?;
-    let n = calc.un(UnaryFn::Round, &n)?;
+/// Adding 1.5 * 2^23 rounds a small f32 to an integer, and leaves that in its low bits.
+const ROUNDS: f64 = 12_582_912.0;
+/// What the exponent of 2^0 is stored as.
+const BIAS: f64 = 127.0;
+
+/// e^x = p * 2^n: p by a polynomial of degree 6 on |r| <= ln 2 / 2, and an f32 that holds n + bias in
+/// its low bits.
+fn exp_parts<M: Machine>(calc: &mut Calc<M>, x: &V<M>, bias: f64) -> Emitted<[V<M>; 2]> {
+    let (log2, rounds) = (calc.c(std::f64::consts::LOG2_E)?, calc.c(ROUNDS + bias)?);
+    let held = calc.fma(x, &log2, &rounds)?;
+    let n = calc.op(BinaryFn::Sub, &held, &rounds)?;
     let (high, low) = (calc.c(-0.693145751953125)?, calc.c(-1.428606765330187e-6)?);
-    let r = calc.fma(&n, &high, &x)?;
+    let r = calc.fma(&n, &high, x)?;
     let r = calc.fma(&n, &low, &r)?;
     let p = calc.poly(
         &r,
@@ -122,13 +121,27 @@ fn exp<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
     let square = calc.op(BinaryFn::Mul, &r, &r)?;
     let p = calc.fma(&p, &square, &r)?;
     let p = calc.opc(BinaryFn::Add, &p, 1.0)?;
+    Ok([p, held])
+}
+
+/// e^x within 1 ulp.
+fn exp<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    let x = calc.opc(BinaryFn::Max, x, -104.0)?;
+    let x = calc.opc(BinaryFn::Min, &x, 89.0)?;
     // In two steps: 2^n itself may lie outside of the normal numbers.
-    let half = calc.opc(BinaryFn::Mul, &n, 0.5)?;
-    let half = calc.un(UnaryFn::Floor, &half)?;
-    let rest = calc.op(BinaryFn::Sub, &n, &half)?;
-    let (a, b) = (calc.pow2(&half)?, calc.pow2(&rest)?);
+    let [p, held] = exp_parts(calc, &x, 2.0 * BIAS)?;
+    let half = calc.machine.shift(&held, -1)?;
+    let rest = calc.machine.bits(Bits::Sub, &held, &half)?;
+    let (a, b) = (calc.machine.shift(&half, 23)?, calc.machine.shift(&rest, 23)?);
     let p = calc.op(BinaryFn::Mul, &p, &a)?;
     calc.op(BinaryFn::Mul, &p, &b)
+}
+
+/// e^x within 1 ulp, for x in -87..=88.
+fn exp_inside<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    let [p, held] = exp_parts(calc, x, BIAS)?;
+    let power = calc.machine.shift(&held, 23)?;
+    calc.op(BinaryFn::Mul, &p, &power)
 }
 
 /// Natural logarithm: exponent and a polynomial on the mantissa in sqrt(1/2)..sqrt(2), after
@@ -204,9 +217,9 @@ fn tanh<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
     let p = calc.op(BinaryFn::Mul, &p, &square)?;
     let small = calc.fma(&p, x, x)?;
     let magnitude = calc.un(UnaryFn::Abs, x)?;
-    let bounded = calc.clamp(&magnitude, 0.0, 20.0)?;
+    let bounded = calc.opc(BinaryFn::Min, &magnitude, 20.0)?;
     let twice = calc.op(BinaryFn::Add, &bounded, &bounded)?;
-    let e = exp(calc, &twice)?;
+    let e = exp_inside(calc, &twice)?;
     let e = calc.opc(BinaryFn::Add, &e, 1.0)?;
     let two = calc.c(-2.0)?;
     let q = calc.op(BinaryFn::Div, &two, &e)?;
@@ -221,7 +234,9 @@ fn copy_sign<M: Machine>(calc: &mut Calc<M>, x: &V<M>, sign: &V<M>) -> Emitted<V
     calc.machine.bits(Bits::Or, x, &sign)
 }
 
-/// erf x within 2 ulp: polynomials on two ranges, after Juffa's `erff`.
+/// erf x within 2 ulp, on two ranges after Juffa's `erff`: a polynomial in x^2, and 1 - 2^y where y
+/// is one in x. His exponent is that of e; here its coefficients are times log2 e. 2^y is 2^n times
+/// a minimax polynomial of 2^r, relative error 7.5e-8, of which 1 - 2^y keeps a quarter.
 fn erf<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
     let magnitude = calc.un(UnaryFn::Abs, x)?;
     let square = calc.op(BinaryFn::Mul, x, x)?;
@@ -237,24 +252,38 @@ fn erf<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
         ],
     )?;
     let small = calc.fma(&p, x, x)?;
-    let t = calc.clamp(&magnitude, 0.0, 3.925)?;
-    let p = calc.poly(
+    let t = calc.opc(BinaryFn::Min, &magnitude, 3.925)?;
+    let y = calc.poly(
         &t,
         &[
-            1.72948930e-5,
-            -3.83208680e-4,
-            3.88393435e-3,
-            -2.42545605e-2,
-            1.06777847e-1,
-            6.34846687e-1,
-            1.28717512e-1,
+            -2.495125636e-5,
+            5.528532623e-4,
+            -5.603332826e-3,
+            3.499193415e-2,
+            -1.540478703e-1,
+            -9.158901671e-1,
+            -1.628395157,
         ],
     )?;
-    let p = calc.fma(&p, &t, &t)?;
-    let p = calc.un(UnaryFn::Neg, &p)?;
-    let e = exp(calc, &p)?;
-    let one = calc.c(1.0)?;
-    let large = calc.op(BinaryFn::Sub, &one, &e)?;
+    let y = calc.op(BinaryFn::Mul, &y, &t)?;
+    let rounds = calc.c(ROUNDS + BIAS)?;
+    let held = calc.op(BinaryFn::Add, &y, &rounds)?;
+    let n = calc.op(BinaryFn::Sub, &held, &rounds)?;
+    let r = calc.op(BinaryFn::Sub, &y, &n)?;
+    // -2^r
+    let p = calc.poly(
+        &r,
+        &[
+            -1.327647074e-3,
+            -9.675541907e-3,
+            -5.550713282e-2,
+            -2.402211971e-1,
+            -6.931469671e-1,
+            -1.000000072,
+        ],
+    )?;
+    let (power, one) = (calc.machine.shift(&held, 23)?, calc.c(1.0)?);
+    let large = calc.fma(&p, &power, &one)?;
     let large = copy_sign(calc, &large, x)?;
     calc.less(&magnitude, 0.921875, &small, &large)
 }
