@@ -22,9 +22,6 @@ use crate::loops::share::chunks;
 use crate::plan::kernels::{Launch, Program, Source};
 use crate::plan::memory::{ALIGN, Lifetime, assign};
 
-/// Work below which a kernel is not worth sharing out to threads: one or two us.
-const SERIAL_WORK: u64 = 20_000;
-
 fn internal(what: &str, why: impl std::fmt::Display) -> Error {
     let diagnostic = Diagnostic::new("K0801", format!("{what}: {why}"));
     Error::new(ErrorKind::Incompatible, diagnostic)
@@ -50,7 +47,6 @@ fn steps(
         }
         let kernel = &program.kernels[launch.kernel];
         let extent = kernel.parallel_extent() as i64;
-        let work = kernel.work();
         let place = |s: &usize| layout.places[*s].expect("every slot of a launch has a place");
         Step {
             name: launch.name.clone(),
@@ -58,7 +54,7 @@ fn steps(
             work: works.len() - 1,
             buffers: launch.slots.iter().map(place).collect(),
             extent,
-            chunks: if work < SERIAL_WORK { 1 } else { extent.min(chunks(work) as i64) },
+            chunks: extent.min(chunks(kernel.work()) as i64),
         }
     };
     let steps = program.launches.iter().filter(|l| choose(l)).map(step).collect();

@@ -74,9 +74,9 @@ struct Shared {
     stop: AtomicBool,
 }
 
-// SAFETY: `post.job` is the only part that is not `Sync` by itself. It is written by the one caller that
-// holds `Pool::busy`, while the gate is closed and no worker is inside, and read by workers that
-// are inside; entering and leaving the gate orders these.
+// SAFETY: `post.job` is the only part that is not `Sync` by itself. It is written by the one caller
+// that holds `Pool::busy`, while the gate is closed and no worker is inside, and read by workers
+// that are inside; entering and leaving the gate orders these.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; the pointer inside is used only while the caller waits in `Pool::run`.
 unsafe impl Send for Shared {}

@@ -29,10 +29,15 @@ const PANEL_BYTES: usize = 256 << 10;
 /// longer for another.
 const CHUNK_WORK: u64 = 300_000;
 
-/// How many chunks a kernel of that much work is cut into at least and at most, where it has the
-/// turns.
+/// Work below which a kernel is not worth sharing out: one or two us.
+const SERIAL_WORK: u64 = 20_000;
+
+/// How many chunks a kernel of that much work is cut into at most.
 pub fn chunks(work: u64) -> usize {
-    (work / CHUNK_WORK).clamp(16, 128) as usize
+    match work {
+        0..SERIAL_WORK => 1,
+        work => (work / CHUNK_WORK).clamp(16, 128) as usize,
+    }
 }
 
 /// A loop around everything.
@@ -57,6 +62,9 @@ struct Nest<'a> {
 /// through blocks of rows first, where their panels fit into a cache: the kernels before and after
 /// are cut along rows as well.
 pub fn share(kernel: Loops, contraction: bool) -> Loops {
+    if chunks(kernel.work()) == 1 {
+        return kernel;
+    }
     let Some(mut nest) = Nest::of(&kernel) else { return kernel };
     if contraction && let Some(rows_first) = nest.rows_first() {
         nest = rows_first;
@@ -312,8 +320,8 @@ mod tests {
     use crate::loops::text::parse;
     use crate::loops::verify::verify;
 
-    /// The extents and kinds of the loops of a kernel that has been shared out anew, and its results
-    /// are those of before.
+    /// The extents and kinds of the loops of a kernel that has been shared out anew. Its results are
+    /// those of before.
     fn shared(text: &str, contraction: bool) -> Vec<(usize, Kind)> {
         let before = parse(text).expect("a kernel").remove(0);
         let after = share(before.clone(), contraction);
