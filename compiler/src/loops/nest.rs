@@ -224,8 +224,13 @@ pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
         return scalar(body);
     };
     let index = Affine::scaled(step as usize, lanes as i64).plus(lane as usize, 1);
-    let wide = in_lanes(lower, &body, var, lane, &index);
-    let mut out = vec![Stmt::For { var: step, extent: steps, kind: Kind::Serial, body: wide }];
+    let mut out = match several(lower, &body, var, (steps, lane)) {
+        Some(out) => out,
+        None => {
+            let body = in_lanes(lower, &body, var, lane, &index);
+            vec![Stmt::For { var: step, extent: steps, kind: Kind::Serial, body }]
+        }
+    };
     let again = lower.span(var).is_none() && !reads_what_it_stores(lower, &body);
     if rest > 0 && again {
         // The last vector ends where the axis does and stores some elements a second time.
@@ -237,6 +242,60 @@ pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
         out.push(Stmt::For { var: tail, extent: rest, kind: Kind::Serial, body });
     }
     out
+}
+
+/// Vectors that are computed side by side where each takes long, in steps and what is left.
+const COPIES: usize = 4;
+
+/// Those, where the body only stores, and computes functions that are long chains.
+fn several(
+    lower: &mut Lower,
+    body: &[Stmt],
+    var: Var,
+    (steps, lane): (usize, Var),
+) -> Option<Vec<Stmt>> {
+    let long = body.iter().all(|s| matches!(s, Stmt::Store { value, .. } if is_long(value)));
+    let (main, left) = (steps / COPIES, steps % COPIES);
+    if !long || main < 2 || lower.span(var).is_some() {
+        return None;
+    }
+    let lanes = lower.target.lanes as i64;
+    let (turn, copy, last) =
+        (lower.var(main).ok()?, lower.var(COPIES).ok()?, lower.var(left.max(1)).ok()?);
+    let index = Affine::scaled(turn as usize, COPIES as i64 * lanes)
+        .plus(copy as usize, lanes)
+        .plus(lane as usize, 1);
+    let inside = in_lanes(lower, body, var, lane, &index);
+    let copies = Stmt::For { var: copy, extent: COPIES, kind: Kind::Unroll, body: inside };
+    let mut out = vec![Stmt::For { var: turn, extent: main, kind: Kind::Serial, body: vec![copies] }];
+    if left > 0 {
+        let offset = (main * COPIES) as i64 * lanes;
+        let index = Affine { offset, ..Affine::scaled(last as usize, lanes) };
+        let body = in_lanes(lower, body, var, lane, &index.plus(lane as usize, 1));
+        out.push(Stmt::For { var: last, extent: left, kind: Kind::Serial, body });
+    }
+    Some(out)
+}
+
+/// Whether a value takes a function that is computed by a polynomial.
+fn is_long(e: &Expr) -> bool {
+    match e {
+        Expr::Unary(
+            UnaryFn::Exp
+            | UnaryFn::Log
+            | UnaryFn::Tanh
+            | UnaryFn::Erf
+            | UnaryFn::Sin
+            | UnaryFn::Cos,
+            _,
+        ) => true,
+        Expr::Unary(_, x) | Expr::Cast(_, x) => is_long(x),
+        Expr::Binary(_, x, y) => is_long(x) || is_long(y),
+        Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
+            [x, y, z].into_iter().any(|e| is_long(e))
+        }
+        Expr::Load(..) | Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) | Expr::Pair(..) => false,
+    }
 }
 
 /// The nest of statements over the axes of the result.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::math;
+use super::{invariant, math};
 use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{
     BufferId, Count, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var,
@@ -61,6 +61,11 @@ pub trait Machine {
         extent: usize,
         carried: &[Self::Value],
     ) -> (Self::Int, Vec<Self::Value>);
+    /// Starts one of several copies of the same steps, none of which hangs on what another one
+    /// stores to memory: they may be done in turns.
+    fn copy_begins(&mut self) {}
+    /// Ends the last one.
+    fn copies_end(&mut self) {}
     /// A number of turns that the run decides, at most `extent`; `dims` has the lengths of dims.
     fn count(&mut self, dims: BufferId, count: Count, extent: usize) -> Emitted<Self::Value>;
     /// Starts a loop from one count (or 0) to another, which may be no turn at all.
@@ -178,9 +183,19 @@ struct Emit<'a, M: Machine> {
     /// Values of register buffers: by buffer and first element, with whether they are wide.
     cells: HashMap<(BufferId, i64), (M::Value, bool)>,
     loads: HashMap<LoadKey, M::Value>,
-    /// Values of shared expressions, and whether they hang on memory that is written.
-    known: HashMap<*const Expr, (M::Value, bool)>,
+    /// Values of shared expressions, and what they hang on.
+    known: HashMap<*const Expr, (M::Value, Hangs)>,
+    /// Values that were computed before a loop for all of its turns, by whether they are wide.
+    fixed: HashMap<(*const Expr, bool), (M::Value, Hangs)>,
     written: Vec<bool>,
+}
+
+/// The buffers that a value hangs on and that the kernel writes, a bit for each; the last bit is
+/// for all that have none of their own.
+type Hangs = u64;
+
+fn bit(buffer: BufferId) -> Hangs {
+    1 << buffer.min(63)
 }
 
 /// Emits a kernel.
@@ -195,6 +210,7 @@ pub fn emit<M: Machine>(loops: &Loops, machine: &mut M) -> Emitted<()> {
         cells: HashMap::new(),
         loads: HashMap::new(),
         known: HashMap::new(),
+        fixed: HashMap::new(),
         written,
     };
     let mut outer = Vec::new();
@@ -276,10 +292,17 @@ impl<M: Machine> Emit<'_, M> {
                     Ok(())
                 }
                 Kind::Unroll => {
+                    let apart = *extent > 1 && invariant::copies_are_apart(self.loops, body);
                     for turn in 0..*extent {
                         self.known.clear();
+                        if apart {
+                            self.machine.copy_begins();
+                        }
                         self.vars.insert(*var, Bound::Number(turn as i64));
                         self.block(body)?;
+                    }
+                    if apart {
+                        self.machine.copies_end();
                     }
                     self.known.clear();
                     Ok(())
@@ -315,6 +338,7 @@ impl<M: Machine> Emit<'_, M> {
         let mut carried: Vec<(BufferId, i64)> =
             self.cells.keys().copied().filter(|k| assigned[k.0]).collect();
         carried.sort_unstable();
+        let fixed = self.fix(body, &assigned)?;
         let before: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
         let (int, inside) = match self.loops.range(var) {
             None => self.machine.loop_begin(extent, &before),
@@ -332,7 +356,31 @@ impl<M: Machine> Emit<'_, M> {
         let after = self.machine.loop_end(&next);
         self.set_cells(&carried, after);
         self.forget();
+        fixed.iter().for_each(|key| {
+            self.fixed.remove(key);
+        });
         Ok(())
+    }
+
+    /// Computes what does not change in a loop that assigns to some buffers, before it begins.
+    fn fix(&mut self, body: &[Stmt], assigned: &[bool]) -> Emitted<Vec<(*const Expr, bool)>> {
+        let settled = |buffer: BufferId, at: i64| {
+            !assigned[buffer] && self.cells.get(&(buffer, at)).is_some_and(|cell| !cell.1)
+        };
+        let mut keys = Vec::new();
+        for (e, wide) in invariant::find(self.loops, body, &settled) {
+            let key = (Arc::as_ptr(&e), wide);
+            if self.fixed.contains_key(&key) {
+                continue;
+            }
+            let (mut value, hangs) = self.shared(&e)?;
+            if wide {
+                value = self.machine.splat(&value)?;
+            }
+            self.fixed.insert(key, (value, hangs));
+            keys.push(key);
+        }
+        Ok(keys)
     }
 
     /// A number of turns that the run decides, at most `extent`.
@@ -400,19 +448,21 @@ impl<M: Machine> Emit<'_, M> {
         if b.scope == Scope::Register {
             let key = (buffer, self.resolve(&place.affine).0.offset);
             self.cells.insert(key, (result, self.lane.is_some()));
-            self.known.retain(|_, v| !v.1);
+            self.known.retain(|_, v| v.1 & bit(buffer) == 0);
             return Ok(());
         }
         let dtype = b.dtype;
         let address = self.address(buffer, place)?;
         self.machine.store(dtype, &address, &result)?;
         self.loads.retain(|k, _| k.0 != buffer);
-        self.known.retain(|_, v| !v.1);
+        self.known.retain(|_, v| v.1 & bit(buffer) == 0);
         Ok(())
     }
 
-    fn shared(&mut self, e: &Arc<Expr>) -> Emitted<(M::Value, bool)> {
-        if let Some(known) = self.known.get(&Arc::as_ptr(e)) {
+    fn shared(&mut self, e: &Arc<Expr>) -> Emitted<(M::Value, Hangs)> {
+        let known = self.known.get(&Arc::as_ptr(e));
+        let fixed = || self.fixed.get(&(Arc::as_ptr(e), self.lane.is_some()));
+        if let Some(known) = known.or_else(fixed) {
             return Ok(known.clone());
         }
         let value = self.expr(e)?;
@@ -420,24 +470,29 @@ impl<M: Machine> Emit<'_, M> {
         Ok(value)
     }
 
-    /// Three values, and whether any hangs on memory or registers that the kernel writes.
-    fn three(&mut self, e: [&Arc<Expr>; 3]) -> Emitted<([M::Value; 3], bool)> {
+    /// Three values, and what they hang on.
+    fn three(&mut self, e: [&Arc<Expr>; 3]) -> Emitted<([M::Value; 3], Hangs)> {
         let [(x, a), (y, b), (z, c)] = [self.shared(e[0])?, self.shared(e[1])?, self.shared(e[2])?];
-        Ok(([x, y, z], a || b || c))
+        Ok(([x, y, z], a | b | c))
     }
 
-    /// The value and whether it hangs on memory or registers that the kernel writes.
-    fn expr(&mut self, e: &Expr) -> Emitted<(M::Value, bool)> {
+    /// What a value that is read from a buffer hangs on.
+    fn hangs(&self, buffer: BufferId) -> Hangs {
+        if self.written[buffer] { bit(buffer) } else { 0 }
+    }
+
+    /// The value and what it hangs on.
+    fn expr(&mut self, e: &Expr) -> Emitted<(M::Value, Hangs)> {
         let wide = self.lane.is_some();
         let dtype = |x: &Expr| compute_dtype(self.loops.dtype(x));
         Ok(match e {
             Expr::Load(buffer, place) => {
                 let dtype = self.loops.buffers[*buffer].dtype;
-                (self.load(*buffer, place, dtype)?, self.written[*buffer])
+                (self.load(*buffer, place, dtype)?, self.hangs(*buffer))
             }
             // Two i16 side by side are the bytes of an i32.
             Expr::Pair(buffer, place) => {
-                (self.load(*buffer, place, DType::I32)?, self.written[*buffer])
+                (self.load(*buffer, place, DType::I32)?, self.hangs(*buffer))
             }
             Expr::Dot(x, y, z) => {
                 let ([x, y, z], hangs) = self.three([x, y, z])?;
@@ -446,10 +501,10 @@ impl<M: Machine> Emit<'_, M> {
             Expr::Index(index) => {
                 let (index, _) = self.resolve(index);
                 let terms = self.terms(&index, 1);
-                (self.machine.index(&terms, index.offset)?, false)
+                (self.machine.index(&terms, index.offset)?, 0)
             }
             Expr::Const(dtype, number) => {
-                (self.machine.number(compute_dtype(*dtype), *number, wide)?, false)
+                (self.machine.number(compute_dtype(*dtype), *number, wide)?, 0)
             }
             Expr::Unary(f, x) => {
                 let t = dtype(x);
@@ -464,13 +519,19 @@ impl<M: Machine> Emit<'_, M> {
                 };
                 let (x, a) = self.shared(x)?;
                 let (y, b) = self.shared(y)?;
-                (math::pow(self.machine, t, &x, &y, exponent)?, a || b)
+                (math::pow(self.machine, t, &x, &y, exponent)?, a | b)
+            }
+            Expr::Binary(BinaryFn::Add, x, y) if let Some((f, of)) = math::beside_one(x, y)
+                && dtype(x) == DType::F32 =>
+            {
+                let (of, hangs) = self.shared(of)?;
+                (math::one_and(self.machine, f, &of, wide)?, hangs)
             }
             Expr::Binary(f, x, y) => {
                 let t = dtype(x);
                 let (x, a) = self.shared(x)?;
                 let (y, b) = self.shared(y)?;
-                (self.machine.binary(*f, t, &x, &y)?, a || b)
+                (self.machine.binary(*f, t, &x, &y)?, a | b)
             }
             Expr::Select(c, x, y) => {
                 let t = dtype(x);
@@ -492,7 +553,7 @@ impl<M: Machine> Emit<'_, M> {
                     self.cells.keys().copied().filter(|k| k.0 == *buffer).collect();
                 keys.sort_unstable();
                 let values: Vec<M::Value> = keys.iter().map(|k| self.cells[k].0.clone()).collect();
-                (self.machine.fold(*f, &values)?, true)
+                (self.machine.fold(*f, &values)?, bit(*buffer))
             }
         })
     }

@@ -1,12 +1,14 @@
 //! Functions that no instruction computes, as polynomials over any [`Machine`]. Bounds are tested
 //! against f64 (`tests` below and in the suite).
 
+use std::sync::Arc;
+
 use kiln_runtime::tensor::DType;
 
 use super::emit::{Bits, Emitted, Machine, Unsupported};
 use super::math64::{self, exp64, log64};
 use crate::graph::op::{BinaryFn, UnaryFn};
-use crate::loops::ir::Number;
+use crate::loops::ir::{Expr, Number};
 
 /// Arithmetic on values of one dtype and width.
 pub(super) struct Calc<'a, M: Machine> {
@@ -67,13 +69,6 @@ impl<M: Machine> Calc<'_, M> {
         let above = self.op(BinaryFn::Lt, &bound, &x)?;
         self.machine.select(self.dtype, &above, &bound, &x)
     }
-
-    /// 2^n of an integral f32 n in -126..=127.
-    fn pow2(&mut self, n: &V<M>) -> Emitted<V<M>> {
-        // Adding 1.5 * 2^23 puts an integer into the low bits.
-        let shifted = self.opc(BinaryFn::Add, n, 12_582_912.0 + 127.0)?;
-        self.machine.shift(&shifted, 23)
-    }
 }
 
 /// f(x), by the machine or by a polynomial.
@@ -107,29 +102,92 @@ pub fn unary<M: Machine>(
     }
 }
 
-/// e^x within 1 ulp: 2^n times a polynomial of degree 6 on |r| <= ln 2 / 2.
+/// Integers of some bits less are the low bits of a float of this size.
+const INTEGRAL: f64 = 12_582_912.0;
+
+/// e^x within 1 ulp: 2^n times a polynomial of degree 6 on |r| <= ln 2 / 2; 0 where the result is
+/// less than 2^-125.
 fn exp<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
-    let x = calc.clamp(x, -104.0, 89.0)?;
-    let n = calc.opc(BinaryFn::Mul, &x, std::f64::consts::LOG2_E)?;
-    let n = calc.un(UnaryFn::Round, &n)?;
+    // Within the bounds 2^(n-1) is a normal number or, for the least n, 0; at the upper one the
+    // product is infinite.
+    let x = calc.opc(BinaryFn::Max, x, -87.2)?;
+    let x = calc.opc(BinaryFn::Min, &x, 88.9)?;
+    let (log2_e, zero) = (calc.c(std::f64::consts::LOG2_E)?, calc.c(INTEGRAL + 126.0)?);
+    let shifted = calc.fma(&x, &log2_e, &zero)?;
+    let n = calc.op(BinaryFn::Sub, &shifted, &zero)?;
     let (high, low) = (calc.c(-0.693145751953125)?, calc.c(-1.428606765330187e-6)?);
     let r = calc.fma(&n, &high, &x)?;
     let r = calc.fma(&n, &low, &r)?;
-    let p = calc.poly(
-        &r,
-        &[1.3814396225e-3, 8.3687780425e-3, 4.1668396443e-2, 1.6666519642e-1, 4.9999994040e-1],
-    )?;
-    let square = calc.op(BinaryFn::Mul, &r, &r)?;
-    let p = calc.fma(&p, &square, &r)?;
-    let p = calc.opc(BinaryFn::Add, &p, 1.0)?;
-    // In two steps: 2^n itself may lie outside of the normal numbers.
-    let half = calc.opc(BinaryFn::Mul, &n, 0.5)?;
-    let half = calc.un(UnaryFn::Floor, &half)?;
-    let rest = calc.op(BinaryFn::Sub, &n, &half)?;
-    let (a, b) = (calc.pow2(&half)?, calc.pow2(&rest)?);
-    let p = calc.op(BinaryFn::Mul, &p, &a)?;
-    calc.op(BinaryFn::Mul, &p, &b)
+    let twice = [
+        1.3814396225e-3,
+        8.3687780425e-3,
+        4.1668396443e-2,
+        1.6666519642e-1,
+        4.9999994040e-1,
+        1.0,
+        1.0,
+    ]
+    .map(|c| 2.0 * c);
+    let p = calc.poly(&r, &twice)?;
+    let power = calc.machine.shift(&shifted, 23)?;
+    calc.op(BinaryFn::Mul, &p, &power)
 }
+
+/// The function and its argument where a sum is 1 and erf or tanh.
+pub fn beside_one<'a>(x: &'a Expr, y: &'a Expr) -> Option<(UnaryFn, &'a Arc<Expr>)> {
+    let one = |e: &Expr| matches!(e, Expr::Const(_, Number::Float(v)) if *v == 1.0);
+    match (x, y) {
+        (Expr::Unary(f @ (UnaryFn::Erf | UnaryFn::Tanh), of), other)
+        | (other, Expr::Unary(f @ (UnaryFn::Erf | UnaryFn::Tanh), of))
+            if one(other) =>
+        {
+            Some((*f, of))
+        }
+        _ => None,
+    }
+}
+
+/// 1 + erf x or 1 + tanh x, within 2e-7: 2 / (1 + e^-w), where w is 2 x or, for erf, x times a
+/// polynomial of x^2.
+pub fn one_and<M: Machine>(
+    machine: &mut M,
+    f: UnaryFn,
+    x: &V<M>,
+    wide: bool,
+) -> Emitted<V<M>> {
+    let mut calc = Calc { machine, dtype: DType::F32, wide };
+    let minus = match f {
+        UnaryFn::Erf => {
+            let square = calc.op(BinaryFn::Mul, x, x)?;
+            let square = calc.opc(BinaryFn::Min, &square, 18.0)?;
+            // For the logit of the normal distribution at x sqrt 2, over that.
+            let mut factor = -std::f64::consts::FRAC_1_SQRT_2;
+            let mut scaled = LOGIT.map(|c| {
+                factor *= 2.0;
+                c * factor
+            });
+            scaled.reverse();
+            let p = calc.poly(&square, &scaled)?;
+            calc.op(BinaryFn::Mul, x, &p)?
+        }
+        _ => calc.opc(BinaryFn::Mul, x, -2.0)?,
+    };
+    let e = exp(&mut calc, &minus)?;
+    let e = calc.opc(BinaryFn::Add, &e, 1.0)?;
+    let two = calc.c(2.0)?;
+    calc.op(BinaryFn::Div, &two, &e)
+}
+
+/// The logit of the normal distribution at x, over x, as a polynomial of x^2 up to 36.
+const LOGIT: [f64; 7] = [
+    1.5957684517,
+    7.2668567300e-2,
+    -6.6258886363e-5,
+    -1.1048065062e-4,
+    7.9382643889e-6,
+    -2.6689559718e-7,
+    3.6112943747e-9,
+];
 
 /// Natural logarithm: exponent and a polynomial on the mantissa in sqrt(1/2)..sqrt(2), after
 /// Moshier's Cephes `logf`.
