@@ -183,8 +183,8 @@ struct Emit<'a, M: Machine> {
     /// Values of register buffers: by buffer and first element, with whether they are wide.
     cells: HashMap<(BufferId, i64), (M::Value, bool)>,
     loads: HashMap<LoadKey, M::Value>,
-    /// Values of shared expressions, and what they hang on.
-    known: HashMap<*const Expr, (M::Value, Hangs)>,
+    /// Values of shared expressions, and of functions of these, and what they hang on.
+    known: HashMap<(*const Expr, Option<UnaryFn>), (M::Value, Hangs)>,
     /// Values that were computed before a loop for all of its turns, by whether they are wide.
     fixed: HashMap<(*const Expr, bool), (M::Value, Hangs)>,
     written: Vec<bool>,
@@ -460,13 +460,13 @@ impl<M: Machine> Emit<'_, M> {
     }
 
     fn shared(&mut self, e: &Arc<Expr>) -> Emitted<(M::Value, Hangs)> {
-        let known = self.known.get(&Arc::as_ptr(e));
+        let known = self.known.get(&(Arc::as_ptr(e), None));
         let fixed = || self.fixed.get(&(Arc::as_ptr(e), self.lane.is_some()));
         if let Some(known) = known.or_else(fixed) {
             return Ok(known.clone());
         }
         let value = self.expr(e)?;
-        self.known.insert(Arc::as_ptr(e), value.clone());
+        self.known.insert((Arc::as_ptr(e), None), value.clone());
         Ok(value)
     }
 
@@ -506,10 +506,15 @@ impl<M: Machine> Emit<'_, M> {
             Expr::Const(dtype, number) => {
                 (self.machine.number(compute_dtype(*dtype), *number, wide)?, 0)
             }
-            Expr::Unary(f, x) => {
-                let t = dtype(x);
-                let (x, hangs) = self.shared(x)?;
-                (math::unary(self.machine, *f, t, &x, wide)?, hangs)
+            Expr::Unary(f, of) => {
+                let key = (Arc::as_ptr(of), Some(*f));
+                if let Some(known) = self.known.get(&key) {
+                    return Ok(known.clone());
+                }
+                let (x, hangs) = self.shared(of)?;
+                let value = math::unary(self.machine, *f, dtype(of), &x, wide)?;
+                self.known.insert(key, (value.clone(), hangs));
+                (value, hangs)
             }
             Expr::Binary(BinaryFn::Pow, x, y) => {
                 let t = dtype(x);
