@@ -267,7 +267,8 @@ fn several(
         .plus(lane as usize, 1);
     let inside = in_lanes(lower, body, var, lane, &index);
     let copies = Stmt::For { var: copy, extent: COPIES, kind: Kind::Unroll, body: inside };
-    let mut out = vec![Stmt::For { var: turn, extent: main, kind: Kind::Serial, body: vec![copies] }];
+    let mut out =
+        vec![Stmt::For { var: turn, extent: main, kind: Kind::Serial, body: vec![copies] }];
     if left > 0 {
         let offset = (main * COPIES) as i64 * lanes;
         let index = Affine { offset, ..Affine::scaled(last as usize, lanes) };
@@ -294,7 +295,9 @@ fn is_long(e: &Expr) -> bool {
         Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
             [x, y, z].into_iter().any(|e| is_long(e))
         }
-        Expr::Load(..) | Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) | Expr::Pair(..) => false,
+        Expr::Load(..) | Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) | Expr::Pair(..) => {
+            false
+        }
     }
 }
 

@@ -526,8 +526,9 @@ impl<M: Machine> Emit<'_, M> {
                 let (y, b) = self.shared(y)?;
                 (math::pow(self.machine, t, &x, &y, exponent)?, a | b)
             }
-            Expr::Binary(BinaryFn::Add, x, y) if let Some((f, of)) = math::beside_one(x, y)
-                && dtype(x) == DType::F32 =>
+            Expr::Binary(BinaryFn::Add, x, y)
+                if let Some((f, of)) = math::beside_one(x, y)
+                    && dtype(x) == DType::F32 =>
             {
                 let (of, hangs) = self.shared(of)?;
                 (math::one_and(self.machine, f, &of, wide)?, hangs)

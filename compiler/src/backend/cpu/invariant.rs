@@ -23,11 +23,7 @@ struct Search<'a> {
 }
 
 /// The largest values of f32 in the body of a loop that each of its turns computes alike.
-pub fn find(
-    loops: &Loops,
-    body: &[Stmt],
-    settled: &dyn Fn(BufferId, i64) -> bool,
-) -> Vec<Wanted> {
+pub fn find(loops: &Loops, body: &[Stmt], settled: &dyn Fn(BufferId, i64) -> bool) -> Vec<Wanted> {
     let (fixed, seen) = (HashMap::new(), HashMap::new());
     let mut search = Search { loops, settled, fixed, seen, found: Vec::new() };
     search.block(body, false);
@@ -128,9 +124,7 @@ fn reads_apart(
     seen: &mut HashMap<*const Expr, ()>,
 ) -> bool {
     let mut all = |of: &[&Arc<Expr>]| {
-        of.iter().all(|e| {
-            seen.insert(Arc::as_ptr(e), ()).is_some() || reads_apart(e, stores, seen)
-        })
+        of.iter().all(|e| seen.insert(Arc::as_ptr(e), ()).is_some() || reads_apart(e, stores, seen))
     };
     match e {
         Expr::Load(buffer, place) | Expr::Pair(buffer, place) => {

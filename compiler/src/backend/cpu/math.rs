@@ -149,12 +149,7 @@ pub fn beside_one<'a>(x: &'a Expr, y: &'a Expr) -> Option<(UnaryFn, &'a Arc<Expr
 
 /// 1 + erf x or 1 + tanh x, within 2e-7: 2 / (1 + e^-w), where w is 2 x or, for erf, x times a
 /// polynomial of x^2.
-pub fn one_and<M: Machine>(
-    machine: &mut M,
-    f: UnaryFn,
-    x: &V<M>,
-    wide: bool,
-) -> Emitted<V<M>> {
+pub fn one_and<M: Machine>(machine: &mut M, f: UnaryFn, x: &V<M>, wide: bool) -> Emitted<V<M>> {
     let mut calc = Calc { machine, dtype: DType::F32, wide };
     let minus = match f {
         UnaryFn::Erf => {
