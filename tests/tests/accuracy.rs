@@ -107,30 +107,33 @@ fn layer(random: &mut Random, channels: usize, extent: usize, whole: bool) -> (G
     let x = graph.permute(x, &[0, 3, 1, 2], &o).expect("four axes");
     let fan_in = (9 * channels) as f64;
     let wide = [channels, channels, 3, 3];
-    let (x, w, scale, input) = match whole {
+    let (x, w, input) = match whole {
         false => {
             let w = graph.tensor(&normal(random, &wide, fan_in.sqrt().recip()), &o);
             let x = graph.binary_number(BinaryFn::Max, x, -10.0, &o).expect("numbers");
-            (x, w, 1.0, normal(random, &shape, 1.0))
+            (x, w, normal(random, &shape, 1.0))
         }
         true => {
             let count = wide.iter().product();
             let w: Vec<i8> = (0..count).map(|_| random.bits() as i8).collect();
             let w = graph.tensor(&Tensor::from_slice(&wide, &w), &o);
-            let w = graph.cast(w, DType::F32, &o).expect("bytes are numbers");
-            let x = graph.cast(x, DType::F32, &o).expect("bytes are numbers");
-            let x = graph.binary_number(BinaryFn::Sub, x, 128.0, &o).expect("numbers");
-            let bytes: Vec<u8> = (0..shape.iter().product()).map(|_| random.bits() as u8).collect();
+            let w = graph.cast(w, DType::I32, &o).expect("bytes are numbers");
+            let w = graph.cast(w, DType::F32, &o).expect("integers are numbers");
             // The standard deviation of bytes is 74.
-            let scale = (74.0 * 74.0 * fan_in.sqrt()).recip();
-            (x, w, scale, Tensor::from_slice(&shape, &bytes))
+            let scale = (74.0 * fan_in.sqrt()).recip();
+            let w = graph.binary_number(BinaryFn::Mul, w, scale, &o).expect("numbers");
+            let x = graph.cast(x, DType::I32, &o).expect("bytes are numbers");
+            let x = graph.binary_number(BinaryFn::Sub, x, 128.0, &o).expect("numbers");
+            let x = graph.cast(x, DType::F32, &o).expect("integers are numbers");
+            let x = graph.binary_number(BinaryFn::Mul, x, 1.0 / 74.0, &o).expect("numbers");
+            let bytes: Vec<u8> = (0..shape.iter().product()).map(|_| random.bits() as u8).collect();
+            (x, w, Tensor::from_slice(&shape, &bytes))
         }
     };
     let zero = graph.scalar(DType::F32, 0, 0.0, &o);
     let border = [(0, 0), (0, 0), (1, 1), (1, 1)].into_iter().collect();
     let x = graph.add(Op::Pad(border), &[x, zero], &o).expect("a border of each axis");
     let y = graph.conv([x, w], (&[1, 1], &[1, 1]), 1, &o).expect("the weight fits");
-    let y = graph.binary_number(BinaryFn::Mul, y, scale, &o).expect("numbers");
     graph.outputs.push(("y".into(), y));
     (graph, input)
 }
