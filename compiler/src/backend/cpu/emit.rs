@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::{invariant, math};
+use super::invariant::{self, mark_written};
+use super::math;
 use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{
     BufferId, Count, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var,
@@ -255,19 +256,6 @@ pub fn emit<M: Machine>(loops: &Loops, machine: &mut M) -> Emitted<()> {
     }
     emit.machine.parallel_end();
     Ok(())
-}
-
-fn mark_written(body: &[Stmt], written: &mut [bool]) {
-    for stmt in body {
-        match stmt {
-            Stmt::For { body, .. } => mark_written(body, written),
-            Stmt::Store { buffer, .. } => written[*buffer] = true,
-            Stmt::If { then, other, .. } => {
-                mark_written(then, written);
-                mark_written(other, written);
-            }
-        }
-    }
 }
 
 impl<M: Machine> Emit<'_, M> {

@@ -136,3 +136,17 @@ fn reads_apart(
         Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => all(&[x, y, z]),
     }
 }
+
+/// Marks the buffers that statements store to.
+pub fn mark_written(body: &[Stmt], written: &mut [bool]) {
+    for stmt in body {
+        match stmt {
+            Stmt::For { body, .. } => mark_written(body, written),
+            Stmt::Store { buffer, .. } => written[*buffer] = true,
+            Stmt::If { then, other, .. } => {
+                mark_written(then, written);
+                mark_written(other, written);
+            }
+        }
+    }
+}
