@@ -12,7 +12,7 @@ use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, 
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
 use super::panels::{self, Strip};
 use super::{nest, rewrite};
-use crate::graph::op::{Affine, BinaryFn, ReduceFn};
+use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, UnaryFn};
 use crate::rules::attention::{Attention, FEW, MANY};
 
 /// Rows of a block at most.
@@ -51,8 +51,8 @@ struct Tiles {
     summed: Vec<Var>,
     /// The operand that goes into lanes, and the other one.
     operands: [Arc<Expr>; 2],
-    /// What is stored at the end.
-    store: Stmt,
+    /// What is done at the end: the result is stored.
+    end: Vec<Stmt>,
     /// How the lanes are filled.
     way: Way,
 }
@@ -100,7 +100,8 @@ pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lo
         pieces.count *= lower.extents[v as usize];
     }
     // Rows are not a power of two apart, so that they do not fight for the same lines of a cache.
-    let step = keys.next_multiple_of(16);
+    // Behind its scores a row has a place for what all its weights are multiplied with.
+    let step = (keys + 1).next_multiple_of(16);
     let step = if step.is_multiple_of(512) { step + 16 } else { step };
     let (scratch, start) = pieces.buffer(&mut lower, shares.rows * step);
     let line = lower.var(shares.rows)?;
@@ -108,8 +109,8 @@ pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lo
     let mut scores = scores(&mut lower, parts, (&row, keys), &line_of)?;
     let rows = shares.blocks * shares.rows;
     scores.way = way(&mut lower, &scores, (rows, query), &mut pieces);
-    let softmax = softmax(&mut lower, parts, (&row, keys), &line_of)?;
-    let mut mixed = mixed(product, parts.side, key, &line_of)?;
+    let (softmax, scale) = softmax(&mut lower, parts, (&row, keys), &line_of)?;
+    let mut mixed = mixed(product, parts.side, (key, scale), &line_of)?;
     mixed.way = way(&mut lower, &mixed, (rows, query), &mut pieces);
     let mut inside = scores.pack(&mut lower)?;
     inside.extend(mixed.pack(&mut lower)?);
@@ -200,40 +201,84 @@ fn scores(
     let operands = if has_key(&x) { [x, y] } else { [y, x] };
     let store = Stmt::Store { buffer: line.0, place: place(line, key), value: (*value).clone() };
     lower.bind_row(parts.scores, (line.0, &line.1), row.len());
-    Ok(Tiles { cell, lanes: key, summed, operands, store, way: Way::Single })
+    Ok(Tiles { cell, lanes: key, summed, operands, end: vec![store], way: Way::Single })
 }
 
-/// The softmax of a row in place: its maximum; powers and their sum; weights.
+/// The softmax of a row in place: its maximum; powers and their sum; weights. Where these are powers
+/// times one number of the row, the powers stay and the number is stored behind them: its place is
+/// returned, since sums of fewer elements can be multiplied with it later.
 fn softmax(
     lower: &mut Lower,
     parts: &Attention,
     (row, keys): (&[Index], usize),
     (buffer, start): &(BufferId, Index),
-) -> Lowering<Vec<Stmt>> {
+) -> Lowering<(Vec<Stmt>, Option<Place>)> {
     let whole: (&[usize], _) = (&[keys], &[None][..]);
     let mut body = nest::reduce_pass(lower, parts.most, row, whole, None)?;
+    body.extend(nest::row_cells(lower, row)?);
     let keep = Some((parts.powers, *buffer, start.clone()));
     body.extend(nest::reduce_pass(lower, parts.sum, row, whole, keep)?);
-    let key = lower.var(keys)?;
+    body.extend(nest::row_cells(lower, row)?);
+    let store = |place, value| Stmt::Store { buffer: *buffer, place, value };
     let mut index = row.to_vec();
+    if let Some((node, divides)) = scale_of(lower, parts) {
+        index.push(origin_place());
+        let value = lower.value(node, &index)?;
+        let value = match divides {
+            true => Expr::Unary(UnaryFn::Recip, value),
+            false => (*value).clone(),
+        };
+        let place = add(start, &Place::affine(Affine::constant(keys as i64)));
+        body.push(store(place.clone(), value));
+        return Ok((body, Some(place)));
+    }
+    let key = lower.var(keys)?;
     index.push(Place::affine(Affine::axis(key as usize)));
     let value = lower.value(parts.weights, &index)?;
     let place = place(&(*buffer, start.clone()), key);
-    let store = Stmt::Store { buffer: *buffer, place, value: (*value).clone() };
-    body.extend(nest::pass(lower, vec![key], vec![store]));
-    Ok(body)
+    body.extend(nest::pass(lower, vec![key], vec![store(place, (*value).clone())]));
+    Ok((body, None))
+}
+
+/// The node with one value for a row which makes weights of powers, and whether it divides them.
+fn scale_of(lower: &Lower, parts: &Attention) -> Option<(usize, bool)> {
+    let node = &lower.body.nodes[parts.weights];
+    let divides = match node.op {
+        Op::Binary(BinaryFn::Mul) => false,
+        Op::Binary(BinaryFn::Div) => true,
+        _ => return None,
+    };
+    let [x, y] = [0, 1].map(|k: usize| node.args[k].index());
+    let other = match (x == parts.powers, y == parts.powers) {
+        (true, false) => y,
+        (false, true) if !divides => x,
+        _ => return None,
+    };
+    let single = lower.ty(other).shape.last() == Some(&1) && lower.is_bound(other);
+    single.then_some((other, divides))
 }
 
 /// The sums of weighted values.
-fn mixed(product: Product, side: usize, key: Var, line: &(BufferId, Index)) -> Lowering<Tiles> {
+fn mixed(
+    product: Product,
+    side: usize,
+    (key, scale): (Var, Option<Place>),
+    line: &(BufferId, Index),
+) -> Lowering<Tiles> {
     let lanes = product.vars.last().copied();
     let lanes = lanes.ok_or_else(|| Refused("a result without axes".into()))?;
     let weights = Arc::new(Expr::Load(line.0, place(line, key)));
     let operands = [product.operands[1 - side].clone(), weights];
-    let value = (*product.result).clone();
-    let store = Stmt::Store { buffer: product.out, place: product.place, value };
     let (cell, summed) = (product.cell, product.summed);
-    Ok(Tiles { cell, lanes, summed, operands, store, way: Way::Single })
+    let store = |buffer, place, value| Stmt::Store { buffer, place, value };
+    let scaled = scale.map(|place| {
+        let sum = Arc::new(Expr::Load(cell, origin_place()));
+        let scale = Arc::new(Expr::Load(line.0, place));
+        store(cell, origin_place(), Expr::Binary(BinaryFn::Mul, sum, scale))
+    });
+    let result = store(product.out, product.place, (*product.result).clone());
+    let end = scaled.into_iter().chain([result]).collect();
+    Ok(Tiles { cell, lanes, summed, operands, end, way: Way::Single })
 }
 
 /// How a contraction gets into lanes, for so many rows of a piece.
@@ -248,7 +293,7 @@ fn way(
         return Way::Single;
     };
     let step = load.1.coefficient(n as usize);
-    let vector = nest::is_vector(&lower.buffers, std::slice::from_ref(&tiles.store), n);
+    let vector = nest::is_vector(&lower.buffers, &tiles.end, n);
     let alone = other.1.coefficient(n as usize) == 0;
     if let [v] = tiles.summed[..] {
         let along = |a: &Affine| a.coefficient(v as usize) == 1;
@@ -439,7 +484,8 @@ impl Tiles {
         };
         let index = element.plus(tile as usize, strip.width as i64);
         let index = Affine { offset: strip.start as i64, ..index };
-        let body = [self.update(load), self.store.clone()];
+        let body: Vec<Stmt> =
+            [self.update(load)].into_iter().chain(self.end.iter().cloned()).collect();
         let body = here(&rewrite::substitute(&body, self.lanes, &index));
         let shape = Shape { vector, lane, scalar: strip.vectors == 0, rows };
         let inner = contract::row_tiles(lower, self.cell, shape, strip, &self.summed, body)?;
@@ -471,7 +517,7 @@ impl Tiles {
         let mut body = vec![start];
         let sum = (last, outer);
         body.extend(nest::reduce_lanes(lower, ReduceFn::Sum, self.cell, sum, zero, step)?);
-        body.extend(here(std::slice::from_ref(&self.store)));
+        body.extend(here(&self.end));
         let loops: Vec<Var> = rows.into_iter().chain([self.lanes]).collect();
         Ok(nest::wrap(&lower.extents, &loops, body, 0))
     }

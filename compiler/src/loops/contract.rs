@@ -385,7 +385,8 @@ pub struct Shape {
     pub rows: Option<Var>,
 }
 
-/// Loops over the row axis: whole tiles of P rows, then the rows that are left.
+/// Loops over the row axis: whole tiles of P rows, then the rows that are left. The first statement of
+/// `body` is for every turn of the sums, the others follow it.
 pub fn row_tiles(
     lower: &mut Lower,
     cell: BufferId,
@@ -460,7 +461,7 @@ fn register_tile(
     let start = zero(dtype);
     let mut out = unrolled(vec![Stmt::Store { buffer: tile, place, value: start }]);
     out.extend(nest::wrap(&lower.extents, sums, unrolled(vec![swap[0].clone()]), 0));
-    out.extend(unrolled(vec![swap[1].clone()]));
+    out.extend(unrolled(swap[1..].to_vec()));
     if shape.scalar {
         let extent = lower.extents[shape.vector as usize];
         out = rewrite::substitute(&out, shape.lane, &Affine::constant(0));

@@ -39,6 +39,8 @@ pub type Emitted<T> = Result<T, Unsupported>;
 pub enum Bits {
     /// Integer sum.
     Add,
+    /// Integer difference.
+    Sub,
     /// Bitwise and.
     And,
     /// Bitwise or.

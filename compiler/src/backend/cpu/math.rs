@@ -102,56 +102,78 @@ pub fn unary<M: Machine>(
     }
 }
 
-/// Integers of some bits less are the low bits of a float of this size.
-const INTEGRAL: f64 = 12_582_912.0;
+/// Adding 1.5 * 2^23 rounds a small f32 to an integer, and leaves that in its low bits.
+const ROUNDS: f64 = 12_582_912.0;
+/// What the exponent of 2^0 is stored as.
+const BIAS: f64 = 127.0;
 
-/// e^x within 1 ulp: 2^n times a polynomial of degree 6 on |r| <= ln 2 / 2; 0 where the result is
-/// less than 2^-125.
-fn exp<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
-    // Within the bounds 2^(n-1) is a normal number or, for the least n, 0; at the upper one the
-    // product is infinite.
-    let x = calc.opc(BinaryFn::Max, x, -87.2)?;
-    let x = calc.opc(BinaryFn::Min, &x, 88.9)?;
-    let (log2_e, zero) = (calc.c(std::f64::consts::LOG2_E)?, calc.c(INTEGRAL + 126.0)?);
-    let shifted = calc.fma(&x, &log2_e, &zero)?;
-    let n = calc.op(BinaryFn::Sub, &shifted, &zero)?;
+/// e^x = p * 2^n: p by a polynomial of degree 6 on |r| <= ln 2 / 2, and an f32 that holds n + bias in
+/// its low bits.
+fn exp_parts<M: Machine>(calc: &mut Calc<M>, x: &V<M>, bias: f64) -> Emitted<[V<M>; 2]> {
+    let (log2, rounds) = (calc.c(std::f64::consts::LOG2_E)?, calc.c(ROUNDS + bias)?);
+    let held = calc.fma(x, &log2, &rounds)?;
+    let n = calc.op(BinaryFn::Sub, &held, &rounds)?;
     let (high, low) = (calc.c(-0.693145751953125)?, calc.c(-1.428606765330187e-6)?);
-    let r = calc.fma(&n, &high, &x)?;
+    let r = calc.fma(&n, &high, x)?;
     let r = calc.fma(&n, &low, &r)?;
-    let twice = [
-        1.3814396225e-3,
-        8.3687780425e-3,
-        4.1668396443e-2,
-        1.6666519642e-1,
-        4.9999994040e-1,
-        1.0,
-        1.0,
-    ]
-    .map(|c| 2.0 * c);
-    let p = calc.poly(&r, &twice)?;
-    let power = calc.machine.shift(&shifted, 23)?;
+    let p = calc.poly(
+        &r,
+        &[1.3814396225e-3, 8.3687780425e-3, 4.1668396443e-2, 1.6666519642e-1, 4.9999994040e-1],
+    )?;
+    let square = calc.op(BinaryFn::Mul, &r, &r)?;
+    let p = calc.fma(&p, &square, &r)?;
+    let p = calc.opc(BinaryFn::Add, &p, 1.0)?;
+    Ok([p, held])
+}
+
+/// e^x within 1 ulp.
+fn exp<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    let x = calc.opc(BinaryFn::Max, x, -104.0)?;
+    let x = calc.opc(BinaryFn::Min, &x, 89.0)?;
+    // In two steps: 2^n itself may lie outside of the normal numbers.
+    let [p, held] = exp_parts(calc, &x, 2.0 * BIAS)?;
+    let half = calc.machine.shift(&held, -1)?;
+    let rest = calc.machine.bits(Bits::Sub, &held, &half)?;
+    let (a, b) = (calc.machine.shift(&half, 23)?, calc.machine.shift(&rest, 23)?);
+    let p = calc.op(BinaryFn::Mul, &p, &a)?;
+    calc.op(BinaryFn::Mul, &p, &b)
+}
+
+/// e^x within 1 ulp, for x in -87..=88.
+fn exp_inside<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    let [p, held] = exp_parts(calc, x, BIAS)?;
+    let power = calc.machine.shift(&held, 23)?;
     calc.op(BinaryFn::Mul, &p, &power)
 }
 
-/// The function and its argument where a sum is 1 and erf or tanh.
-pub fn beside_one<'a>(x: &'a Expr, y: &'a Expr) -> Option<(UnaryFn, &'a Arc<Expr>)> {
-    let one = |e: &Expr| matches!(e, Expr::Const(_, Number::Float(v)) if *v == 1.0);
-    match (x, y) {
-        (Expr::Unary(f @ (UnaryFn::Erf | UnaryFn::Tanh), of), other)
-        | (other, Expr::Unary(f @ (UnaryFn::Erf | UnaryFn::Tanh), of))
-            if one(other) =>
-        {
-            Some((*f, of))
-        }
-        _ => None,
-    }
+/// e^x within 1 ulp, but 0 where that is less than 2^-125: what is added to it does not show that.
+fn exp_beside<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    // 2^(n-1) is 0 for the least n; for the largest one the product is infinite.
+    let x = calc.opc(BinaryFn::Max, x, -87.2)?;
+    let x = calc.opc(BinaryFn::Min, &x, 88.9)?;
+    let [p, held] = exp_parts(calc, &x, BIAS - 1.0)?;
+    let p = calc.op(BinaryFn::Add, &p, &p)?;
+    let power = calc.machine.shift(&held, 23)?;
+    calc.op(BinaryFn::Mul, &p, &power)
 }
 
-/// 1 + erf x or 1 + tanh x, within 2e-7: 2 / (1 + e^-w), where w is 2 x or, for erf, x times a
-/// polynomial of x^2.
+/// The function and its argument where a sum is 1 and that function.
+pub fn beside_one<'a>(x: &'a Expr, y: &'a Expr) -> Option<(UnaryFn, &'a Arc<Expr>)> {
+    let one = |e: &Expr| matches!(e, Expr::Const(_, Number::Float(v)) if *v == 1.0);
+    let ((Expr::Unary(f, of), other) | (other, Expr::Unary(f, of))) = (x, y) else { return None };
+    let known = matches!(f, UnaryFn::Erf | UnaryFn::Exp | UnaryFn::Tanh);
+    (known && one(other)).then_some((*f, of))
+}
+
+/// 1 + e^x, or 1 + erf x or 1 + tanh x within 2e-7: 2 / (1 + e^-w), where w is 2 x or, for erf, x
+/// times a polynomial of x^2.
 pub fn one_and<M: Machine>(machine: &mut M, f: UnaryFn, x: &V<M>, wide: bool) -> Emitted<V<M>> {
     let mut calc = Calc { machine, dtype: DType::F32, wide };
     let minus = match f {
+        UnaryFn::Exp => {
+            let e = exp_beside(&mut calc, x)?;
+            return calc.opc(BinaryFn::Add, &e, 1.0);
+        }
         UnaryFn::Erf => {
             let square = calc.op(BinaryFn::Mul, x, x)?;
             let square = calc.opc(BinaryFn::Min, &square, 18.0)?;
@@ -167,7 +189,7 @@ pub fn one_and<M: Machine>(machine: &mut M, f: UnaryFn, x: &V<M>, wide: bool) ->
         }
         _ => calc.opc(BinaryFn::Mul, x, -2.0)?,
     };
-    let e = exp(&mut calc, &minus)?;
+    let e = exp_beside(&mut calc, &minus)?;
     let e = calc.opc(BinaryFn::Add, &e, 1.0)?;
     let two = calc.c(2.0)?;
     calc.op(BinaryFn::Div, &two, &e)
@@ -257,9 +279,9 @@ fn tanh<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
     let p = calc.op(BinaryFn::Mul, &p, &square)?;
     let small = calc.fma(&p, x, x)?;
     let magnitude = calc.un(UnaryFn::Abs, x)?;
-    let bounded = calc.clamp(&magnitude, 0.0, 20.0)?;
+    let bounded = calc.opc(BinaryFn::Min, &magnitude, 20.0)?;
     let twice = calc.op(BinaryFn::Add, &bounded, &bounded)?;
-    let e = exp(calc, &twice)?;
+    let e = exp_inside(calc, &twice)?;
     let e = calc.opc(BinaryFn::Add, &e, 1.0)?;
     let two = calc.c(-2.0)?;
     let q = calc.op(BinaryFn::Div, &two, &e)?;
@@ -274,7 +296,9 @@ fn copy_sign<M: Machine>(calc: &mut Calc<M>, x: &V<M>, sign: &V<M>) -> Emitted<V
     calc.machine.bits(Bits::Or, x, &sign)
 }
 
-/// erf x within 2 ulp: polynomials on two ranges, after Juffa's `erff`.
+/// erf x within 2 ulp, on two ranges after Juffa's `erff`: a polynomial in x^2, and 1 - 2^y where y
+/// is one in x. His exponent is that of e; here its coefficients are times log2 e. 2^y is 2^n times
+/// a minimax polynomial of 2^r, relative error 7.5e-8, of which 1 - 2^y keeps a quarter.
 fn erf<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
     let magnitude = calc.un(UnaryFn::Abs, x)?;
     let square = calc.op(BinaryFn::Mul, x, x)?;
@@ -290,24 +314,38 @@ fn erf<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
         ],
     )?;
     let small = calc.fma(&p, x, x)?;
-    let t = calc.clamp(&magnitude, 0.0, 3.925)?;
-    let p = calc.poly(
+    let t = calc.opc(BinaryFn::Min, &magnitude, 3.925)?;
+    let y = calc.poly(
         &t,
         &[
-            1.72948930e-5,
-            -3.83208680e-4,
-            3.88393435e-3,
-            -2.42545605e-2,
-            1.06777847e-1,
-            6.34846687e-1,
-            1.28717512e-1,
+            -2.495125636e-5,
+            5.528532623e-4,
+            -5.603332826e-3,
+            3.499193415e-2,
+            -1.540478703e-1,
+            -9.158901671e-1,
+            -1.628395157,
         ],
     )?;
-    let p = calc.fma(&p, &t, &t)?;
-    let p = calc.un(UnaryFn::Neg, &p)?;
-    let e = exp(calc, &p)?;
-    let one = calc.c(1.0)?;
-    let large = calc.op(BinaryFn::Sub, &one, &e)?;
+    let y = calc.op(BinaryFn::Mul, &y, &t)?;
+    let rounds = calc.c(ROUNDS + BIAS)?;
+    let held = calc.op(BinaryFn::Add, &y, &rounds)?;
+    let n = calc.op(BinaryFn::Sub, &held, &rounds)?;
+    let r = calc.op(BinaryFn::Sub, &y, &n)?;
+    // -2^r
+    let p = calc.poly(
+        &r,
+        &[
+            -1.327647074e-3,
+            -9.675541907e-3,
+            -5.550713282e-2,
+            -2.402211971e-1,
+            -6.931469671e-1,
+            -1.000000072,
+        ],
+    )?;
+    let (power, one) = (calc.machine.shift(&held, 23)?, calc.c(1.0)?);
+    let large = calc.fma(&p, &power, &one)?;
     let large = copy_sign(calc, &large, x)?;
     calc.less(&magnitude, 0.921875, &small, &large)
 }

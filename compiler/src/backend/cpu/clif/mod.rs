@@ -544,6 +544,7 @@ impl Machine for Clif<'_> {
             let (x, y) = (this.cast_bits(x, int), this.cast_bits(y, int));
             let result = match op {
                 Bits::Add => this.b.ins().iadd(x, y),
+                Bits::Sub => this.b.ins().isub(x, y),
                 Bits::And => this.b.ins().band(x, y),
                 Bits::Or => this.b.ins().bor(x, y),
                 Bits::Xor => this.b.ins().bxor(x, y),

@@ -480,6 +480,7 @@ impl Machine for Wide {
     fn bits(&mut self, op: Bits, x: &Val, y: &Val) -> Emitted<Val> {
         let op = match op {
             Bits::Add => isa::ADD_INT,
+            Bits::Sub => isa::SUB_INT,
             Bits::And => isa::AND,
             Bits::Or => isa::OR,
             Bits::Xor => isa::XOR,
