@@ -186,8 +186,8 @@ struct Emit<'a, M: Machine> {
     /// Values of register buffers: by buffer and first element, with whether they are wide.
     cells: HashMap<(BufferId, i64), (M::Value, bool)>,
     loads: HashMap<LoadKey, M::Value>,
-    /// Values of shared expressions, and of functions of these, and what they hang on.
-    known: HashMap<(*const Expr, Option<UnaryFn>), (M::Value, Hangs)>,
+    /// Values of shared expressions, and what they hang on.
+    known: HashMap<*const Expr, (M::Value, Hangs)>,
     /// Values that were computed before a loop for all of its turns, by whether they are wide.
     fixed: HashMap<(*const Expr, bool), (M::Value, Hangs)>,
     written: Vec<bool>,
@@ -450,13 +450,13 @@ impl<M: Machine> Emit<'_, M> {
     }
 
     fn shared(&mut self, e: &Arc<Expr>) -> Emitted<(M::Value, Hangs)> {
-        let known = self.known.get(&(Arc::as_ptr(e), None));
+        let known = self.known.get(&Arc::as_ptr(e));
         let fixed = || self.fixed.get(&(Arc::as_ptr(e), self.lane.is_some()));
         if let Some(known) = known.or_else(fixed) {
             return Ok(known.clone());
         }
         let value = self.expr(e)?;
-        self.known.insert((Arc::as_ptr(e), None), value.clone());
+        self.known.insert(Arc::as_ptr(e), value.clone());
         Ok(value)
     }
 
@@ -496,39 +496,12 @@ impl<M: Machine> Emit<'_, M> {
             Expr::Const(dtype, number) => {
                 (self.machine.number(compute_dtype(*dtype), *number, wide)?, 0)
             }
-            Expr::Unary(f, of) => {
-                let key = (Arc::as_ptr(of), Some(*f));
-                if let Some(known) = self.known.get(&key) {
-                    return Ok(known.clone());
-                }
-                let (x, hangs) = self.shared(of)?;
-                let value = math::unary(self.machine, *f, dtype(of), &x, wide)?;
-                self.known.insert(key, (value.clone(), hangs));
-                (value, hangs)
-            }
-            Expr::Binary(BinaryFn::Pow, x, y) => {
+            Expr::Unary(f, x) => {
                 let t = dtype(x);
-                let exponent = match &**y {
-                    Expr::Const(_, number) => Some(*number),
-                    _ => None,
-                };
-                let (x, a) = self.shared(x)?;
-                let (y, b) = self.shared(y)?;
-                (math::pow(self.machine, t, &x, &y, exponent)?, a | b)
+                let (x, hangs) = self.shared(x)?;
+                (math::unary(self.machine, *f, t, &x, wide)?, hangs)
             }
-            Expr::Binary(BinaryFn::Add, x, y)
-                if let Some((f, of)) = math::beside_one(x, y)
-                    && dtype(x) == DType::F32 =>
-            {
-                let (of, hangs) = self.shared(of)?;
-                (math::one_and(self.machine, f, &of, wide)?, hangs)
-            }
-            Expr::Binary(f, x, y) => {
-                let t = dtype(x);
-                let (x, a) = self.shared(x)?;
-                let (y, b) = self.shared(y)?;
-                (self.machine.binary(*f, t, &x, &y)?, a | b)
-            }
+            Expr::Binary(f, x, y) => self.binary(*f, x, y)?,
             Expr::Select(c, x, y) => {
                 let t = dtype(x);
                 let ([c, x, y], hangs) = self.three([c, x, y])?;
@@ -552,6 +525,23 @@ impl<M: Machine> Emit<'_, M> {
                 (self.machine.fold(*f, &values)?, bit(*buffer))
             }
         })
+    }
+
+    /// f(x, y), where a few are computed otherwise than their operands would say.
+    fn binary(&mut self, f: BinaryFn, x: &Arc<Expr>, y: &Arc<Expr>) -> Emitted<(M::Value, Hangs)> {
+        let dtype = compute_dtype(self.loops.dtype(x));
+        if let (BinaryFn::Add, DType::F32, Some((f, of))) = (f, dtype, math::beside_one(x, y)) {
+            let (of, hangs) = self.shared(of)?;
+            let wide = self.lane.is_some();
+            return Ok((math::one_and(self.machine, f, &of, wide)?, hangs));
+        }
+        let ((a, b), (c, d)) = (self.shared(x)?, self.shared(y)?);
+        let value = match (f, &**y) {
+            (BinaryFn::Pow, Expr::Const(_, n)) => math::pow(self.machine, dtype, &a, &c, Some(*n)),
+            (BinaryFn::Pow, _) => math::pow(self.machine, dtype, &a, &c, None),
+            _ => self.machine.binary(f, dtype, &a, &c),
+        };
+        Ok((value?, b | d))
     }
 
     /// A value of this dtype at an element of a buffer.

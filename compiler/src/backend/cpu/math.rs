@@ -107,8 +107,8 @@ const ROUNDS: f64 = 12_582_912.0;
 /// What the exponent of 2^0 is stored as.
 const BIAS: f64 = 127.0;
 
-/// e^x = p * 2^n: p by a polynomial of degree 6 on |r| <= ln 2 / 2, and an f32 that holds n + bias in
-/// its low bits.
+/// e^x = p * 2^n: p by a polynomial of degree 6 on |r| <= ln 2 / 2, and an f32 that holds n + bias
+/// in its low bits.
 fn exp_parts<M: Machine>(calc: &mut Calc<M>, x: &V<M>, bias: f64) -> Emitted<[V<M>; 2]> {
     let (log2, rounds) = (calc.c(std::f64::consts::LOG2_E)?, calc.c(ROUNDS + bias)?);
     let held = calc.fma(x, &log2, &rounds)?;
