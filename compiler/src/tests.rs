@@ -130,7 +130,8 @@ fn functions_beside_one() {
         let sum = graph.binary(BinaryFn::Add, args[0], args[1], &o).unwrap();
         graph.outputs.push(("y".into(), sum));
         let given = Tensor::from_slice(&[x.len()], &x);
-        let want = Value::from_tensor(&crate::interpret(&graph, &[given.clone()]).remove(0));
+        let want =
+            Value::from_tensor(&crate::interpret(&graph, std::slice::from_ref(&given)).remove(0));
         let got = Value::from_tensor(&compiled(&graph, &given)).as_f64s();
         for ((got, want), x) in got.iter().zip(want.as_f64s()).zip(&x) {
             let near = (got - want).abs() <= 3e-7 * want.abs().max(1.0);
