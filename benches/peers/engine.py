@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 
 WARMUP_SHARE, FEWEST, MOST = 0.2, 3, 100_000
+# How tract writes types.
+DTYPES = {"float32": "f32", "int32": "i32", "int64": "i64", "bool": "bool"}
 
 
 def inputs(path):
@@ -66,7 +68,74 @@ def openvino(path, feed, threads):
     return request.infer
 
 
-ENGINES = {"onnxruntime": onnxruntime, "openvino": openvino}
+def tract(path, feed, threads):
+    """The wheel has no pool of threads."""
+    import tract
+
+    if threads > 1:
+        sys.exit("tract's wheel runs on one thread")
+    model = tract.onnx().load(path)
+    for index, array in enumerate(feed.values()):
+        model.set_input_fact(index, f"{','.join(map(str, array.shape))},{DTYPES[array.dtype.name]}")
+    runnable = model.into_model().into_runnable()
+    given = [tract.Tensor.from_numpy(array) for array in feed.values()]
+    return lambda: runnable.run(given)
+
+
+def jax(path, feed, threads):
+    """Through a small reader of ONNX that knows the operators of ops.py; weights are arguments."""
+    import jax
+    from jax import numpy as jnp, lax, nn
+
+    def convolution(a, x, w, bias):
+        pads = a["pads"][: len(a["pads"]) // 2], a["pads"][len(a["pads"]) // 2 :]
+        y = lax.conv_general_dilated(x, w, a.get("strides", (1, 1)), list(zip(*pads)),
+                                     feature_group_count=a.get("group", 1))
+        return y + bias[:, None, None]
+
+    def layer_norm(a, x, scale, bias):
+        x = x - x.mean(-1, keepdims=True)
+        return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + a["epsilon"]) * scale + bias
+
+    operators = {
+        "Abs": lambda a, x: abs(x),
+        "Add": lambda a, x, y: x + y,
+        "Conv": convolution,
+        "Gelu": lambda a, x: nn.gelu(x, approximate=False),
+        "LayerNormalization": layer_norm,
+        "MatMul": lambda a, x, y: x @ y,
+        "Mul": lambda a, x, y: x * y,
+        "Neg": lambda a, x: -x,
+        "ReduceMean": lambda a, x, axes: x.mean(tuple(axes.tolist()), keepdims=True),
+        "Relu": lambda a, x: nn.relu(x),
+        "Softmax": lambda a, x: nn.softmax(x, axis=a["axis"]),
+        "Sqrt": lambda a, x: jnp.sqrt(x),
+        "Sub": lambda a, x, y: x - y,
+        "Transpose": lambda a, x: jnp.transpose(x, a["perm"]),
+    }
+    graph = onnx.load(path).graph
+    missing = {n.op_type for n in graph.node} - set(operators)
+    if missing:
+        sys.exit(f"the reader of ONNX for jax lacks {', '.join(sorted(missing))}")
+    weights = {w.name: onnx.numpy_helper.to_array(w) for w in graph.initializer}
+    # Numbers that shape a result are no arguments.
+    shaping = {name: w for name, w in weights.items() if w.dtype == np.int64}
+
+    def forward(values):
+        values = {**values, **shaping}
+        for node in graph.node:
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            given = (values[name] for name in node.input)
+            values[node.output[0]] = operators[node.op_type](attributes, *given)
+        return [values[v.name] for v in graph.output]
+
+    given = {n: w for n, w in weights.items() if n not in shaping} | feed
+    given = {name: jax.device_put(array) for name, array in given.items()}
+    compiled = jax.jit(forward).lower(given).compile()
+    return lambda: jax.block_until_ready(compiled(given))
+
+
+ENGINES = {"onnxruntime": onnxruntime, "openvino": openvino, "tract": tract, "jax": jax}
 
 
 def measure(run, seconds):

@@ -116,6 +116,50 @@ fn unary_functions() {
 }
 
 #[test]
+fn functions_beside_one() {
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    let mut x: Vec<f32> = (-400..=400).map(|i| i as f32 / 40.0).collect();
+    x.extend([-1e30, -88.5, -87.4, -1e-9, 0.0, 1e-9, 87.4, 88.5, 88.75, 1e30, inf, -inf, nan]);
+    for (f, order) in [(UnaryFn::Exp, 0), (UnaryFn::Erf, 1), (UnaryFn::Tanh, 0)] {
+        let (mut graph, o) = (Graph::default(), "one".into());
+        let given = graph.input("x", Type::new(DType::F32, &[x.len()]));
+        let y = graph.unary(f, given, &o).unwrap();
+        let one = graph.scalar(DType::F32, 1, 1.0, &o);
+        let one = graph.expand(one, &[x.len()], &o).unwrap();
+        let args = if order == 0 { [y, one] } else { [one, y] };
+        let sum = graph.binary(BinaryFn::Add, args[0], args[1], &o).unwrap();
+        graph.outputs.push(("y".into(), sum));
+        let given = Tensor::from_slice(&[x.len()], &x);
+        let want =
+            Value::from_tensor(&crate::interpret(&graph, std::slice::from_ref(&given)).remove(0));
+        let got = Value::from_tensor(&compiled(&graph, &given)).as_f64s();
+        for ((got, want), x) in got.iter().zip(want.as_f64s()).zip(&x) {
+            let near = (got - want).abs() <= 3e-7 * want.abs().max(1.0);
+            let same = *got == want || got.is_nan() && want.is_nan();
+            assert!(near || same, "1 + {} of {x}: {got}, not {want}", f.name());
+        }
+    }
+}
+
+#[test]
+fn sums_of_columns_and_turned_matrices() {
+    for shape in [[37, 8], [5, 64], [16, 100], [9, 200], [64, 48]] {
+        check(
+            &graph_of(&[&shape], |g, x| {
+                g.mean(x[0], &[0], &"mean".into()).unwrap();
+            }),
+            2e-6,
+        );
+        check(
+            &graph_of(&[&shape], |g, x| {
+                g.permute(x[0], &[1, 0], &"turn".into()).unwrap();
+            }),
+            0.0,
+        );
+    }
+}
+
+#[test]
 fn matrix_products() {
     for (m, k, n) in [(1, 5, 7), (7, 16, 16), (13, 33, 41), (64, 64, 10), (1, 100, 200)] {
         let graph = graph_of(&[&[2, m, k], &[2, k, n]], |g, x| {

@@ -7,6 +7,7 @@ pub mod cursor;
 pub mod eval;
 pub mod index;
 pub mod ir;
+pub mod lanes;
 pub mod lower;
 pub mod moves;
 pub mod nest;

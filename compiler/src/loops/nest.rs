@@ -6,13 +6,15 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::index::{Extents, Index, add, flatten};
-use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Place, Scope, Stmt, Var, dtype};
+use super::ir::{BufferId, Expr, Kind, Loops, Place, Stmt, Var};
+pub use super::lanes::{is_vector, vectorize, writes};
+
+use super::lanes::beside;
 use super::lower::{Lower, Lowering, Refused, identity};
 use super::rewrite::{each_affine, rewrite, substitute};
 use crate::graph::Body;
 use crate::graph::op::{Affine, Op, ReduceFn, UnaryFn};
 use crate::graph::used::{Span, span};
-use crate::rules::kind::{is_lane, is_lane_binary, is_lane_cast};
 
 /// Parallel loops are collapsed until there are at least this many pieces.
 const PIECES: usize = 64;
@@ -64,181 +66,6 @@ pub fn wrap(extents: &Extents, vars: &[Var], body: Vec<Stmt>, parallel: usize) -
     })
 }
 
-/// Whether statements can run with a variable in vector lanes: stores have unit steps.
-pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
-    let var = var as usize;
-    fn depends(e: &Expr, var: usize) -> bool {
-        let store =
-            Stmt::Store { buffer: 0, place: Place::affine(Affine::default()), value: e.clone() };
-        let mut found = false;
-        each_affine(&[store], &mut |a| found |= a.coefficient(var) != 0);
-        found
-    }
-    fn place(p: &Place, var: usize, steps: &[i64]) -> bool {
-        steps.contains(&p.affine.coefficient(var))
-            && p.dynamic.as_ref().is_none_or(|d| !depends(d, var))
-    }
-    fn value(buffers: &[Buffer], e: &Expr, var: usize) -> bool {
-        let float = |e: &Expr| dtype(buffers, e) == DType::F32;
-        match e {
-            Expr::Load(b, p) => {
-                let b = &buffers[*b];
-                // Numbers may be read from memory lane by lane.
-                let apart = b.scope == Scope::Global && b.dtype == DType::F32;
-                let steps = [0, 1, p.affine.coefficient(var)];
-                is_lane(b.dtype) && place(p, var, if apart { &steps } else { &steps[..2] })
-            }
-            Expr::Pair(_, p) => place(p, var, &[0, 2]),
-            Expr::Index(_) | Expr::Fold(..) => false,
-            Expr::Cast(to, x) => is_lane_cast(dtype(buffers, x), *to) && value(buffers, x, var),
-            Expr::Const(dtype, _) => is_lane(*dtype),
-            Expr::Unary(f, x) => *f != UnaryFn::Not && float(x) && value(buffers, x, var),
-            Expr::Binary(f, x, y) => {
-                is_lane_binary(*f, dtype(buffers, x))
-                    && value(buffers, x, var)
-                    && value(buffers, y, var)
-            }
-            Expr::Fma(x, y, z) => float(x) && [x, y, z].into_iter().all(|e| value(buffers, e, var)),
-            Expr::Dot(x, y, z) => [x, y, z].into_iter().all(|e| value(buffers, e, var)),
-            Expr::Select(c, x, y) => {
-                let compared = matches!(&**c, Expr::Binary(f, ..) if f.is_comparison());
-                compared && [c, x, y].into_iter().all(|e| value(buffers, e, var))
-            }
-        }
-    }
-    body.iter().all(|stmt| match stmt {
-        Stmt::For { body, .. } => is_vector(buffers, body, var as Var),
-        Stmt::Store { buffer, place: p, value: v } => {
-            let b = &buffers[*buffer];
-            let compared = matches!(v, Expr::Binary(f, ..) if f.is_comparison());
-            is_lane(b.dtype)
-                && !compared
-                && (b.scope == Scope::Register || place(p, var, &[1]))
-                && value(buffers, v, var)
-        }
-        Stmt::If { condition, then, other } => {
-            !depends(condition, var)
-                && is_vector(buffers, then, var as Var)
-                && is_vector(buffers, other, var as Var)
-        }
-    })
-}
-
-/// Puts runs of stores into vector loops; loops and branches stay outside of them.
-fn lanes_inside(body: Vec<Stmt>, var: Var, lanes: usize) -> Vec<Stmt> {
-    let mut out: Vec<Stmt> = Vec::new();
-    for stmt in body {
-        match stmt {
-            Stmt::Store { .. } => match out.last_mut() {
-                Some(Stmt::For { kind: Kind::Vector, body, .. }) => body.push(stmt),
-                _ => {
-                    out.push(Stmt::For { var, extent: lanes, kind: Kind::Vector, body: vec![stmt] })
-                }
-            },
-            Stmt::For { var: v, extent, kind, body } => {
-                out.push(Stmt::For { var: v, extent, kind, body: lanes_inside(body, var, lanes) })
-            }
-            Stmt::If { condition, then, other } => out.push(Stmt::If {
-                condition,
-                then: lanes_inside(then, var, lanes),
-                other: lanes_inside(other, var, lanes),
-            }),
-        }
-    }
-    out
-}
-
-/// One lane-wide copy of statements: `var` becomes `index`, one-element register buffers get lanes.
-fn in_lanes(lower: &mut Lower, body: &[Stmt], var: Var, lane: Var, index: &Affine) -> Vec<Stmt> {
-    let lanes = lower.target.lanes;
-    let registers: Vec<BufferId> = (0..lower.buffers.len())
-        .filter(|&b| lower.buffers[b].scope == Scope::Register && lower.buffers[b].len == 1)
-        .filter(|&b| writes(body, b))
-        .collect();
-    let wide: Vec<(BufferId, BufferId, Affine)> = registers
-        .into_iter()
-        .map(|b| {
-            let dtype = lower.buffers[b].dtype;
-            (b, lower.register(dtype, lanes), Affine::axis(lane as usize))
-        })
-        .collect();
-    let index = |a: &Affine| {
-        a.substitute(&|v| if v == var as usize { index.clone() } else { Affine::axis(v) })
-    };
-    let body = rewrite(body, &index, &wide);
-    lanes_inside(body, lane, lanes)
-}
-
-/// Whether statements store to a buffer.
-pub fn writes(body: &[Stmt], buffer: BufferId) -> bool {
-    body.iter().any(|s| match s {
-        Stmt::For { body, .. } => writes(body, buffer),
-        Stmt::Store { buffer: b, .. } => *b == buffer,
-        Stmt::If { then, other, .. } => writes(then, buffer) || writes(other, buffer),
-    })
-}
-
-/// Whether statements load from memory that they store to.
-fn reads_what_it_stores(lower: &Lower, body: &[Stmt]) -> bool {
-    fn loads(e: &Expr, buffer: BufferId) -> bool {
-        match e {
-            Expr::Load(b, p) | Expr::Pair(b, p) => {
-                *b == buffer || p.dynamic.as_ref().is_some_and(|d| loads(d, buffer))
-            }
-            Expr::Index(_) | Expr::Const(..) => false,
-            Expr::Fold(_, b) => *b == buffer,
-            Expr::Unary(_, x) | Expr::Cast(_, x) => loads(x, buffer),
-            Expr::Binary(_, x, y) => loads(x, buffer) || loads(y, buffer),
-            Expr::Fma(x, y, z) | Expr::Dot(x, y, z) | Expr::Select(x, y, z) => {
-                [x, y, z].into_iter().any(|e| loads(e, buffer))
-            }
-        }
-    }
-    fn reads(body: &[Stmt], buffer: BufferId) -> bool {
-        body.iter().any(|s| match s {
-            Stmt::For { body, .. } => reads(body, buffer),
-            Stmt::Store { value, .. } => loads(value, buffer),
-            Stmt::If { condition, then, other } => {
-                loads(condition, buffer) || reads(then, buffer) || reads(other, buffer)
-            }
-        })
-    }
-    let memory = |b: &BufferId| lower.buffers[*b].scope == Scope::Global;
-    (0..lower.buffers.len()).filter(memory).any(|b| writes(body, b) && reads(body, b))
-}
-
-/// A loop over `var` around statements: vector steps and a scalar rest where lanes can hold it.
-pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
-    let (extent, lanes) = (lower.extents[var as usize], lower.target.lanes);
-    let scalar = |body: Vec<Stmt>| vec![Stmt::For { var, extent, kind: Kind::Serial, body }];
-    if extent < lanes || !is_vector(&lower.buffers, &body, var) {
-        return scalar(body);
-    }
-    let (steps, rest) = (extent / lanes, extent % lanes);
-    // Lanes beyond what is in use compute what nobody reads.
-    let (Ok(lane), Ok(step), Ok(tail)) = (
-        lower.var(lanes),
-        lower.piece(var, steps, 0, lanes),
-        lower.piece(var, rest.max(1), steps * lanes, 1),
-    ) else {
-        return scalar(body);
-    };
-    let index = Affine::scaled(step as usize, lanes as i64).plus(lane as usize, 1);
-    let wide = in_lanes(lower, &body, var, lane, &index);
-    let mut out = vec![Stmt::For { var: step, extent: steps, kind: Kind::Serial, body: wide }];
-    let again = lower.span(var).is_none() && !reads_what_it_stores(lower, &body);
-    if rest > 0 && again {
-        // The last vector ends where the axis does and stores some elements a second time.
-        let index = Affine { offset: (extent - lanes) as i64, ..Affine::axis(lane as usize) };
-        out.extend(in_lanes(lower, &body, var, lane, &index));
-    } else if rest > 0 {
-        let index = Affine { offset: (steps * lanes) as i64, ..Affine::axis(tail as usize) };
-        let body = substitute(&body, var, &index);
-        out.push(Stmt::For { var: tail, extent: rest, kind: Kind::Serial, body });
-    }
-    out
-}
-
 /// The nest of statements over the axes of the result.
 fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
     let mut body = coalesce(lower, &mut vars, body);
@@ -257,6 +84,7 @@ fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
         }
     }
     let Some(inner) = vars.pop() else { return body };
+    let body = beside(lower, &mut vars, inner, body);
     let parallel = parallel_prefix(&lower.extents, &vars);
     let body = vectorize(lower, inner, body);
     wrap(&lower.extents, &vars, body, parallel)
@@ -420,8 +248,8 @@ fn keep_in_row(lower: &Lower, root: usize, reduce: usize, later: &[usize]) -> Op
     (dear && used_again && fits && last).then_some(operand)
 }
 
-/// Values that a row has one of, and that hang on reductions made so far: each is computed once, not
-/// for every element of the row.
+/// Values that a row has one of, and that hang on reductions made so far: each is computed once,
+/// not for every element of the row.
 pub fn row_cells(lower: &mut Lower, outer: &[Index]) -> Lowering<Vec<Stmt>> {
     let nodes = &lower.body.nodes;
     let rank = outer.len();

@@ -133,16 +133,27 @@ impl Straight {
     }
 }
 
+/// The points of F(4, 3) are 0, these with both signs, and infinity. With 1 and 2, whose numbers
+/// are integers, results have up to four times the error.
+const A: f64 = 0.625;
+const B: f64 = 1.5;
+const AA: f64 = A * A;
+const BB: f64 = B * B;
+
 /// G: 3 weights to n numbers.
 pub fn weights(s: &mut Straight, m: usize, g: &[Expr]) -> Vec<Expr> {
-    let (a, b, c) = (1.0 / 6.0, 1.0 / 12.0, 1.0 / 24.0);
     match m {
         2 if s.whole => s.times(&[&[2.0], &[1.0; 3], &[1.0, -1.0, 1.0], &[0.0, 0.0, 2.0]], g),
         2 => s.times(&[&[1.0], &[0.5, 0.5, 0.5], &[0.5, -0.5, 0.5], &[0.0, 0.0, 1.0]], g),
-        _ => s.times(
-            &[&[0.25], &[-a, -a, -a], &[-a, a, -a], &[c, b, a], &[c, -b, a], &[0.0, 0.0, 1.0]],
-            g,
-        ),
+        _ => {
+            let point = |x: f64, other: f64| {
+                let product = 2.0 * x * x * (x * x - other * other);
+                [1.0, x, x * x].map(|c| c / product)
+            };
+            let rows = [point(A, B), point(-A, B), point(B, A), point(-B, A)];
+            let first = [1.0 / (AA * BB)];
+            s.times(&[&first, &rows[0], &rows[1], &rows[2], &rows[3], &[0.0, 0.0, 1.0]], g)
+        }
     }
 }
 
@@ -154,16 +165,16 @@ pub fn inputs(s: &mut Straight, m: usize, d: &[Expr]) -> Vec<Expr> {
             [&[1.0, 0.0, -1.0], &[0.0, 1.0, 1.0], &[0.0, -1.0, 1.0], &[0.0, 1.0, 0.0, -1.0]];
         return s.times(&rows, d);
     }
-    let (even, odd) = (s.sum(&d[4], -4.0, &d[2]), s.sum(&d[3], -4.0, &d[1]));
-    let (near, far) = (s.sum(&d[4], -1.0, &d[2]), s.sum(&d[3], -1.0, &d[1]));
-    let (first, last) = (s.sum(&d[4], 4.0, &d[0]), s.sum(&d[5], 4.0, &d[1]));
+    let (even, odd) = (s.sum(&d[4], -BB, &d[2]), s.sum(&d[3], -BB, &d[1]));
+    let (near, far) = (s.sum(&d[4], -AA, &d[2]), s.sum(&d[3], -AA, &d[1]));
+    let (first, last) = (s.sum(&d[4], AA * BB, &d[0]), s.sum(&d[5], AA * BB, &d[1]));
     vec![
-        s.sum(&first, -5.0, &d[2]),
-        s.sum(&even, 1.0, &odd),
-        s.sum(&even, -1.0, &odd),
-        s.sum(&near, 2.0, &far),
-        s.sum(&near, -2.0, &far),
-        s.sum(&last, -5.0, &d[3]),
+        s.sum(&first, -AA - BB, &d[2]),
+        s.sum(&even, A, &odd),
+        s.sum(&even, -A, &odd),
+        s.sum(&near, B, &far),
+        s.sum(&near, -B, &far),
+        s.sum(&last, -AA - BB, &d[3]),
     ]
 }
 
@@ -174,11 +185,13 @@ pub fn results(s: &mut Straight, m: usize, x: &[Expr]) -> Vec<Expr> {
     }
     let (even, odd) = (s.sum(&x[1], 1.0, &x[2]), s.sum(&x[1], -1.0, &x[2]));
     let (more, less) = (s.sum(&x[3], 1.0, &x[4]), s.sum(&x[3], -1.0, &x[4]));
-    let (first, last) = (s.sum(&x[0], 1.0, &even), s.sum(&odd, 8.0, &less));
-    vec![
-        s.sum(&first, 1.0, &more),
-        s.sum(&odd, 2.0, &less),
-        s.sum(&even, 4.0, &more),
-        s.sum(&last, 1.0, &x[5]),
-    ]
+    let first = s.sum(&x[0], 1.0, &even);
+    let mut both = |a: f64, x: &Expr, b: f64, y: &Expr| {
+        let (a, x) = (Arc::new(s.number(a)), Arc::new(x.clone()));
+        let sum = s.keep(Expr::Binary(BinaryFn::Mul, a, x));
+        s.sum(&sum, b, y)
+    };
+    let [second, third, last] =
+        [both(A, &odd, B, &less), both(AA, &even, BB, &more), both(AA * A, &odd, BB * B, &less)];
+    vec![s.sum(&first, 1.0, &more), second, third, s.sum(&last, 1.0, &x[5])]
 }

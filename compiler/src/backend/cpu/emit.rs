@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
+use super::invariant::{self, mark_written};
 use super::math;
 use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{
@@ -63,6 +64,11 @@ pub trait Machine {
         extent: usize,
         carried: &[Self::Value],
     ) -> (Self::Int, Vec<Self::Value>);
+    /// Starts one of several copies of the same steps, none of which hangs on what another one
+    /// stores to memory: they may be done in turns.
+    fn copy_begins(&mut self) {}
+    /// Ends the last one.
+    fn copies_end(&mut self) {}
     /// A number of turns that the run decides, at most `extent`; `dims` has the lengths of dims.
     fn count(&mut self, dims: BufferId, count: Count, extent: usize) -> Emitted<Self::Value>;
     /// Starts a loop from one count (or 0) to another, which may be no turn at all.
@@ -180,9 +186,19 @@ struct Emit<'a, M: Machine> {
     /// Values of register buffers: by buffer and first element, with whether they are wide.
     cells: HashMap<(BufferId, i64), (M::Value, bool)>,
     loads: HashMap<LoadKey, M::Value>,
-    /// Values of shared expressions, and whether they hang on memory that is written.
-    known: HashMap<*const Expr, (M::Value, bool)>,
+    /// Values of shared expressions, and what they hang on.
+    known: HashMap<*const Expr, (M::Value, Hangs)>,
+    /// Values that were computed before a loop for all of its turns, by whether they are wide.
+    fixed: HashMap<(*const Expr, bool), (M::Value, Hangs)>,
     written: Vec<bool>,
+}
+
+/// The buffers that a value hangs on and that the kernel writes, a bit for each; the last bit is
+/// for all that have none of their own.
+type Hangs = u64;
+
+fn bit(buffer: BufferId) -> Hangs {
+    1 << buffer.min(63)
 }
 
 /// Emits a kernel.
@@ -197,6 +213,7 @@ pub fn emit<M: Machine>(loops: &Loops, machine: &mut M) -> Emitted<()> {
         cells: HashMap::new(),
         loads: HashMap::new(),
         known: HashMap::new(),
+        fixed: HashMap::new(),
         written,
     };
     let mut outer = Vec::new();
@@ -243,19 +260,6 @@ pub fn emit<M: Machine>(loops: &Loops, machine: &mut M) -> Emitted<()> {
     Ok(())
 }
 
-fn mark_written(body: &[Stmt], written: &mut [bool]) {
-    for stmt in body {
-        match stmt {
-            Stmt::For { body, .. } => mark_written(body, written),
-            Stmt::Store { buffer, .. } => written[*buffer] = true,
-            Stmt::If { then, other, .. } => {
-                mark_written(then, written);
-                mark_written(other, written);
-            }
-        }
-    }
-}
-
 impl<M: Machine> Emit<'_, M> {
     fn forget(&mut self) {
         self.loads.clear();
@@ -278,10 +282,17 @@ impl<M: Machine> Emit<'_, M> {
                     Ok(())
                 }
                 Kind::Unroll => {
+                    let apart = *extent > 1 && invariant::copies_are_apart(self.loops, body);
                     for turn in 0..*extent {
                         self.known.clear();
+                        if apart {
+                            self.machine.copy_begins();
+                        }
                         self.vars.insert(*var, Bound::Number(turn as i64));
                         self.block(body)?;
+                    }
+                    if apart {
+                        self.machine.copies_end();
                     }
                     self.known.clear();
                     Ok(())
@@ -317,6 +328,7 @@ impl<M: Machine> Emit<'_, M> {
         let mut carried: Vec<(BufferId, i64)> =
             self.cells.keys().copied().filter(|k| assigned[k.0]).collect();
         carried.sort_unstable();
+        let fixed = self.fix(body, &assigned)?;
         let before: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
         let (int, inside) = match self.loops.range(var) {
             None => self.machine.loop_begin(extent, &before),
@@ -334,7 +346,31 @@ impl<M: Machine> Emit<'_, M> {
         let after = self.machine.loop_end(&next);
         self.set_cells(&carried, after);
         self.forget();
+        fixed.iter().for_each(|key| {
+            self.fixed.remove(key);
+        });
         Ok(())
+    }
+
+    /// Computes what does not change in a loop that assigns to some buffers, before it begins.
+    fn fix(&mut self, body: &[Stmt], assigned: &[bool]) -> Emitted<Vec<(*const Expr, bool)>> {
+        let settled = |buffer: BufferId, at: i64| {
+            !assigned[buffer] && self.cells.get(&(buffer, at)).is_some_and(|cell| !cell.1)
+        };
+        let mut keys = Vec::new();
+        for (e, wide) in invariant::find(self.loops, body, &settled) {
+            let key = (Arc::as_ptr(&e), wide);
+            if self.fixed.contains_key(&key) {
+                continue;
+            }
+            let (mut value, hangs) = self.shared(&e)?;
+            if wide {
+                value = self.machine.splat(&value)?;
+            }
+            self.fixed.insert(key, (value, hangs));
+            keys.push(key);
+        }
+        Ok(keys)
     }
 
     /// A number of turns that the run decides, at most `extent`.
@@ -402,19 +438,21 @@ impl<M: Machine> Emit<'_, M> {
         if b.scope == Scope::Register {
             let key = (buffer, self.resolve(&place.affine).0.offset);
             self.cells.insert(key, (result, self.lane.is_some()));
-            self.known.retain(|_, v| !v.1);
+            self.known.retain(|_, v| v.1 & bit(buffer) == 0);
             return Ok(());
         }
         let dtype = b.dtype;
         let address = self.address(buffer, place)?;
         self.machine.store(dtype, &address, &result)?;
         self.loads.retain(|k, _| k.0 != buffer);
-        self.known.retain(|_, v| !v.1);
+        self.known.retain(|_, v| v.1 & bit(buffer) == 0);
         Ok(())
     }
 
-    fn shared(&mut self, e: &Arc<Expr>) -> Emitted<(M::Value, bool)> {
-        if let Some(known) = self.known.get(&Arc::as_ptr(e)) {
+    fn shared(&mut self, e: &Arc<Expr>) -> Emitted<(M::Value, Hangs)> {
+        let known = self.known.get(&Arc::as_ptr(e));
+        let fixed = || self.fixed.get(&(Arc::as_ptr(e), self.lane.is_some()));
+        if let Some(known) = known.or_else(fixed) {
             return Ok(known.clone());
         }
         let value = self.expr(e)?;
@@ -422,24 +460,29 @@ impl<M: Machine> Emit<'_, M> {
         Ok(value)
     }
 
-    /// Three values, and whether any hangs on memory or registers that the kernel writes.
-    fn three(&mut self, e: [&Arc<Expr>; 3]) -> Emitted<([M::Value; 3], bool)> {
+    /// Three values, and what they hang on.
+    fn three(&mut self, e: [&Arc<Expr>; 3]) -> Emitted<([M::Value; 3], Hangs)> {
         let [(x, a), (y, b), (z, c)] = [self.shared(e[0])?, self.shared(e[1])?, self.shared(e[2])?];
-        Ok(([x, y, z], a || b || c))
+        Ok(([x, y, z], a | b | c))
     }
 
-    /// The value and whether it hangs on memory or registers that the kernel writes.
-    fn expr(&mut self, e: &Expr) -> Emitted<(M::Value, bool)> {
+    /// What a value that is read from a buffer hangs on.
+    fn hangs(&self, buffer: BufferId) -> Hangs {
+        if self.written[buffer] { bit(buffer) } else { 0 }
+    }
+
+    /// The value and what it hangs on.
+    fn expr(&mut self, e: &Expr) -> Emitted<(M::Value, Hangs)> {
         let wide = self.lane.is_some();
         let dtype = |x: &Expr| compute_dtype(self.loops.dtype(x));
         Ok(match e {
             Expr::Load(buffer, place) => {
                 let dtype = self.loops.buffers[*buffer].dtype;
-                (self.load(*buffer, place, dtype)?, self.written[*buffer])
+                (self.load(*buffer, place, dtype)?, self.hangs(*buffer))
             }
             // Two i16 side by side are the bytes of an i32.
             Expr::Pair(buffer, place) => {
-                (self.load(*buffer, place, DType::I32)?, self.written[*buffer])
+                (self.load(*buffer, place, DType::I32)?, self.hangs(*buffer))
             }
             Expr::Dot(x, y, z) => {
                 let ([x, y, z], hangs) = self.three([x, y, z])?;
@@ -448,32 +491,17 @@ impl<M: Machine> Emit<'_, M> {
             Expr::Index(index) => {
                 let (index, _) = self.resolve(index);
                 let terms = self.terms(&index, 1);
-                (self.machine.index(&terms, index.offset)?, false)
+                (self.machine.index(&terms, index.offset)?, 0)
             }
             Expr::Const(dtype, number) => {
-                (self.machine.number(compute_dtype(*dtype), *number, wide)?, false)
+                (self.machine.number(compute_dtype(*dtype), *number, wide)?, 0)
             }
             Expr::Unary(f, x) => {
                 let t = dtype(x);
                 let (x, hangs) = self.shared(x)?;
                 (math::unary(self.machine, *f, t, &x, wide)?, hangs)
             }
-            Expr::Binary(BinaryFn::Pow, x, y) => {
-                let t = dtype(x);
-                let exponent = match &**y {
-                    Expr::Const(_, number) => Some(*number),
-                    _ => None,
-                };
-                let (x, a) = self.shared(x)?;
-                let (y, b) = self.shared(y)?;
-                (math::pow(self.machine, t, &x, &y, exponent)?, a || b)
-            }
-            Expr::Binary(f, x, y) => {
-                let t = dtype(x);
-                let (x, a) = self.shared(x)?;
-                let (y, b) = self.shared(y)?;
-                (self.machine.binary(*f, t, &x, &y)?, a || b)
-            }
+            Expr::Binary(f, x, y) => self.binary(*f, x, y)?,
             Expr::Select(c, x, y) => {
                 let t = dtype(x);
                 let ([c, x, y], hangs) = self.three([c, x, y])?;
@@ -494,9 +522,26 @@ impl<M: Machine> Emit<'_, M> {
                     self.cells.keys().copied().filter(|k| k.0 == *buffer).collect();
                 keys.sort_unstable();
                 let values: Vec<M::Value> = keys.iter().map(|k| self.cells[k].0.clone()).collect();
-                (self.machine.fold(*f, &values)?, true)
+                (self.machine.fold(*f, &values)?, bit(*buffer))
             }
         })
+    }
+
+    /// f(x, y), where a few are computed otherwise than their operands would say.
+    fn binary(&mut self, f: BinaryFn, x: &Arc<Expr>, y: &Arc<Expr>) -> Emitted<(M::Value, Hangs)> {
+        let dtype = compute_dtype(self.loops.dtype(x));
+        if let (BinaryFn::Add, DType::F32, Some((f, of))) = (f, dtype, math::beside_one(x, y)) {
+            let (of, hangs) = self.shared(of)?;
+            let wide = self.lane.is_some();
+            return Ok((math::one_and(self.machine, f, &of, wide)?, hangs));
+        }
+        let ((a, b), (c, d)) = (self.shared(x)?, self.shared(y)?);
+        let value = match (f, &**y) {
+            (BinaryFn::Pow, Expr::Const(_, n)) => math::pow(self.machine, dtype, &a, &c, Some(*n)),
+            (BinaryFn::Pow, _) => math::pow(self.machine, dtype, &a, &c, None),
+            _ => self.machine.binary(f, dtype, &a, &c),
+        };
+        Ok((value?, b | d))
     }
 
     /// A value of this dtype at an element of a buffer.

@@ -1,12 +1,14 @@
 //! Functions that no instruction computes, as polynomials over any [`Machine`]. Bounds are tested
 //! against f64 (`tests` below and in the suite).
 
+use std::sync::Arc;
+
 use kiln_runtime::tensor::DType;
 
 use super::emit::{Bits, Emitted, Machine, Unsupported};
 use super::math64::{self, exp64, log64};
 use crate::graph::op::{BinaryFn, UnaryFn};
-use crate::loops::ir::Number;
+use crate::loops::ir::{Expr, Number};
 
 /// Arithmetic on values of one dtype and width.
 pub(super) struct Calc<'a, M: Machine> {
@@ -105,8 +107,8 @@ const ROUNDS: f64 = 12_582_912.0;
 /// What the exponent of 2^0 is stored as.
 const BIAS: f64 = 127.0;
 
-/// e^x = p * 2^n: p by a polynomial of degree 6 on |r| <= ln 2 / 2, and an f32 that holds n + bias in
-/// its low bits.
+/// e^x = p * 2^n: p by a polynomial of degree 6 on |r| <= ln 2 / 2, and an f32 that holds n + bias
+/// in its low bits.
 fn exp_parts<M: Machine>(calc: &mut Calc<M>, x: &V<M>, bias: f64) -> Emitted<[V<M>; 2]> {
     let (log2, rounds) = (calc.c(std::f64::consts::LOG2_E)?, calc.c(ROUNDS + bias)?);
     let held = calc.fma(x, &log2, &rounds)?;
@@ -143,6 +145,66 @@ fn exp_inside<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
     let power = calc.machine.shift(&held, 23)?;
     calc.op(BinaryFn::Mul, &p, &power)
 }
+
+/// e^x within 1 ulp, but 0 where that is less than 2^-125: what is added to it does not show that.
+fn exp_beside<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    // 2^(n-1) is 0 for the least n; for the largest one the product is infinite.
+    let x = calc.opc(BinaryFn::Max, x, -87.2)?;
+    let x = calc.opc(BinaryFn::Min, &x, 88.9)?;
+    let [p, held] = exp_parts(calc, &x, BIAS - 1.0)?;
+    let p = calc.op(BinaryFn::Add, &p, &p)?;
+    let power = calc.machine.shift(&held, 23)?;
+    calc.op(BinaryFn::Mul, &p, &power)
+}
+
+/// The function and its argument where a sum is 1 and that function.
+pub fn beside_one<'a>(x: &'a Expr, y: &'a Expr) -> Option<(UnaryFn, &'a Arc<Expr>)> {
+    let one = |e: &Expr| matches!(e, Expr::Const(_, Number::Float(v)) if *v == 1.0);
+    let ((Expr::Unary(f, of), other) | (other, Expr::Unary(f, of))) = (x, y) else { return None };
+    let known = matches!(f, UnaryFn::Erf | UnaryFn::Exp | UnaryFn::Tanh);
+    (known && one(other)).then_some((*f, of))
+}
+
+/// 1 + e^x, or 1 + erf x or 1 + tanh x within 2e-7: 2 / (1 + e^-w), where w is 2 x or, for erf, x
+/// times a polynomial of x^2.
+pub fn one_and<M: Machine>(machine: &mut M, f: UnaryFn, x: &V<M>, wide: bool) -> Emitted<V<M>> {
+    let mut calc = Calc { machine, dtype: DType::F32, wide };
+    let minus = match f {
+        UnaryFn::Exp => {
+            let e = exp_beside(&mut calc, x)?;
+            return calc.opc(BinaryFn::Add, &e, 1.0);
+        }
+        UnaryFn::Erf => {
+            let square = calc.op(BinaryFn::Mul, x, x)?;
+            let square = calc.opc(BinaryFn::Min, &square, 18.0)?;
+            // For the logit of the normal distribution at x sqrt 2, over that.
+            let mut factor = -std::f64::consts::FRAC_1_SQRT_2;
+            let mut scaled = LOGIT.map(|c| {
+                factor *= 2.0;
+                c * factor
+            });
+            scaled.reverse();
+            let p = calc.poly(&square, &scaled)?;
+            calc.op(BinaryFn::Mul, x, &p)?
+        }
+        _ => calc.opc(BinaryFn::Mul, x, -2.0)?,
+    };
+    let e = exp_beside(&mut calc, &minus)?;
+    let e = calc.opc(BinaryFn::Add, &e, 1.0)?;
+    let two = calc.c(2.0)?;
+    calc.op(BinaryFn::Div, &two, &e)
+}
+
+/// The logit of the normal distribution at x, over x, as a polynomial of x^2 up to 36.
+const LOGIT: [f64; 7] = [
+    1.5957684517,
+    7.2668567300e-2,
+    -6.6258886363e-5,
+    -1.1048065062e-4,
+    7.9382643889e-6,
+    -2.6689559718e-7,
+    3.6112943747e-9,
+];
 
 /// Natural logarithm: exponent and a polynomial on the mantissa in sqrt(1/2)..sqrt(2), after
 /// Moshier's Cephes `logf`.

@@ -5,6 +5,7 @@ pub mod clif;
 pub mod cpuid;
 pub mod emit;
 pub mod features;
+mod invariant;
 pub mod math;
 mod math64;
 pub mod target;

@@ -12,6 +12,7 @@ mod emulate;
 mod encode;
 #[cfg(test)]
 mod graphs;
+mod interleave;
 pub mod isa;
 mod lanes;
 mod ssa;
@@ -91,6 +92,8 @@ struct Wide {
     limits: HashMap<VReg, i64>,
     /// Turns of the parallel loop.
     turns: i64,
+    /// Copies that may be done in turns: their block, and where each begins in it.
+    copies: Option<(usize, Vec<usize>)>,
 }
 
 impl Wide {
@@ -124,6 +127,7 @@ impl Wide {
             homes: HashMap::new(),
             limits: HashMap::new(),
             turns: i64::try_from(loops.parallel_extent()).unwrap_or(i64::MAX),
+            copies: None,
         }
     }
 
@@ -237,6 +241,20 @@ impl Machine for Wide {
         let (id, inside) = self.begin(Span::Extent(extent), before);
         let inside = carried.iter().zip(inside).map(|(v, r)| v.like(r)).collect();
         (Int::Loop(id), inside)
+    }
+
+    fn copy_begins(&mut self) {
+        let (block, at) = (self.current, self.code.len(self.current));
+        self.copies.get_or_insert_with(|| (block, Vec::new())).1.push(at);
+    }
+
+    fn copies_end(&mut self) {
+        self.copy_begins();
+        if let Some((block, starts)) = self.copies.take()
+            && block == self.current
+        {
+            self.code.interleave(block, &starts, self.level);
+        }
     }
 
     fn count(&mut self, dims: BufferId, count: Count, extent: usize) -> Emitted<Val> {

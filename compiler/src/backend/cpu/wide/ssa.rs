@@ -10,6 +10,7 @@ use regalloc2::{
 };
 use smallvec::SmallVec;
 
+use super::interleave;
 use super::isa::{Level, Width};
 use crate::backend::cpu::emit::{Emitted, Unsupported};
 
@@ -189,6 +190,26 @@ impl Builder {
         let operands = [Operand::reg_def(result), Operand::reg_use(x), Operand::reg_use(y)];
         self.push(block, What::Set(ask), operands.into_iter().collect());
         result
+    }
+
+    /// Steps of a block so far.
+    pub fn len(&self, block: usize) -> usize {
+        self.pieces[block].steps.len()
+    }
+
+    /// Steps that do the same for one value after another, from each of `starts` to the next: puts
+    /// them in turns, as many as there are registers for, so that none waits for its own result.
+    pub fn interleave(&mut self, block: usize, starts: &[usize], level: Level) {
+        let (Some(&first), Some(&end)) = (starts.first(), starts.last()) else { return };
+        let steps = &self.pieces[block].steps[first..end];
+        let copies: Vec<&[Step]> =
+            starts.windows(2).map(|w| &steps[w[0] - first..w[1] - first]).collect();
+        let width = interleave::width(&copies, level.registers());
+        if width < 2 {
+            return;
+        }
+        let order: Vec<Step> = copies.chunks(width).flat_map(interleave::in_turns).collect();
+        self.pieces[block].steps.splice(first..end, order);
     }
 
     /// Ends a block with a jump.
