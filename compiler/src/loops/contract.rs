@@ -400,8 +400,8 @@ pub struct Shape {
     pub rows: Option<Var>,
 }
 
-/// Loops over the row axis: whole tiles of P rows, then the rows that are left. The first statement of
-/// `body` is for every turn of the sums, the others follow it.
+/// Loops over the row axis: whole tiles of P rows, then the rows that are left. The first statement
+/// of `body` is for every turn of the sums, the others follow it.
 pub fn row_tiles(
     lower: &mut Lower,
     cell: BufferId,

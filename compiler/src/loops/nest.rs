@@ -420,8 +420,8 @@ fn keep_in_row(lower: &Lower, root: usize, reduce: usize, later: &[usize]) -> Op
     (dear && used_again && fits && last).then_some(operand)
 }
 
-/// Values that a row has one of, and that hang on reductions made so far: each is computed once, not
-/// for every element of the row.
+/// Values that a row has one of, and that hang on reductions made so far: each is computed once,
+/// not for every element of the row.
 pub fn row_cells(lower: &mut Lower, outer: &[Index]) -> Lowering<Vec<Stmt>> {
     let nodes = &lower.body.nodes;
     let rank = outer.len();

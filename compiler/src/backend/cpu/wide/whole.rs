@@ -37,13 +37,13 @@ impl Wide {
         if matches!(access, Access::Lanes(_)) {
             let args = [self.part(0, true), address.operand(1)];
             let value = self.value(widen, true, &args, &address.registers());
-            return self.from_half(dtype, value);
+            return self.as_read(dtype, value);
         }
         let (block, args) = (self.current, [Arg::Gpr32(0), address.operand(1)]);
         let low = self.code.make(block, RegClass::Int, one, &args, &address.registers());
         let args = [self.part(0, false), Arg::Gpr32(1)];
         let value = self.value(isa::FROM_GENERAL, false, &args, &[low]);
-        let value = self.from_half(dtype, value)?;
+        let value = self.as_read(dtype, value)?;
         match access {
             Access::Splat => {
                 let lane = self.vector(&value)?;
@@ -54,7 +54,7 @@ impl Wide {
     }
 
     /// What was read of a dtype, where it is to stay in the lower half of 32 bits or not.
-    fn from_half(&mut self, dtype: DType, x: Val) -> Emitted<Val> {
+    fn as_read(&mut self, dtype: DType, x: Val) -> Emitted<Val> {
         if dtype == DType::BF16 { self.shift(&x, 16) } else { Ok(x) }
     }
 
