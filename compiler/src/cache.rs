@@ -58,7 +58,7 @@ impl std::fmt::Display for CacheUse {
 }
 
 /// The name of a compiled graph: equal names, equal code.
-pub(crate) fn key(graph: &Graph, options: (bool, bool), cpu: &Cpu) -> String {
+pub(crate) fn key(graph: &Graph, options: [bool; 3], cpu: &Cpu) -> String {
     let compiler = (env!("CARGO_PKG_VERSION"), env!("KILN_SOURCE"));
     let emitter = (cranelift_codegen::VERSION, manifest::VERSION);
     let mut text = format!("{compiler:?} {emitter:?} {options:?} {cpu:?}\n{}\n", graph.describe());

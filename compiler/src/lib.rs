@@ -60,6 +60,7 @@ pub struct Compiler {
     egraph: bool,
     wide: bool,
     exact: bool,
+    bf16_weights: bool,
     target: Option<Cpu>,
     verify_code: bool,
     limits: Limits,
@@ -85,6 +86,7 @@ impl Compiler {
             egraph: true,
             wide: true,
             exact: false,
+            bf16_weights: false,
             target: None,
             verify_code: cfg!(debug_assertions),
             limits: Limits::default(),
@@ -117,6 +119,13 @@ impl Compiler {
     /// weights take up to four times the memory).
     pub fn exact_convolutions(self, exact: bool) -> Compiler {
         Compiler { exact, ..self }
+    }
+
+    /// Whether weights of products of matrices are rounded to bf16, 8 bits of mantissa, and kept in
+    /// half the memory: what reads few rows, such as a decoder, waits for its weights and takes half
+    /// as long. Everything else is computed in f32, and convolutions of 3 by 3 keep their weights.
+    pub fn bf16_weights(self, bf16_weights: bool) -> Compiler {
+        Compiler { bf16_weights, ..self }
     }
 
     /// The CPU that code is made for; by default the one that this runs on.
@@ -204,7 +213,7 @@ impl Compiler {
         };
         let cpu = self.cpu();
         cpu.must_run_here()?;
-        let key = cache::key(graph, (self.egraph, self.exact), &cpu);
+        let key = cache::key(graph, [self.egraph, self.exact, self.bf16_weights], &cpu);
         cache::compile(folder, &key, self.threads, |name| {
             let form =
                 Form { kind: Kind::Shared, name: name.to_string(), file: None, weights: None };
@@ -250,7 +259,11 @@ impl Compiler {
 
     /// The loops of a graph of kernels.
     pub fn lower(&self, kernels: &Graph) -> Result<Program> {
-        let target = Target { exact: self.exact, ..self.cpu().target() };
+        let weights = match self.bf16_weights {
+            true => tensor::DType::BF16,
+            false => tensor::DType::F32,
+        };
+        let target = Target { exact: self.exact, weights, ..self.cpu().target() };
         program(&verify(kernels.clone())?, target)
     }
 

@@ -152,9 +152,22 @@ pub struct BuildArgs {
     /// smaller differences, slower
     #[arg(long, help_heading = "Compiler")]
     pub exact_conv: bool,
+    /// What weights of products of matrices are kept as: bf16 rounds them to 8 bits of mantissa,
+    /// takes half the memory, and all else is computed in f32
+    #[arg(long, value_name = "TYPE", default_value = "f32", help_heading = "Compiler")]
+    pub precision: Precision,
     /// Use 128-bit vectors only
     #[arg(long, help_heading = "Compiler")]
     pub no_wide: bool,
+}
+
+/// What weights are kept as.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Precision {
+    /// As the model has them
+    F32,
+    /// Rounded to the upper half of an f32
+    Bf16,
 }
 
 /// Where compiled models are kept.

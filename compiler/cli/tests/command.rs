@@ -36,6 +36,26 @@ fn run_reads_an_archive_and_writes_one() {
 }
 
 #[test]
+fn weights_in_bf16_change_results_a_little() {
+    let model = shipped("digits.onnx");
+    let args = ["--dim", "batch=1", "--precision", "bf16", "--atol", "0.02"];
+    let value = json(0, &[&["verify", &model], &args[..]].concat());
+    let text = value.to_string();
+    assert_eq!(value["ok"], true, "{text}");
+    let (_, err) = expect(2, &["run", &model, "--precision", "bf8"]);
+    assert!(err.contains("possible values: f32, bf16"), "{err}");
+    let folder = Folder::new();
+    let file = folder.path("digits.so");
+    let long = expect(0, &["compile", &model, "--dim", "batch=1", "-o", &file]);
+    let bytes = fs::metadata(&file).expect("a file").len();
+    let half = ["compile", &model, "--dim", "batch=1", "--precision", "bf16", "-o", &file];
+    let short = expect(0, &half);
+    assert!(fs::metadata(&file).expect("a file").len() < bytes, "{long:?} {short:?}");
+    let (_, err) = expect(2, &["run", &file, "--precision", "bf16"]);
+    assert!(err.contains("--precision is for models that are compiled"), "{err}");
+}
+
+#[test]
 fn every_command_prints_text_and_json() {
     let model = shipped("digits.onnx");
     let (out, err) = expect(0, &["check", &model]);

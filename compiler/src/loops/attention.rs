@@ -204,9 +204,9 @@ fn scores(
     Ok(Tiles { cell, lanes: key, summed, operands, end: vec![store], way: Way::Single })
 }
 
-/// The softmax of a row in place: its maximum; powers and their sum; weights. Where these are powers
-/// times one number of the row, the powers stay and the number is stored behind them: its place is
-/// returned, since sums of fewer elements can be multiplied with it later.
+/// The softmax of a row in place: its maximum; powers and their sum; weights. Where these are
+/// powers times one number of the row, the powers stay and the number is stored behind them: its
+/// place is returned, since sums of fewer elements can be multiplied with it later.
 fn softmax(
     lower: &mut Lower,
     parts: &Attention,

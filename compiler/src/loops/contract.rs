@@ -186,6 +186,14 @@ pub fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
     }
 }
 
+/// The same of a load that may be widened to f32.
+fn widened(e: &Expr) -> Option<(BufferId, &Affine)> {
+    match e {
+        Expr::Cast(DType::F32, x) => plain_load(x),
+        _ => plain_load(e),
+    }
+}
+
 /// Which operand goes into lanes, and whether it is packed.
 #[derive(Clone, Copy)]
 pub struct Roles {
@@ -242,9 +250,14 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
     let step = |v: &Var| other.as_ref().map_or(0, |a| a.coefficient(*v as usize).abs());
     summed.sort_by_key(|v| std::cmp::Reverse(step(v)));
     let strips = strips(extent, lower.target.lanes, vectors);
+    // Weights may be kept in half the memory.
+    let kept = match lower.buffers[source].dtype {
+        DType::F32 if lower.is_constant(source) && !roles.both => lower.target.weights,
+        dtype => dtype,
+    };
     let scratch = roles.packed.then(|| {
         let len = packed_len(&lower, &product, affine) / extent * panel_elements(&strips);
-        lowered.scratch.push((lower.buffers[source].dtype, len));
+        lowered.scratch.push((kept, len));
         (lowered.scratch.len() - 1, len)
     });
     for strip in strips {
@@ -252,9 +265,10 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
         if let Some(scratch) = scratch {
             let order = panel_order(&product, affine, &summed, n);
             let axes = (&order[..], n);
-            let (pack, place) = pack(&lower, source, affine, axes, strip, scratch, product.halves)?;
+            let to = (scratch.0, scratch.1, kept);
+            let (pack, place) = pack(&lower, source, affine, axes, strip, to, product.halves)?;
             lowered.kernels.push(pack);
-            panel = Some(Panels { scratch, place });
+            panel = Some(Panels { scratch, place, kept });
         }
         let mut copy = lower.fresh();
         copy.buffers = lower.buffers.clone();
@@ -295,10 +309,8 @@ pub fn tile(
     let step = if strip.vectors == 0 { 1 } else { lanes };
     let element = Affine::scaled(vector as usize, step as i64).plus(lane as usize, 1);
     let mut operands = product.operands.clone();
-    if let Some(Panels { scratch: (scratch, len), place: packed }) = panel {
-        let source = plain_load(&operands[roles.lanes]).map(|l| lower.buffers[l.0].dtype);
-        let dtype = source.unwrap_or(DType::F32);
-        let buffer = lower.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
+    if let Some(Panels { scratch: (scratch, len), place: packed, kept }) = panel {
+        let buffer = lower.buffer(kept, len, Scope::Global, Param::Scratch(scratch));
         let place = Place::affine(packed.substitute(&|v| match v {
             255 => Affine::axis(tile as usize),
             254 => element.clone(),
@@ -306,6 +318,9 @@ pub fn tile(
         }));
         operands[roles.lanes] = Arc::new(match product.halves {
             Some(_) => Expr::Pair(buffer, place),
+            None if kept == DType::BF16 => {
+                Expr::Cast(DType::F32, Arc::new(Expr::Load(buffer, place)))
+            }
             None => Expr::Load(buffer, place),
         });
     }
@@ -358,14 +373,14 @@ fn factors(body: &[Stmt]) -> Option<[&Arc<Expr>; 2]> {
 /// Whether the operand in lanes moves along a variable.
 fn panel_moves(body: &[Stmt], roles: Roles, var: Var) -> bool {
     let Some([x, y]) = factors(body) else { return false };
-    plain_load([x, y][roles.lanes]).is_some_and(|l| l.1.coefficient(var as usize) != 0)
+    widened([x, y][roles.lanes]).is_some_and(|l| l.1.coefficient(var as usize) != 0)
 }
 
 /// After coalescing: the innermost axis along which the broadcast operand moves and the lanes do
 /// not. `body[0]` is the update of the cell.
 fn rows_of(body: &[Stmt], vars: &[Var], roles: Roles) -> Option<Var> {
     let operands = factors(body)?;
-    let panel = plain_load(operands[roles.lanes])?.1;
+    let panel = widened(operands[roles.lanes])?.1;
     let other = plain_load(operands[1 - roles.lanes])?.1;
     let free =
         |v: &&Var| panel.coefficient(**v as usize) == 0 && other.coefficient(**v as usize) != 0;
@@ -385,8 +400,8 @@ pub struct Shape {
     pub rows: Option<Var>,
 }
 
-/// Loops over the row axis: whole tiles of P rows, then the rows that are left. The first statement of
-/// `body` is for every turn of the sums, the others follow it.
+/// Loops over the row axis: whole tiles of P rows, then the rows that are left. The first statement
+/// of `body` is for every turn of the sums, the others follow it.
 pub fn row_tiles(
     lower: &mut Lower,
     cell: BufferId,
@@ -518,7 +533,8 @@ fn repacked(
     let order = panel_order(product, affine, &product.summed, n);
     let (scratch, len) = (lowered.scratch.len(), packed_len(lower, product, affine));
     lowered.scratch.push((DType::F32, len));
-    let (kernel, packed) = pack(lower, buffer, affine, (&order, n), strip, (scratch, len), None)?;
+    let (kernel, packed) =
+        pack(lower, buffer, affine, (&order, n), strip, (scratch, len, DType::F32), None)?;
     lowered.kernels.push(kernel);
     let to = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
     let place = packed.substitute(&|v| match v {

@@ -29,6 +29,8 @@ pub struct Target {
     pub registers: usize,
     /// Whether a sum is that of the products that the model writes down, and not of fewer others.
     pub exact: bool,
+    /// What weights that are packed are kept as, F32 or BF16.
+    pub weights: DType,
 }
 
 /// Kernels of one node, in order, and the scratch memory between them.

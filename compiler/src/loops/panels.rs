@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use kiln_runtime::tensor::DType;
+
 use super::contract::Product;
 use super::ir::{BufferId, Expr, Loops, Param, Place, Scope, Var};
 use super::lower::{Lower, Lowering};
@@ -31,6 +33,8 @@ pub struct Panels {
     /// The place of an element in terms of the product's variables, with the tile as variable 255
     /// and the element within the tile as variable 254.
     pub place: Affine,
+    /// The dtype of its elements.
+    pub kept: DType,
 }
 
 /// The last axis in pieces: tiles of so many vectors, whole vectors that are left, and one more
@@ -90,14 +94,15 @@ pub fn panel_order(product: &Product, affine: &Affine, summed: &[Var], n: Var) -
 /// A kernel that copies a strip of an operand into panels `[tile][order..][width]`; and the place
 /// of an element in terms of the product's variables, with the tile as variable 255 and the
 /// element within the tile as variable 254.
-/// The two elements of a pair, which lie `halves` apart, come side by side.
+/// The two elements of a pair, which lie `halves` apart, come side by side. Where they go has a
+/// number, a length and a dtype.
 pub fn pack(
     lower: &Lower,
     source: BufferId,
     affine: &Affine,
     (order, n): (&[Var], Var),
     strip: Strip,
-    (scratch, len): (usize, usize),
+    (scratch, len, kept): (usize, usize, DType),
     halves: Option<i64>,
 ) -> Lowering<(Loops, Affine)> {
     let mut packer = lower.fresh();
@@ -105,7 +110,7 @@ pub fn pack(
     let dtype = from.dtype;
     let source = packer.buffer(dtype, from.len, Scope::Global, from.param);
     let count = if halves.is_some() { 2 } else { 1 };
-    let to = packer.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
+    let to = packer.buffer(kept, len, Scope::Global, Param::Scratch(scratch));
     // Outer axes of the result come before the tile in memory, as they do in the loops.
     let tile = packer.var(strip.tiles)?;
     let inner: Vec<Var> =
@@ -143,6 +148,9 @@ pub fn pack(
         place = place.plus(half as usize, 1);
         read = read.plus(half as usize, step);
     }
-    let value = Arc::new(Expr::Load(source, Place::affine(read)));
+    let mut value = Arc::new(Expr::Load(source, Place::affine(read)));
+    if kept != dtype {
+        value = Arc::new(Expr::Cast(kept, value));
+    }
     Ok((nest::store_nest(packer, vars, to, Place::affine(place), value), packed))
 }

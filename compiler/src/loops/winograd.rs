@@ -110,7 +110,7 @@ pub fn lower(
     let order = [conv.ic, conv.window[0], conv.window[1]];
     let (buffer, affine) = &conv.weights;
     let (kernel, _) =
-        pack(lower, *buffer, affine, (&order, conv.oc), strip, (given, lens[0]), None)?;
+        pack(lower, *buffer, affine, (&order, conv.oc), strip, (given, lens[0], short), None)?;
     let mut add = |name: &str, kernel: Loops| {
         lowered.kernels.push(Loops { name: name.into(), ..kernel });
     };
@@ -432,7 +432,7 @@ fn products(
         result: Arc::new(Expr::Load(cell, origin_place())),
     };
     let roles = Roles { both: false, lanes: 1, packed: true };
-    let panels = Panels { scratch: panels, place: panel };
+    let panels = Panels { scratch: panels, place: panel, kept: short };
     tile(lower, &product, roles, &[ic], strip, Some(panels))
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use kiln::{ArtifactFile, Executable};
 
-use crate::args::{BuildArgs, CacheArgs, GivenArgs, InputArgs, ModelArgs, StateArgs};
+use crate::args::{BuildArgs, CacheArgs, GivenArgs, InputArgs, ModelArgs, Precision, StateArgs};
 use crate::commands::{
     compile, compiler, gather, model_name, open, threads, with_cache, with_states,
 };
@@ -114,6 +114,7 @@ pub fn refuse_flags(
         ("--max-memory", model.max_memory.is_some()),
         ("--no-egraph", build.no_egraph),
         ("--exact-conv", build.exact_conv),
+        ("--precision", build.precision != Precision::F32),
         ("--no-wide", build.no_wide),
         ("--cache", cache.cache.is_some()),
     ];

@@ -143,7 +143,7 @@ impl Cpu {
             // Lanes are scalars there: four of the registers hold what elsewhere one does.
             (None, Arch::Riscv64) => (self.lanes, 7),
         };
-        Target { lanes, registers, exact: false }
+        Target { lanes, registers, exact: false, weights: kiln_runtime::tensor::DType::F32 }
     }
 
     /// Cranelift's names of the features.

@@ -50,9 +50,27 @@ impl Clif<'_> {
         let (from, signed) = match dtype {
             DType::I32 => return Ok(load(if vector { types::I32X4 } else { types::I32 })),
             DType::I16 | DType::I8 => (dtype, true),
-            DType::U8 => (dtype, false),
+            DType::U8 | DType::BF16 => (dtype, false),
             _ => return Err(Unsupported(format!("lanes of {dtype}"))),
         };
+        if from == DType::BF16 {
+            // The upper halves of f32.
+            let value = match vector {
+                false => {
+                    let value = load(types::I16);
+                    self.b.ins().uextend(types::I32, value)
+                }
+                true => {
+                    let value = load(types::I64);
+                    let value = self.b.ins().scalar_to_vector(types::I64X2, value);
+                    let value = self.b.ins().bitcast(types::I16X8, LITTLE(), value);
+                    self.b.ins().uwiden_low(value)
+                }
+            };
+            let value = self.b.ins().ishl_imm_u(value, 16);
+            let ty = if vector { types::F32X4 } else { types::F32 };
+            return Ok(self.b.ins().bitcast(ty, LITTLE(), value));
+        }
         if !vector {
             let value = load(super::scalar_type(from));
             return Ok(match signed {
@@ -162,7 +180,8 @@ impl Clif<'_> {
 
     pub(super) fn lanes_cast(&mut self, from: DType, to: DType, x: Value) -> Emitted<Value> {
         Ok(match (from.is_float(), to.is_float()) {
-            (true, true) if from == to => x,
+            // bf16 are f32 since they were read.
+            (true, true) if from == to || (from, to) == (DType::BF16, DType::F32) => x,
             (false, true) if to == DType::F32 => self.b.ins().fcvt_from_sint(self.piece, x),
             (false, false) => self.wrapped(to, x),
             (true, false) if to.bytes() < 4 => {

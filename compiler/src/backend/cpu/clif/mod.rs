@@ -21,7 +21,7 @@ use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use self::cast::mask;
-use super::emit::{Access, Bits, Emitted, Machine, Unsupported, emit};
+use super::emit::{Access, Bits, Emitted, Machine, Unsupported, compute_dtype, emit};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Loops, Number};
 
@@ -414,15 +414,13 @@ impl Machine for Clif<'_> {
                     .map(|k| self.load_lanes(dtype, base, at.1, k))
                     .collect::<Emitted<_>>()?,
             ),
-            (_, DType::F16 | DType::BF16) => {
-                let short = self.b.ins().load(types::I16, Self::memory(), base, offset);
-                Val::One(self.short_to_f32(dtype, short))
-            }
             (_, _) => {
-                let ty = scalar_type(dtype);
-                let value = Val::One(self.b.ins().load(ty, Self::memory(), base, offset));
+                let short = matches!(dtype, DType::F16 | DType::BF16);
+                let ty = if short { types::I16 } else { scalar_type(dtype) };
+                let value = self.b.ins().load(ty, Self::memory(), base, offset);
+                let value = Val::One(if short { self.short_to_f32(dtype, value) } else { value });
                 match access {
-                    Access::Splat => self.spread(dtype, &value)?,
+                    Access::Splat => self.spread(compute_dtype(dtype), &value)?,
                     Access::One | Access::Lanes(_) => value,
                 }
             }

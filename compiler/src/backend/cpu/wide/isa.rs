@@ -165,6 +165,8 @@ table! { WHOLE "Instructions of integers, of every width.":
     PAIRS: VEX_Vpmaddwd_xmm_xmm_xmmm128, EVEX_Vpmaddwd_xmm_k1z_xmm_xmmm128;
     /// 16-bit integers as 32-bit ones.
     WIDEN_I16: VEX_Vpmovsxwd_xmm_xmmm64, EVEX_Vpmovsxwd_xmm_k1z_xmmm64;
+    /// 16-bit numbers without sign as 32-bit ones.
+    WIDEN_U16: VEX_Vpmovzxwd_xmm_xmmm64, EVEX_Vpmovzxwd_xmm_k1z_xmmm64;
     /// 8-bit integers as 32-bit ones.
     WIDEN_I8: VEX_Vpmovsxbd_xmm_xmmm32, EVEX_Vpmovsxbd_xmm_k1z_xmmm32;
     /// 8-bit integers without sign as 32-bit ones.

@@ -457,7 +457,8 @@ impl Machine for Wide {
     }
 
     fn cast(&mut self, from: DType, to: DType, x: &Val) -> Emitted<Val> {
-        match from == to {
+        // bf16 are f32 since they were read.
+        match from == to || (from, to) == (DType::BF16, DType::F32) {
             true => Ok(*x),
             false => self.whole_cast(from, to, x),
         }

@@ -1,5 +1,6 @@
 //! Integers of up to 32 bits. In a lane each takes 32 bits and has its value there, whatever its
-//! dtype: what is computed is wrapped, and stores take the low bits.
+//! dtype: what is computed is wrapped, and stores take the low bits. bf16 are read here as well: the
+//! upper halves of f32.
 
 use iced_x86::Code;
 use kiln_runtime::tensor::DType;
@@ -10,7 +11,7 @@ use super::isa::{self, Level, Op, Width};
 use super::lanes::{Val, byte};
 use super::ssa::Arg;
 use super::{Wide, f32_only};
-use crate::backend::cpu::emit::{Access, Emitted, Unsupported};
+use crate::backend::cpu::emit::{Access, Emitted, Machine, Unsupported};
 use crate::graph::eval::int_range;
 use crate::graph::op::BinaryFn;
 
@@ -20,6 +21,7 @@ fn loads(dtype: DType) -> Emitted<(Op, Code)> {
         DType::I16 => Ok((isa::WIDEN_I16, Code::Movsx_r32_rm16)),
         DType::I8 => Ok((isa::WIDEN_I8, Code::Movsx_r32_rm8)),
         DType::U8 => Ok((isa::WIDEN_U8, Code::Movzx_r32_rm8)),
+        DType::BF16 => Ok((isa::WIDEN_U16, Code::Movzx_r32_rm16)),
         other => Err(Unsupported(format!("{other} in wide code"))),
     }
 }
@@ -34,12 +36,14 @@ impl Wide {
         let (widen, one) = loads(dtype)?;
         if matches!(access, Access::Lanes(_)) {
             let args = [self.part(0, true), address.operand(1)];
-            return Ok(self.value(widen, true, &args, &address.registers()));
+            let value = self.value(widen, true, &args, &address.registers());
+            return self.as_read(dtype, value);
         }
         let (block, args) = (self.current, [Arg::Gpr32(0), address.operand(1)]);
         let low = self.code.make(block, RegClass::Int, one, &args, &address.registers());
         let args = [self.part(0, false), Arg::Gpr32(1)];
         let value = self.value(isa::FROM_GENERAL, false, &args, &[low]);
+        let value = self.as_read(dtype, value)?;
         match access {
             Access::Splat => {
                 let lane = self.vector(&value)?;
@@ -49,12 +53,20 @@ impl Wide {
         }
     }
 
+    /// What was read of a dtype, where it is to stay in the lower half of 32 bits or not.
+    fn as_read(&mut self, dtype: DType, x: Val) -> Emitted<Val> {
+        if dtype == DType::BF16 { self.shift(&x, 16) } else { Ok(x) }
+    }
+
     pub(super) fn store_whole(
         &mut self,
         dtype: DType,
         address: &Address,
         value: &Val,
     ) -> Emitted<()> {
+        if dtype == DType::BF16 {
+            return Err(Unsupported("bf16 are stored by other code".into()));
+        }
         loads(dtype)?;
         let short = dtype.bytes() == 2;
         if !value.is_wide() {
@@ -284,6 +296,15 @@ mod tests {
                     each_way(&buffers, &format!("{to}(add({scaled}, 7.0:f32))"), to);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn halves_of_floats() {
+        let buffers =
+            format!("b0 : bf16[{COUNT}] arg 0 b1 : f32[{COUNT}] arg 1 b2 : f32[{COUNT}] arg 2");
+        for index in ["@", "7"] {
+            each_way(&buffers, &format!("mul(f32(b0[{index}]), 0.5:f32)"), DType::F32);
         }
     }
 

@@ -250,6 +250,7 @@ impl Processor<'_> {
     fn widened(&mut self, i: &Instruction, lanes: usize) -> Result<(), Fault> {
         let (bytes, signed) = match i.mnemonic() {
             Mnemonic::Vpmovsxwd => (2, true),
+            Mnemonic::Vpmovzxwd => (2, false),
             Mnemonic::Vpmovsxbd => (1, true),
             _ => (1, false),
         };
@@ -324,7 +325,10 @@ impl Processor<'_> {
                 let lane = self.lanes(i, 1, 1)?[0];
                 self.set_vector(i, [lane; 16], lanes)?;
             }
-            Mnemonic::Vpmovsxwd | Mnemonic::Vpmovsxbd | Mnemonic::Vpmovzxbd => {
+            Mnemonic::Vpmovsxwd
+            | Mnemonic::Vpmovzxwd
+            | Mnemonic::Vpmovsxbd
+            | Mnemonic::Vpmovzxbd => {
                 self.widened(i, lanes)?;
             }
             Mnemonic::Vpmovdw => self.shortened(i, 2, lanes)?,
