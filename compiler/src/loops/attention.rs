@@ -215,10 +215,8 @@ fn softmax(
 ) -> Lowering<(Vec<Stmt>, Option<Place>)> {
     let whole: (&[usize], _) = (&[keys], &[None][..]);
     let mut body = nest::reduce_pass(lower, parts.most, row, whole, None)?;
-    body.extend(nest::row_cells(lower, row)?);
     let keep = Some((parts.powers, *buffer, start.clone()));
     body.extend(nest::reduce_pass(lower, parts.sum, row, whole, keep)?);
-    body.extend(nest::row_cells(lower, row)?);
     let store = |place, value| Stmt::Store { buffer: *buffer, place, value };
     let mut index = row.to_vec();
     if let Some((node, divides)) = scale_of(lower, parts) {
@@ -254,7 +252,7 @@ fn scale_of(lower: &Lower, parts: &Attention) -> Option<(usize, bool)> {
         (false, true) if !divides => x,
         _ => return None,
     };
-    let single = lower.ty(other).shape.last() == Some(&1) && lower.is_bound(other);
+    let single = lower.ty(other).shape.last() == Some(&1);
     single.then_some((other, divides))
 }
 

@@ -391,11 +391,6 @@ impl<'a> Lower<'a> {
         self.memo.clear();
     }
 
-    /// Whether a node has a value or a row that is not computed where it is asked for.
-    pub fn is_bound(&self, node: usize) -> bool {
-        self.bound[node].is_some()
-    }
-
     /// The index for which a bound node was asked.
     pub fn asked(&self, node: usize) -> Option<Vec<Index>> {
         match &self.bound[node] {

@@ -210,7 +210,6 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
         let kept = kept.map(|n| (n, lower.out(&root_ty), flatten(&outer, &full)));
         let row = (&full[first..], &spans[first..]);
         body.extend(reduce_pass(&mut lower, reduce, &outer, row, kept)?);
-        body.extend(row_cells(&mut lower, &outer)?);
     }
     let reduced = root_ty.numel() != full.iter().product::<usize>()
         || full[first..].iter().product::<usize>() == 1;
@@ -246,40 +245,6 @@ fn keep_in_row(lower: &Lower, root: usize, reduce: usize, later: &[usize]) -> Op
     // A second value may not take the row while the first is still wanted.
     let last = later.len() == 1;
     (dear && used_again && fits && last).then_some(operand)
-}
-
-/// Values that a row has one of, and that hang on reductions made so far: each is computed once,
-/// not for every element of the row.
-pub fn row_cells(lower: &mut Lower, outer: &[Index]) -> Lowering<Vec<Stmt>> {
-    let nodes = &lower.body.nodes;
-    let rank = outer.len();
-    // Whether a node hangs on reductions, and whether they are all made.
-    let mut hangs = vec![(false, true); nodes.len()];
-    let mut out = Vec::new();
-    for (n, node) in nodes.iter().enumerate() {
-        hangs[n] = match &node.op {
-            Op::Reduce(..) => (true, lower.is_bound(n)),
-            _ if lower.is_bound(n) => (true, true),
-            _ => {
-                let args = node.args.iter().map(|a| hangs[a.index()]);
-                args.fold((false, true), |all, arg| (all.0 || arg.0, all.1 && arg.1))
-            }
-        };
-        let pointwise = matches!(node.op, Op::Unary(_) | Op::Binary(_) | Op::Select);
-        let shape = &node.ty.shape;
-        let single = shape.len() > rank && shape[rank..].iter().all(|&e| e == 1);
-        let last = n + 1 == nodes.len();
-        if !pointwise || !single || last || hangs[n] != (true, true) || lower.is_bound(n) {
-            continue;
-        }
-        let mut index = outer.to_vec();
-        index.resize(shape.len(), Place::affine(Affine::default()));
-        let (dtype, value) = (node.ty.dtype, lower.value(n, &index)?);
-        let (cell, place) = (lower.register(dtype, 1), Place::affine(Affine::default()));
-        out.push(Stmt::Store { buffer: cell, place, value: (*value).clone() });
-        lower.bind_cell(n, Expr::Load(cell, Place::affine(Affine::default())));
-    }
-    Ok(out)
 }
 
 /// Statements over the axes of a row.

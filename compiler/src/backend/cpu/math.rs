@@ -161,31 +161,17 @@ fn exp_beside<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
 pub fn beside_one<'a>(x: &'a Expr, y: &'a Expr) -> Option<(UnaryFn, &'a Arc<Expr>)> {
     let one = |e: &Expr| matches!(e, Expr::Const(_, Number::Float(v)) if *v == 1.0);
     let ((Expr::Unary(f, of), other) | (other, Expr::Unary(f, of))) = (x, y) else { return None };
-    let known = matches!(f, UnaryFn::Erf | UnaryFn::Exp | UnaryFn::Tanh);
+    let known = matches!(f, UnaryFn::Exp | UnaryFn::Tanh);
     (known && one(other)).then_some((*f, of))
 }
 
-/// 1 + e^x, or 1 + erf x or 1 + tanh x within 2e-7: 2 / (1 + e^-w), where w is 2 x or, for erf, x
-/// times a polynomial of x^2.
+/// 1 + e^x, or 1 + tanh x = 2 / (1 + e^-2x) within 2e-7.
 pub fn one_and<M: Machine>(machine: &mut M, f: UnaryFn, x: &V<M>, wide: bool) -> Emitted<V<M>> {
     let mut calc = Calc { machine, dtype: DType::F32, wide };
     let minus = match f {
         UnaryFn::Exp => {
             let e = exp_beside(&mut calc, x)?;
             return calc.opc(BinaryFn::Add, &e, 1.0);
-        }
-        UnaryFn::Erf => {
-            let square = calc.op(BinaryFn::Mul, x, x)?;
-            let square = calc.opc(BinaryFn::Min, &square, 18.0)?;
-            // For the logit of the normal distribution at x sqrt 2, over that.
-            let mut factor = -std::f64::consts::FRAC_1_SQRT_2;
-            let mut scaled = LOGIT.map(|c| {
-                factor *= 2.0;
-                c * factor
-            });
-            scaled.reverse();
-            let p = calc.poly(&square, &scaled)?;
-            calc.op(BinaryFn::Mul, x, &p)?
         }
         _ => calc.opc(BinaryFn::Mul, x, -2.0)?,
     };
@@ -194,17 +180,6 @@ pub fn one_and<M: Machine>(machine: &mut M, f: UnaryFn, x: &V<M>, wide: bool) ->
     let two = calc.c(2.0)?;
     calc.op(BinaryFn::Div, &two, &e)
 }
-
-/// The logit of the normal distribution at x, over x, as a polynomial of x^2 up to 36.
-const LOGIT: [f64; 7] = [
-    1.5957684517,
-    7.2668567300e-2,
-    -6.6258886363e-5,
-    -1.1048065062e-4,
-    7.9382643889e-6,
-    -2.6689559718e-7,
-    3.6112943747e-9,
-];
 
 /// Natural logarithm: exponent and a polynomial on the mantissa in sqrt(1/2)..sqrt(2), after
 /// Moshier's Cephes `logf`.
