@@ -220,8 +220,8 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
         [s, 1] if s != 0 && constant[0] => 0,
         _ => return None,
     };
-    let constant = constant[lanes];
-    let packed = steps[lanes] != 1 || constant || pairs;
+    let packed =
+        steps[lanes] != 1 || constant[lanes] || pairs || is_read_often(lower, product, lanes);
     let (buffer, place) = (product.out, product.place.clone());
     let epilogue = Stmt::Store { buffer, place, value: (*product.result).clone() };
     let fits = (!packed || packable(lower, loads[lanes]))
@@ -231,6 +231,18 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
         lanes,
         packed,
     })
+}
+
+/// Whether the operand in lanes is read by many rows and does not fit in a cache of the first level:
+/// its elements are then packed at run time, so that those of a panel are not a row apart.
+fn is_read_often(lower: &Lower, product: &Product, lanes: usize) -> bool {
+    const ROWS: usize = 64;
+    const ELEMENTS: usize = 1 << 14;
+    let Some((_, panel)) = plain_load(&product.operands[lanes]) else { return false };
+    let stays = |v: &&Var| panel.coefficient(**v as usize) == 0;
+    let rows: usize =
+        product.vars.iter().filter(stays).map(|&v| lower.extents[v as usize]).product();
+    rows >= ROWS && packed_len(lower, product, panel) >= ELEMENTS
 }
 
 fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) -> Lowering<()> {

@@ -134,7 +134,7 @@ impl Straight {
 }
 
 /// The points of F(4, 3) are 0, these with both signs, and infinity. With 1 and 2, whose numbers
-/// are integers, results have up to four times the error.
+/// are integers, results have some three times the error.
 const A: f64 = 0.625;
 const B: f64 = 1.5;
 const AA: f64 = A * A;
