@@ -233,8 +233,8 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
     })
 }
 
-/// Whether the operand in lanes is read by many rows and does not fit in a cache of the first level:
-/// its elements are then packed at run time, so that those of a panel are not a row apart.
+/// Whether the operand in lanes is read by many rows and does not fit in a cache of the first
+/// level: its elements are then packed at run time, so that those of a panel are not a row apart.
 fn is_read_often(lower: &Lower, product: &Product, lanes: usize) -> bool {
     const ROWS: usize = 64;
     const ELEMENTS: usize = 1 << 14;
@@ -321,16 +321,11 @@ pub fn tile(
     let step = if strip.vectors == 0 { 1 } else { lanes };
     let element = Affine::scaled(vector as usize, step as i64).plus(lane as usize, 1);
     let mut operands = product.operands.clone();
-    if let Some(Panels { scratch: (scratch, len), place: packed, kept }) = panel {
-        let buffer = lower.buffer(kept, len, Scope::Global, Param::Scratch(scratch));
-        let place = Place::affine(packed.substitute(&|v| match v {
-            255 => Affine::axis(tile as usize),
-            254 => element.clone(),
-            v => Affine::axis(v),
-        }));
+    if let Some(panels) = panel {
+        let (buffer, place) = element_of(&mut lower, &panels, tile, &element);
         operands[roles.lanes] = Arc::new(match product.halves {
             Some(_) => Expr::Pair(buffer, place),
-            None if kept == DType::BF16 => {
+            None if panels.kept == DType::BF16 => {
                 Expr::Cast(DType::F32, Arc::new(Expr::Load(buffer, place)))
             }
             None => Expr::Load(buffer, place),
@@ -372,6 +367,18 @@ pub fn tile(
     let zero = Affine::constant(0);
     let inner = single.iter().fold(inner, |body, &v| rewrite::substitute(&body, v, &zero));
     Ok(finish(lower, loops, inner, product.cell))
+}
+
+/// Where an element of a tile stands in panels.
+fn element_of(lower: &mut Lower, panels: &Panels, tile: Var, at: &Affine) -> (BufferId, Place) {
+    let (scratch, len) = panels.scratch;
+    let buffer = lower.buffer(panels.kept, len, Scope::Global, Param::Scratch(scratch));
+    let place = panels.place.substitute(&|v| match v {
+        255 => Affine::axis(tile as usize),
+        254 => at.clone(),
+        v => Affine::axis(v),
+    });
+    (buffer, Place::affine(place))
 }
 
 /// What the update of the cell multiplies.

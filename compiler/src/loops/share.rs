@@ -320,8 +320,8 @@ mod tests {
     use crate::loops::text::parse;
     use crate::loops::verify::verify;
 
-    /// The extents and kinds of the loops of a kernel that has been shared out anew. Its results are
-    /// those of before.
+    /// The extents and kinds of the loops of a kernel that has been shared out anew. Its results
+    /// are those of before.
     fn shared(text: &str, contraction: bool) -> Vec<(usize, Kind)> {
         let before = parse(text).expect("a kernel").remove(0);
         let after = share(before.clone(), contraction);

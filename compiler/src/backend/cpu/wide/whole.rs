@@ -1,6 +1,6 @@
 //! Integers of up to 32 bits. In a lane each takes 32 bits and has its value there, whatever its
-//! dtype: what is computed is wrapped, and stores take the low bits. bf16 are read here as well: the
-//! upper halves of f32.
+//! dtype: what is computed is wrapped, and stores take the low bits. bf16 are read here as well:
+//! the upper halves of f32.
 
 use iced_x86::Code;
 use kiln_runtime::tensor::DType;
