@@ -26,6 +26,9 @@ pub struct Strip {
     pub packed: usize,
 }
 
+/// Rows that are packed into all panels together.
+const ROWS: usize = 16;
+
 /// An operand that is packed into panels.
 pub struct Panels {
     /// The scratch memory that holds it, and its elements.
@@ -139,10 +142,14 @@ pub fn pack(
         None if v == n as usize => n_index.clone(),
         None => Affine::constant(0),
     });
-    let mut vars = vec![tile];
-    vars.extend(inner);
-    vars.push(element);
     let (mut place, mut read) = (place, read);
+    let mut vars = match inner.split_last() {
+        Some((&last, outer)) if affine.coefficient(n as usize) == 1 => {
+            rows_together(&mut packer, (tile, outer, last), [&mut place, &mut read])?
+        }
+        _ => [tile].into_iter().chain(inner).collect(),
+    };
+    vars.push(element);
     if let (Some(half), Some(step)) = (half, halves) {
         vars.push(half);
         place = place.plus(half as usize, 1);
@@ -153,4 +160,26 @@ pub fn pack(
         value = Arc::new(Expr::Cast(kept, value));
     }
     Ok((nest::store_nest(packer, vars, to, Place::affine(place), value), packed))
+}
+
+/// The loops of a copy whose rows run through all panels: some go into all of them before the next
+/// ones, so that they are read from end to end.
+fn rows_together(
+    packer: &mut Lower,
+    (tile, outer, last): (Var, &[Var], Var),
+    places: [&mut Affine; 2],
+) -> Lowering<Vec<Var>> {
+    let extent = packer.extents[last as usize];
+    if !extent.is_multiple_of(ROWS) {
+        return Ok([tile].into_iter().chain(outer.iter().copied()).chain([last]).collect());
+    }
+    let (rows, row) = (packer.var(extent / ROWS)?, packer.var(ROWS)?);
+    let index = Affine::scaled(rows as usize, ROWS as i64).plus(row as usize, 1);
+    for affine in places {
+        *affine = affine.substitute(&|v| match v == last as usize {
+            true => index.clone(),
+            false => Affine::axis(v),
+        });
+    }
+    Ok(outer.iter().copied().chain([rows, tile, row]).collect())
 }

@@ -458,7 +458,8 @@ impl Machine for Wide {
 
     fn cast(&mut self, from: DType, to: DType, x: &Val) -> Emitted<Val> {
         // bf16 are f32 since they were read.
-        match from == to || (from, to) == (DType::BF16, DType::F32) {
+        let from = if from == DType::BF16 { DType::F32 } else { from };
+        match from == to {
             true => Ok(*x),
             false => self.whole_cast(from, to, x),
         }

@@ -21,7 +21,6 @@ fn loads(dtype: DType) -> Emitted<(Op, Code)> {
         DType::I16 => Ok((isa::WIDEN_I16, Code::Movsx_r32_rm16)),
         DType::I8 => Ok((isa::WIDEN_I8, Code::Movsx_r32_rm8)),
         DType::U8 => Ok((isa::WIDEN_U8, Code::Movzx_r32_rm8)),
-        DType::BF16 => Ok((isa::WIDEN_U16, Code::Movzx_r32_rm16)),
         other => Err(Unsupported(format!("{other} in wide code"))),
     }
 }
@@ -33,7 +32,10 @@ impl Wide {
         address: &Address,
         access: Access,
     ) -> Emitted<Val> {
-        let (widen, one) = loads(dtype)?;
+        let (widen, one) = match dtype {
+            DType::BF16 => (isa::WIDEN_U16, Code::Movzx_r32_rm16),
+            dtype => loads(dtype)?,
+        };
         if matches!(access, Access::Lanes(_)) {
             let args = [self.part(0, true), address.operand(1)];
             let value = self.value(widen, true, &args, &address.registers());
@@ -64,9 +66,6 @@ impl Wide {
         address: &Address,
         value: &Val,
     ) -> Emitted<()> {
-        if dtype == DType::BF16 {
-            return Err(Unsupported("bf16 are stored by other code".into()));
-        }
         loads(dtype)?;
         let short = dtype.bytes() == 2;
         if !value.is_wide() {
@@ -305,6 +304,9 @@ mod tests {
             format!("b0 : bf16[{COUNT}] arg 0 b1 : f32[{COUNT}] arg 1 b2 : f32[{COUNT}] arg 2");
         for index in ["@", "7"] {
             each_way(&buffers, &format!("mul(f32(b0[{index}]), 0.5:f32)"), DType::F32);
+            for to in [DType::I8, DType::U8, DType::I16] {
+                each_way(&buffers, &format!("{to}(b0[{index}])"), to);
+            }
         }
     }
 
