@@ -44,33 +44,22 @@ impl Clif<'_> {
         k: usize,
     ) -> Emitted<Value> {
         let vector = self.piece.is_vector();
+        if dtype == DType::BF16 {
+            // The upper halves of f32.
+            let value = self.load_lanes(DType::U16, base, at, k)?;
+            let value = self.b.ins().ishl_imm_u(value, 16);
+            let ty = if vector { types::F32X4 } else { types::F32 };
+            return Ok(self.b.ins().bitcast(ty, LITTLE(), value));
+        }
         let lanes = self.piece.lane_count() as usize;
         let offset = at + (dtype.bytes() * lanes * k) as i32;
         let mut load = |ty| self.b.ins().load(ty, Self::memory(), base, offset);
         let (from, signed) = match dtype {
             DType::I32 => return Ok(load(if vector { types::I32X4 } else { types::I32 })),
             DType::I16 | DType::I8 => (dtype, true),
-            DType::U8 | DType::BF16 => (dtype, false),
+            DType::U8 | DType::U16 => (dtype, false),
             _ => return Err(Unsupported(format!("lanes of {dtype}"))),
         };
-        if from == DType::BF16 {
-            // The upper halves of f32.
-            let value = match vector {
-                false => {
-                    let value = load(types::I16);
-                    self.b.ins().uextend(types::I32, value)
-                }
-                true => {
-                    let value = load(types::I64);
-                    let value = self.b.ins().scalar_to_vector(types::I64X2, value);
-                    let value = self.b.ins().bitcast(types::I16X8, LITTLE(), value);
-                    self.b.ins().uwiden_low(value)
-                }
-            };
-            let value = self.b.ins().ishl_imm_u(value, 16);
-            let ty = if vector { types::F32X4 } else { types::F32 };
-            return Ok(self.b.ins().bitcast(ty, LITTLE(), value));
-        }
         if !vector {
             let value = load(super::scalar_type(from));
             return Ok(match signed {
@@ -78,11 +67,14 @@ impl Clif<'_> {
                 false => self.b.ins().uextend(types::I32, value),
             });
         }
-        if from == DType::I16 {
+        if from.bytes() == 2 {
             let value = load(types::I64);
             let value = self.b.ins().scalar_to_vector(types::I64X2, value);
             let value = self.b.ins().bitcast(types::I16X8, LITTLE(), value);
-            return Ok(self.b.ins().swiden_low(value));
+            return Ok(match signed {
+                true => self.b.ins().swiden_low(value),
+                false => self.b.ins().uwiden_low(value),
+            });
         }
         let value = load(types::I32);
         let value = self.b.ins().scalar_to_vector(types::I32X4, value);
