@@ -360,8 +360,11 @@ pub fn tile(
     let (mut loops, shared): (Vec<Var>, Vec<Var>) = vars.into_iter().partition(own);
     // What both operands move along is read in the order of memory.
     let (before, after) = if roles.both { (shared, vec![]) } else { (vec![], shared) };
-    loops.extend(before.into_iter().chain([tile]).chain(after));
-    let inner = row_tiles(&mut lower, product.cell, shape, strip, &sums, body)?;
+    loops.push(tile);
+    let ahead = ahead(&lower, &body, (roles, rows), strip, [&loops, &after, &sums]);
+    loops.splice(loops.len() - 1..loops.len() - 1, before);
+    loops.extend(after);
+    let inner = row_tiles(&mut lower, product.cell, shape, (strip, ahead), &sums, body)?;
     let (loops, single): (Vec<Var>, Vec<Var>) =
         loops.into_iter().partition(|&v| lower.extents[v as usize] > 1);
     let zero = Affine::constant(0);
@@ -385,7 +388,7 @@ fn element_of(lower: &mut Lower, panels: &Panels, tile: Var, at: &Affine) -> (Bu
 fn factors(body: &[Stmt]) -> Option<[&Arc<Expr>; 2]> {
     match &body[0] {
         Stmt::Store { value: Expr::Fma(x, y, _) | Expr::Dot(x, y, _), .. } => Some([x, y]),
-        Stmt::Store { .. } | Stmt::For { .. } | Stmt::If { .. } => None,
+        Stmt::Store { .. } | Stmt::For { .. } | Stmt::If { .. } | Stmt::Prefetch { .. } => None,
     }
 }
 
@@ -404,6 +407,72 @@ fn rows_of(body: &[Stmt], vars: &[Var], roles: Roles) -> Option<Var> {
     let free =
         |v: &&Var| panel.coefficient(**v as usize) == 0 && other.coefficient(**v as usize) != 0;
     vars.iter().rev().find(free).copied()
+}
+
+/// What a tile asks for while it sums: the panel after its own, which tends to come from afar, as
+/// the weights of a network are more than a cache holds. Each tile of a panel asks for a part.
+pub struct Ahead {
+    buffer: BufferId,
+    /// What is asked for in each turn of the sums, by the first tile of rows.
+    place: Affine,
+    /// From one tile of rows to the next.
+    step: i64,
+}
+
+/// Panels are asked for ahead where they are so many bytes: fewer stay in the cache of a core.
+const AHEAD_BYTES: usize = 256 << 10;
+
+/// What tiles ask for ahead, of the loops over panels, those over what one panel serves, and the
+/// sums; `body` is as `row_tiles` takes it.
+fn ahead(
+    lower: &Lower,
+    body: &[Stmt],
+    (roles, rows): (Roles, Option<Var>),
+    strip: Strip,
+    [panels, shared, sums]: [&[Var]; 3],
+) -> Option<Ahead> {
+    let (buffer, place) = widened(factors(body)?[roles.lanes])?;
+    let memory = &lower.buffers[buffer];
+    let extent = |v: Var| lower.extents[usize::from(v)];
+    let innermost = panels.iter().rev().find(|v| extent(**v) > 1)?;
+    let panel = usize::try_from(place.coefficient(usize::from(*innermost))).ok()?;
+    let turns: usize = sums.iter().map(|&v| extent(v)).product();
+    let tiles = rows.map_or(1, |rows| {
+        let [height, whole, left] = heights(lower, strip, extent(rows));
+        whole + left.min(height).min(1)
+    });
+    let parts = shared.iter().map(|&v| extent(v)).product::<usize>() * tiles;
+    // Where more tiles share a panel, little of the time is spent on reading it.
+    let few = 2..=2 * lower.target.lanes * strip.vectors;
+    let apart = !roles.both && panel >= turns && strip.vectors > 0;
+    if !apart || memory.len * memory.dtype.bytes() < AHEAD_BYTES || !few.contains(&parts) {
+        return None;
+    }
+    let mut step = panel.div_ceil(turns * parts) as i64;
+    let mut place = place.substitute(&|v| match panels.iter().any(|&p| usize::from(p) == v) {
+        true => Affine::axis(v),
+        false => Affine::constant(0),
+    });
+    place.offset += panel as i64;
+    for &v in sums.iter().rev() {
+        place = place.plus(v.into(), step);
+        step *= extent(v) as i64;
+    }
+    let tile = step;
+    step *= tiles as i64;
+    for &v in shared.iter().rev() {
+        place = place.plus(v.into(), step);
+        step *= extent(v) as i64;
+    }
+    Some(Ahead { buffer, place, step: tile })
+}
+
+/// Rows of a tile, whole tiles, and rows that are left.
+fn heights(lower: &Lower, strip: Strip, extent: usize) -> [usize; 3] {
+    let most = ((lower.target.registers - 3) / strip.vectors.max(1)).saturating_sub(1).clamp(1, 12);
+    let count = extent.div_ceil(most);
+    let height = extent.div_ceil(count);
+    [height, extent / height, extent % height]
 }
 
 /// Variables of a tile.
@@ -425,18 +494,15 @@ pub fn row_tiles(
     lower: &mut Lower,
     cell: BufferId,
     shape: Shape,
-    strip: Strip,
+    (strip, ahead): (Strip, Option<Ahead>),
     sums: &[Var],
     body: Vec<Stmt>,
 ) -> Lowering<Vec<Stmt>> {
     let Some(rows) = shape.rows else {
-        return register_tile(lower, cell, (shape, 1, None), strip, sums, &body);
+        let ask = ahead.map(|a| Stmt::Prefetch { buffer: a.buffer, place: a.place });
+        return register_tile(lower, cell, (shape, 1, None), strip, (sums, ask), &body);
     };
-    let extent = lower.extents[rows as usize];
-    let most = ((lower.target.registers - 3) / strip.vectors.max(1)).saturating_sub(1).clamp(1, 12);
-    let count = extent.div_ceil(most);
-    let height = extent.div_ceil(count);
-    let (whole, left) = (extent / height, extent % height);
+    let [height, whole, left] = heights(lower, strip, lower.extents[rows as usize]);
     let mut out = Vec::new();
     for (start, turns, height) in [(0, whole, height), (whole * height, 1, left)] {
         if height == 0 || turns == 0 {
@@ -448,6 +514,12 @@ pub fn row_tiles(
             ..Affine::scaled(turn as usize, height as i64).plus(row as usize, 1)
         };
         let piece = rewrite::substitute(&body, rows, &index);
+        let ask = ahead.as_ref().map(|a| {
+            let mut place = a.place.clone().plus(turn.into(), a.step);
+            place.offset += (start / height) as i64 * a.step;
+            Stmt::Prefetch { buffer: a.buffer, place }
+        });
+        let sums = (sums, ask);
         let inner = register_tile(lower, cell, (shape, height, Some(row)), strip, sums, &piece)?;
         match turns {
             1 => out.extend(rewrite::substitute(&inner, turn, &Affine::constant(0))),
@@ -463,7 +535,7 @@ fn register_tile(
     cell: BufferId,
     (shape, height, row): (Shape, usize, Option<Var>),
     strip: Strip,
-    sums: &[Var],
+    (sums, ask): (&[Var], Option<Stmt>),
     body: &[Stmt],
 ) -> Lowering<Vec<Stmt>> {
     let lanes = if shape.scalar { 1 } else { lower.target.lanes };
@@ -494,7 +566,8 @@ fn register_tile(
     };
     let start = zero(dtype);
     let mut out = unrolled(vec![Stmt::Store { buffer: tile, place, value: start }]);
-    out.extend(nest::wrap(&lower.extents, sums, unrolled(vec![swap[0].clone()]), 0));
+    let step = ask.into_iter().chain(unrolled(vec![swap[0].clone()])).collect();
+    out.extend(nest::wrap(&lower.extents, sums, step, 0));
     out.extend(unrolled(swap[1..].to_vec()));
     if shape.scalar {
         let extent = lower.extents[shape.vector as usize];

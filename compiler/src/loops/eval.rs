@@ -75,6 +75,7 @@ impl Run<'_> {
                     let holds = self.value(condition)? != Number::Int(0);
                     self.block(if holds { then } else { other })?;
                 }
+                Stmt::Prefetch { .. } => {}
             }
         }
         Ok(())

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! kernel    = buffers, statements
-//! statement = For | Store | If
+//! statement = For | Store | If | Prefetch
 //! value     = Load | Index | Const | Unary | Binary | Select | Cast | Fma | Fold | Pair | Dot
 //! ```
 //! Loops run a constant number of times (at least once) and are serial, parallel (outermost only),
@@ -155,6 +155,14 @@ pub enum Stmt {
         /// Run where it does not.
         other: Vec<Stmt>,
     },
+    /// Asks for the cache line of an element that will be read soon. It changes nothing, so the
+    /// element may lie outside of the buffer, and a machine may pass it over.
+    Prefetch {
+        /// Buffer in memory.
+        buffer: BufferId,
+        /// Element.
+        place: Affine,
+    },
 }
 
 /// A value.
@@ -253,6 +261,7 @@ pub fn work(buffers: &[Buffer], body: &[Stmt]) -> u64 {
             Scope::Register => expr(value),
         },
         Stmt::If { then, other, .. } => work(buffers, then).max(work(buffers, other)),
+        Stmt::Prefetch { .. } => 0,
     };
     body.iter().map(of).fold(0, u64::saturating_add)
 }

@@ -65,6 +65,7 @@ pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
                 && is_vector(buffers, then, var as Var)
                 && is_vector(buffers, other, var as Var)
         }
+        Stmt::Prefetch { .. } => true,
     })
 }
 
@@ -105,6 +106,7 @@ impl Around {
                     then: self.inside(then),
                     other: self.inside(other),
                 }),
+                Stmt::Prefetch { .. } => out.push(stmt),
             }
         }
         out.extend((!run.is_empty()).then(|| self.stores(run)));
@@ -150,6 +152,7 @@ pub fn writes(body: &[Stmt], buffer: BufferId) -> bool {
         Stmt::For { body, .. } => writes(body, buffer),
         Stmt::Store { buffer: b, .. } => *b == buffer,
         Stmt::If { then, other, .. } => writes(then, buffer) || writes(other, buffer),
+        Stmt::Prefetch { .. } => false,
     })
 }
 
@@ -176,6 +179,7 @@ fn reads_what_it_stores(lower: &Lower, body: &[Stmt]) -> bool {
             Stmt::If { condition, then, other } => {
                 loads(condition, buffer) || reads(then, buffer) || reads(other, buffer)
             }
+            Stmt::Prefetch { .. } => false,
         })
     }
     let memory = |b: &BufferId| lower.buffers[*b].scope == Scope::Global;

@@ -562,7 +562,7 @@ fn runs(body: &[Stmt], var: Var) -> bool {
     body.iter().any(|stmt| match stmt {
         Stmt::For { var: v, body, .. } => *v == var || runs(body, var),
         Stmt::If { then, other, .. } => runs(then, var) || runs(other, var),
-        Stmt::Store { .. } => false,
+        Stmt::Store { .. } | Stmt::Prefetch { .. } => false,
     })
 }
 

@@ -38,6 +38,7 @@ pub fn each_affine(body: &[Stmt], visit: &mut dyn FnMut(&Affine)) {
                 each_affine(then, visit);
                 each_affine(other, visit);
             }
+            Stmt::Prefetch { place, .. } => visit(place),
         }
     }
 }
@@ -136,6 +137,9 @@ impl<'a> Rewrite<'a> {
                 then: self.block(then),
                 other: self.block(other),
             },
+            Stmt::Prefetch { buffer, place } => {
+                Stmt::Prefetch { buffer: self.buffer(*buffer), place: (self.index)(place) }
+            }
         }
     }
 }

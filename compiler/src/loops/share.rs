@@ -245,6 +245,7 @@ fn uses(buffers: usize, body: &[Stmt]) -> Vec<Use> {
                     block(then, uses);
                     block(other, uses);
                 }
+                Stmt::Prefetch { .. } => {}
             }
         }
     }
@@ -263,6 +264,7 @@ fn each_store<'a>(body: &'a [Stmt], visit: &mut dyn FnMut(BufferId, &'a Place, &
                 each_store(then, visit);
                 each_store(other, visit);
             }
+            Stmt::Prefetch { .. } => {}
         }
     }
 }
@@ -301,7 +303,7 @@ fn operands(body: &[Stmt]) -> Option<[(BufferId, &Affine); 2]> {
 fn most(body: &[Stmt]) -> usize {
     let inside = |stmt: &Stmt| match stmt {
         Stmt::For { var, body, .. } => most(body).max((*var).into()),
-        Stmt::Store { .. } => 0,
+        Stmt::Store { .. } | Stmt::Prefetch { .. } => 0,
         Stmt::If { then, other, .. } => most(then).max(most(other)),
     };
     body.iter().map(inside).max().unwrap_or(0)

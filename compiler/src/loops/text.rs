@@ -75,6 +75,9 @@ fn block(body: &[Stmt], depth: usize, text: &mut String) {
                 block(other, depth + 1, text);
                 let _ = writeln!(text, "{pad}}}");
             }
+            Stmt::Prefetch { buffer, place } => {
+                let _ = writeln!(text, "{pad}prefetch b{buffer}[{}]", affine(place));
+            }
         }
     }
 }
@@ -281,6 +284,11 @@ fn stmt(cursor: &mut Cursor, buffers: &[Buffer]) -> Parsed<Stmt> {
             cursor.expect("else")?;
             cursor.expect("{")?;
             return Ok(Stmt::If { condition, then, other: statements(cursor, buffers)? });
+        }
+        "prefetch" => {
+            cursor.word();
+            let (buffer, Place { affine: place, .. }) = element(cursor, buffers)?;
+            return Ok(Stmt::Prefetch { buffer, place });
         }
         _ => {
             let (buffer, place) = element(cursor, buffers)?;

@@ -47,6 +47,7 @@ pub fn typed(loops: &Loops) -> Result<(), Unproven> {
                 block(loops, then)?;
                 block(loops, other)
             }
+            Stmt::Prefetch { .. } => Ok(()),
         })
     }
     block(loops, &loops.body)
@@ -161,6 +162,11 @@ impl Check<'_> {
                     self.block(then, false)?;
                     self.ranges = before;
                     self.block(other, false)?;
+                }
+                Stmt::Prefetch { buffer, place } => {
+                    let memory = self.loops.buffers.get(*buffer).map(|b| b.scope);
+                    unless(memory == Some(Scope::Global), || format!("a prefetch of b{buffer}"))?;
+                    self.affine(place)?;
                 }
             }
         }

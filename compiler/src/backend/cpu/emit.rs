@@ -105,6 +105,15 @@ pub trait Machine {
         offset: i64,
         dynamic: Option<(&Self::Value, i64)>,
     ) -> Emitted<Self::Address>;
+    /// Asks for the cache line of an element, where the machine can.
+    fn prefetch(
+        &mut self,
+        _buffer: BufferId,
+        _terms: &[(Self::Int, i64)],
+        _offset: i64,
+    ) -> Emitted<()> {
+        Ok(())
+    }
     /// Reads.
     fn load(
         &mut self,
@@ -318,6 +327,12 @@ impl<M: Machine> Emit<'_, M> {
                 self.machine.branch_end();
                 self.forget();
                 Ok(())
+            }
+            Stmt::Prefetch { buffer, place } => {
+                let (index, _) = self.resolve(place);
+                let bytes = self.loops.buffers[*buffer].dtype.bytes() as i64;
+                let terms = self.terms(&index, bytes);
+                self.machine.prefetch(*buffer, &terms, index.offset * bytes)
             }
         }
     }

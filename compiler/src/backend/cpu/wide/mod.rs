@@ -355,6 +355,13 @@ impl Machine for Wide {
         }
     }
 
+    fn prefetch(&mut self, buffer: BufferId, terms: &[(Int, i64)], offset: i64) -> Emitted<()> {
+        let address = self.place(buffer, terms, offset)?;
+        let (code, args) = (Code::Prefetcht1_m8, [address.operand(0)]);
+        self.code.effect(self.current, code, &args, &address.registers());
+        Ok(())
+    }
+
     fn load(&mut self, dtype: DType, address: &Address, access: Access) -> Emitted<Val> {
         if dtype.bytes() < 4 {
             return self.load_whole(dtype, address, access);

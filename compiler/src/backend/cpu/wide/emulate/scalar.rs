@@ -90,6 +90,8 @@ impl Processor<'_> {
                 let value = if short { value as i16 as i32 } else { i32::from(value as i8) };
                 self.store(i, value as u32 as u64)?;
             }
+            // Any address will do.
+            Mnemonic::Prefetcht1 => _ = self.address(i)?,
             Mnemonic::Lea => self.store(i, self.address(i)?)?,
             Mnemonic::Imul => {
                 self.flags = None;
