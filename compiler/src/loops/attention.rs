@@ -486,7 +486,8 @@ impl Tiles {
             [self.update(load)].into_iter().chain(self.end.iter().cloned()).collect();
         let body = here(&rewrite::substitute(&body, self.lanes, &index));
         let shape = Shape { vector, lane, scalar: strip.vectors == 0, rows };
-        let inner = contract::row_tiles(lower, self.cell, shape, (strip, None), &self.summed, body)?;
+        let inner =
+            contract::row_tiles(lower, self.cell, shape, (strip, None), &self.summed, body)?;
         Ok(match strip.tiles {
             1 => rewrite::substitute(&inner, tile, &Affine::constant(0)),
             extent => vec![Stmt::For { var: tile, extent, kind: Kind::Serial, body: inner }],

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
+use super::ahead::{Ahead, ahead};
 use super::index::{Index, add, flatten, scale, unflatten};
 use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
@@ -187,7 +188,7 @@ pub fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
 }
 
 /// The same of a load that may be widened to f32.
-fn widened(e: &Expr) -> Option<(BufferId, &Affine)> {
+pub fn widened(e: &Expr) -> Option<(BufferId, &Affine)> {
     match e {
         Expr::Cast(DType::F32, x) => plain_load(x),
         _ => plain_load(e),
@@ -385,7 +386,7 @@ fn element_of(lower: &mut Lower, panels: &Panels, tile: Var, at: &Affine) -> (Bu
 }
 
 /// What the update of the cell multiplies.
-fn factors(body: &[Stmt]) -> Option<[&Arc<Expr>; 2]> {
+pub fn factors(body: &[Stmt]) -> Option<[&Arc<Expr>; 2]> {
     match &body[0] {
         Stmt::Store { value: Expr::Fma(x, y, _) | Expr::Dot(x, y, _), .. } => Some([x, y]),
         Stmt::Store { .. } | Stmt::For { .. } | Stmt::If { .. } | Stmt::Prefetch { .. } => None,
@@ -409,66 +410,8 @@ fn rows_of(body: &[Stmt], vars: &[Var], roles: Roles) -> Option<Var> {
     vars.iter().rev().find(free).copied()
 }
 
-/// What a tile asks for while it sums: the panel after its own, which tends to come from afar, as
-/// the weights of a network are more than a cache holds. Each tile of a panel asks for a part.
-pub struct Ahead {
-    buffer: BufferId,
-    /// What is asked for in each turn of the sums, by the first tile of rows.
-    place: Affine,
-    /// From one tile of rows to the next.
-    step: i64,
-}
-
-/// Panels are asked for ahead where they are so many bytes: fewer stay in the cache of a core.
-const AHEAD_BYTES: usize = 256 << 10;
-
-/// What tiles ask for ahead, of the loops over panels, those over what one panel serves, and the
-/// sums; `body` is as `row_tiles` takes it.
-fn ahead(
-    lower: &Lower,
-    body: &[Stmt],
-    (roles, rows): (Roles, Option<Var>),
-    strip: Strip,
-    [panels, shared, sums]: [&[Var]; 3],
-) -> Option<Ahead> {
-    let (buffer, place) = widened(factors(body)?[roles.lanes])?;
-    let memory = &lower.buffers[buffer];
-    let extent = |v: Var| lower.extents[usize::from(v)];
-    let innermost = panels.iter().rev().find(|v| extent(**v) > 1)?;
-    let panel = usize::try_from(place.coefficient(usize::from(*innermost))).ok()?;
-    let turns: usize = sums.iter().map(|&v| extent(v)).product();
-    let tiles = rows.map_or(1, |rows| {
-        let [height, whole, left] = heights(lower, strip, extent(rows));
-        whole + left.min(height).min(1)
-    });
-    let parts = shared.iter().map(|&v| extent(v)).product::<usize>() * tiles;
-    // Where more tiles share a panel, little of the time is spent on reading it.
-    let few = 2..=2 * lower.target.lanes * strip.vectors;
-    let apart = !roles.both && panel >= turns && strip.vectors > 0;
-    if !apart || memory.len * memory.dtype.bytes() < AHEAD_BYTES || !few.contains(&parts) {
-        return None;
-    }
-    let mut step = panel.div_ceil(turns * parts) as i64;
-    let mut place = place.substitute(&|v| match panels.iter().any(|&p| usize::from(p) == v) {
-        true => Affine::axis(v),
-        false => Affine::constant(0),
-    });
-    place.offset += panel as i64;
-    for &v in sums.iter().rev() {
-        place = place.plus(v.into(), step);
-        step *= extent(v) as i64;
-    }
-    let tile = step;
-    step *= tiles as i64;
-    for &v in shared.iter().rev() {
-        place = place.plus(v.into(), step);
-        step *= extent(v) as i64;
-    }
-    Some(Ahead { buffer, place, step: tile })
-}
-
 /// Rows of a tile, whole tiles, and rows that are left.
-fn heights(lower: &Lower, strip: Strip, extent: usize) -> [usize; 3] {
+pub fn heights(lower: &Lower, strip: Strip, extent: usize) -> [usize; 3] {
     let most = ((lower.target.registers - 3) / strip.vectors.max(1)).saturating_sub(1).clamp(1, 12);
     let count = extent.div_ceil(most);
     let height = extent.div_ceil(count);
@@ -502,12 +445,13 @@ pub fn row_tiles(
         let ask = ahead.map(|a| Stmt::Prefetch { buffer: a.buffer, place: a.place });
         return register_tile(lower, cell, (shape, 1, None), strip, (sums, ask), &body);
     };
-    let [height, whole, left] = heights(lower, strip, lower.extents[rows as usize]);
+    let [whole_height, whole, left] = heights(lower, strip, lower.extents[rows as usize]);
     let mut out = Vec::new();
-    for (start, turns, height) in [(0, whole, height), (whole * height, 1, left)] {
+    for (before, turns, height) in [(0, whole, whole_height), (whole, 1, left)] {
         if height == 0 || turns == 0 {
             continue;
         }
+        let start = before * whole_height;
         let (turn, row) = (lower.piece(rows, turns, start, height)?, lower.var(height)?);
         let index = Affine {
             offset: start as i64,
@@ -516,7 +460,7 @@ pub fn row_tiles(
         let piece = rewrite::substitute(&body, rows, &index);
         let ask = ahead.as_ref().map(|a| {
             let mut place = a.place.clone().plus(turn.into(), a.step);
-            place.offset += (start / height) as i64 * a.step;
+            place.offset += before as i64 * a.step;
             Stmt::Prefetch { buffer: a.buffer, place }
         });
         let sums = (sums, ask);

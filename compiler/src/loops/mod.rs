@@ -1,5 +1,6 @@
 //! The loop form of one kernel: explicit loops, loads and stores over flat buffers.
 
+pub mod ahead;
 pub mod attention;
 pub mod boxes;
 pub mod contract;

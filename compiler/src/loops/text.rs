@@ -474,6 +474,7 @@ mod tests {
   b4 : i16[16] arg 1
   b5 : i32[8] scratch 2
   parallel i0 in 128 {
+    prefetch b0[8*i0 + 9000]
     vector i8 in 8 {
       b5[i8] = dot(pair(b4[2*i8]), pair(b4[14]), b5[i8])
       b2[i8] = fma(b0[8*i0 + i8], -0.0:f32, NaN:f32)

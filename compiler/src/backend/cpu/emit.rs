@@ -106,12 +106,7 @@ pub trait Machine {
         dynamic: Option<(&Self::Value, i64)>,
     ) -> Emitted<Self::Address>;
     /// Asks for the cache line of an element, where the machine can.
-    fn prefetch(
-        &mut self,
-        _buffer: BufferId,
-        _terms: &[(Self::Int, i64)],
-        _offset: i64,
-    ) -> Emitted<()> {
+    fn prefetch(&mut self, _address: &Self::Address) -> Emitted<()> {
         Ok(())
     }
     /// Reads.
@@ -329,10 +324,8 @@ impl<M: Machine> Emit<'_, M> {
                 Ok(())
             }
             Stmt::Prefetch { buffer, place } => {
-                let (index, _) = self.resolve(place);
-                let bytes = self.loops.buffers[*buffer].dtype.bytes() as i64;
-                let terms = self.terms(&index, bytes);
-                self.machine.prefetch(*buffer, &terms, index.offset * bytes)
+                let address = self.address(*buffer, &Place::affine(place.clone()))?;
+                self.machine.prefetch(&address)
             }
         }
     }

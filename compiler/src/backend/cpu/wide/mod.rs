@@ -355,8 +355,7 @@ impl Machine for Wide {
         }
     }
 
-    fn prefetch(&mut self, buffer: BufferId, terms: &[(Int, i64)], offset: i64) -> Emitted<()> {
-        let address = self.place(buffer, terms, offset)?;
+    fn prefetch(&mut self, address: &Address) -> Emitted<()> {
         let (code, args) = (Code::Prefetcht1_m8, [address.operand(0)]);
         self.code.effect(self.current, code, &args, &address.registers());
         Ok(())

@@ -82,16 +82,14 @@ impl Processor<'_> {
     pub fn scalar(&mut self, i: &Instruction) -> Result<bool, Fault> {
         let [x, y] = [0, 1];
         match i.mnemonic() {
-            Mnemonic::Mov => self.store(i, self.operand(i, y)?)?,
-            Mnemonic::Movzx => self.store(i, self.operand(i, y)?)?,
+            Mnemonic::Mov | Mnemonic::Movzx => self.store(i, self.operand(i, y)?)?,
+            Mnemonic::Prefetcht1 => _ = self.address(i)?,
             Mnemonic::Movsx => {
                 let value = self.operand(i, y)?;
                 let short = i.memory_size().size() == 2;
                 let value = if short { value as i16 as i32 } else { i32::from(value as i8) };
                 self.store(i, value as u32 as u64)?;
             }
-            // Any address will do.
-            Mnemonic::Prefetcht1 => _ = self.address(i)?,
             Mnemonic::Lea => self.store(i, self.address(i)?)?,
             Mnemonic::Imul => {
                 self.flags = None;
