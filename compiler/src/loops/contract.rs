@@ -16,7 +16,7 @@ use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
 use super::panels::{
     Panels, Strip, pack, packable, packed_len, panel_elements, panel_order, strips,
 };
-use super::{nest, pairs, rewrite, winograd};
+use super::{dots, nest, pairs, rewrite, winograd};
 use crate::graph::op::{Affine, BinaryFn, Op};
 use crate::graph::used::iteration;
 
@@ -56,7 +56,9 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
         few = winograd::lower(&lower, &bare, roles, &mut lowered)?;
         product = pairs;
     }
+    let in_lanes = dots::lower(&lower, &product, &mut lowered)?;
     match roles(&lower, &product) {
+        _ if in_lanes.is_some() => lowered.kernels.extend(in_lanes),
         Some(roles) => {
             few |=
                 product.halves.is_none() && winograd::lower(&lower, &product, roles, &mut lowered)?;
@@ -549,9 +551,9 @@ fn plain(mut lower: Lower, product: Product, lowered: &mut Lowered) -> Lowering<
     Ok(nest::accumulate(lower, product.vars, product.summed, product.cell, start, result))
 }
 
-/// A constant operand that does not step by one along the last axis, packed so that it does: the
-/// weights of a depthwise convolution.
-fn repacked(
+/// A constant operand that does not step by one along an axis, packed so that it does: the weights
+/// of a depthwise convolution.
+pub fn repacked(
     lower: &mut Lower,
     operand: &Arc<Expr>,
     product: &Product,

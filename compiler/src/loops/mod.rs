@@ -5,6 +5,7 @@ pub mod attention;
 pub mod boxes;
 pub mod contract;
 pub mod cursor;
+pub mod dots;
 pub mod eval;
 pub mod index;
 pub mod ir;
