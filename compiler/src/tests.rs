@@ -161,9 +161,18 @@ fn sums_of_columns_and_turned_matrices() {
 
 #[test]
 fn matrix_products() {
-    for (m, k, n) in [(1, 5, 7), (7, 16, 16), (13, 33, 41), (64, 64, 10), (1, 100, 200)] {
+    for (m, k, n) in [(1, 5, 7), (7, 16, 16), (13, 33, 41), (64, 67, 10), (9, 96, 3), (1, 100, 200)]
+    {
         let graph = graph_of(&[&[2, m, k], &[2, k, n]], |g, x| {
             g.matmul(x[0], x[1], &"matmul".into()).unwrap();
+        });
+        check(&graph, 2e-6);
+        // Rows of few results are summed in lanes, where weights can be packed for that.
+        let graph = graph_of(&[&[m, k]], |g, x| {
+            let (o, w) = ("matmul".into(), ramp(&Type::new(DType::F32, &[k, n]), 7).to_tensor());
+            let w = g.tensor(&w, &o);
+            let y = g.matmul(x[0], w, &o).unwrap();
+            g.binary_number(BinaryFn::Max, y, 0.0, &o).unwrap();
         });
         check(&graph, 2e-6);
     }
