@@ -44,6 +44,7 @@ pub use package::{Form, Kind, Package, identifier};
 use std::path::PathBuf;
 
 use backend::cpu::{Cpu, Emitted, emit_all};
+use backend::cuda::{self, Gpu};
 use error::Result;
 use graph::Graph;
 use graph::verify::verify;
@@ -316,6 +317,19 @@ impl Compiler {
         package::package(contents, form, self.verify_code)
     }
 
+    /// A model as PTX text for a GPU, with all that a launch of its kernels needs.
+    pub fn cuda(&self, model: &Model, gpu: Gpu) -> Result<Cuda> {
+        self.cuda_of(&self.graph_for_ranges(model)?, gpu)
+    }
+
+    /// The same from a graph on.
+    pub fn cuda_of(&self, graph: &Graph, gpu: Gpu) -> Result<Cuda> {
+        let kernels = self.optimise(graph)?;
+        let program = program(&verify(kernels.clone())?, gpu.target())?;
+        let module = cuda::emit_all(&program.kernels, gpu)?;
+        Ok(Cuda { kernels, program, module })
+    }
+
     /// Every stage as text.
     pub fn stages(&self, model: &Model) -> Result<Stages> {
         self.stages_of(&self.graph_for_ranges(model)?)
@@ -337,6 +351,17 @@ impl Compiler {
             asm: emitted.asm,
         })
     }
+}
+
+/// A model for a GPU.
+#[derive(Clone, Debug)]
+pub struct Cuda {
+    /// Its graph of kernels.
+    pub kernels: Graph,
+    /// Their loops, launches and memory.
+    pub program: Program,
+    /// Their text; entries are in the order of the program's kernels.
+    pub module: cuda::Module,
 }
 
 /// The stages of a compilation, for people and tests.

@@ -2,6 +2,9 @@
 
 pub mod cases;
 pub mod machines;
+pub mod ptx;
+pub mod small;
+pub mod suite;
 
 use std::io::Write;
 use std::path::PathBuf;

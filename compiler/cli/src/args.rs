@@ -217,6 +217,12 @@ pub struct CompileArgs {
     /// without an output)
     #[arg(long, value_name = "WHAT")]
     pub emit: Option<Emit>,
+    /// What the model is compiled for; for cuda there is text so far: --emit ptx, loops, fused
+    #[arg(long, value_name = "DEVICE", value_enum, default_value_t = Device::Cpu)]
+    pub device: Device,
+    /// Versions of the GPU's instruction set, one text each: 80 runs on all later ones too
+    #[arg(long, value_name = "SM", value_delimiter = ',', default_value = "80")]
+    pub sm: Vec<u32>,
     /// Target to compile for, such as aarch64-unknown-linux-gnu (default: this machine)
     #[arg(long, value_name = "TRIPLE")]
     pub target: Option<String>,
@@ -231,6 +237,15 @@ pub struct CompileArgs {
     /// Where the weights go
     #[arg(long, value_name = "WHERE", value_enum, default_value_t = Weights::Inside)]
     pub weights: Weights,
+}
+
+/// What runs a model.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Device {
+    /// Processors.
+    Cpu,
+    /// A GPU of NVIDIA's.
+    Cuda,
 }
 
 /// Where the weights of a compiled model go.
@@ -255,6 +270,8 @@ pub enum Emit {
     Clif,
     /// Machine code, disassembled.
     Asm,
+    /// PTX, for a GPU (--device cuda).
+    Ptx,
     /// Order of kernels and places in memory.
     Plan,
     /// A shared library.

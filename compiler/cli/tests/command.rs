@@ -112,6 +112,16 @@ fn compile_writes_every_stage_and_equal_bytes() {
         assert!(!out.is_empty() && err.is_empty(), "{stage}: {err}");
         assert_eq!(expect(0, &args).0, out, "{stage} differs from run to run");
     }
+    let cuda = ["compile", &model, "--device", "cuda", "--sm", "80,90", "--dim", "batch=1"];
+    let (out, _) = expect(0, &cuda);
+    for part in [".target sm_80", ".target sm_90", ".visible .entry"] {
+        assert!(out.contains(part), "{part} is missing:\n{out}");
+    }
+    assert_eq!(expect(0, &cuda).0, out, "PTX differs from run to run");
+    expect(2, &["compile", &model, "--emit", "ptx"]);
+    expect(2, &["compile", &model, "--device", "cuda", "--emit", "so", "-o", "x.so"]);
+    let (_, err) = expect(2, &["compile", &model, "--device", "cuda", "--sm", "12"]);
+    assert!(err.contains("80"), "{err}");
     let objects = ["a.o", "b.o"].map(|name| {
         let path = folder.path(name);
         let flags = ["--name", "digits", "--dim", "batch=1", "-q"];
@@ -256,6 +266,7 @@ fn names_of_a_model_cannot_drive_a_terminal() {
         &["compile", "--emit", "clif"],
         &["compile", "--emit", "asm"],
         &["compile", "--emit", "plan"],
+        &["compile", "--device", "cuda"],
     ] {
         let output = kiln(&[&command[..1], &[&model], &command[1..], &one].concat());
         for (stream, bytes) in [("output", output.stdout), ("error", output.stderr)] {

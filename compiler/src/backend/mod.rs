@@ -1,3 +1,4 @@
 //! Backends: from loops to code.
 
 pub mod cpu;
+pub mod cuda;

@@ -43,16 +43,17 @@ fn shares(total: usize, keys: usize, outer: usize) -> Shares {
 }
 
 /// A contraction over the rows of a block.
-struct Tiles {
+pub struct Tiles {
     /// The cell that is summed into.
-    cell: BufferId,
+    pub cell: BufferId,
     /// The variable that goes into lanes.
-    lanes: Var,
-    summed: Vec<Var>,
+    pub lanes: Var,
+    /// Those of the sum.
+    pub summed: Vec<Var>,
     /// The operand that goes into lanes, and the other one.
-    operands: [Arc<Expr>; 2],
+    pub operands: [Arc<Expr>; 2],
     /// What is done at the end: the result is stored.
-    end: Vec<Stmt>,
+    pub end: Vec<Stmt>,
     /// How the lanes are filled.
     way: Way,
 }
@@ -83,6 +84,11 @@ struct Block {
 
 /// The kernel of an attention.
 pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lowering<Lowered> {
+    if lower.target.threads > 0
+        && let Some(lowered) = super::gpu_attention::lower(lower.fresh(), root, parts, name)?
+    {
+        return Ok(lowered);
+    }
     let weight = lower.register(DType::F32, 1);
     lower.bind_cell(parts.weights, Expr::Load(weight, origin_place()));
     let product = contract::product(&mut lower, root, parts.mixed)?;
@@ -146,7 +152,7 @@ impl Pieces {
 }
 
 /// The variable of keys, and the index of a row of weights, from the index that is asked for.
-fn row_of(product: &Product, asked: Option<&[Index]>) -> Lowering<(Var, Vec<Index>)> {
+pub fn row_of(product: &Product, asked: Option<&[Index]>) -> Lowering<(Var, Vec<Index>)> {
     let strange = || Refused("weights of another order".into());
     let (last, row) = asked.and_then(|a| a.split_last()).ok_or_else(strange)?;
     let (&[key], Some(&value)) = (product.summed.as_slice(), product.vars.last()) else {
@@ -183,7 +189,7 @@ fn place((_, start): &(BufferId, Index), key: Var) -> Place {
 }
 
 /// The scores of a row, from products of queries and keys.
-fn scores(
+pub fn scores(
     lower: &mut Lower,
     parts: &Attention,
     (row, keys): (&[Index], usize),
@@ -207,7 +213,7 @@ fn scores(
 /// The softmax of a row in place: its maximum; powers and their sum; weights. Where these are
 /// powers times one number of the row, the powers stay and the number is stored behind them: its
 /// place is returned, since sums of fewer elements can be multiplied with it later.
-fn softmax(
+pub fn softmax(
     lower: &mut Lower,
     parts: &Attention,
     (row, keys): (&[Index], usize),
@@ -227,14 +233,15 @@ fn softmax(
             false => (*value).clone(),
         };
         let place = add(start, &Place::affine(Affine::constant(keys as i64)));
-        body.push(store(place.clone(), value));
+        let scale = vec![store(place.clone(), value)];
+        body.extend(nest::pass(lower, Vec::new(), scale)?);
         return Ok((body, Some(place)));
     }
     let key = lower.var(keys)?;
     index.push(Place::affine(Affine::axis(key as usize)));
     let value = lower.value(parts.weights, &index)?;
     let place = place(&(*buffer, start.clone()), key);
-    body.extend(nest::pass(lower, vec![key], vec![store(place, (*value).clone())]));
+    body.extend(nest::pass(lower, vec![key], vec![store(place, (*value).clone())])?);
     Ok((body, None))
 }
 
@@ -257,7 +264,7 @@ fn scale_of(lower: &Lower, parts: &Attention) -> Option<(usize, bool)> {
 }
 
 /// The sums of weighted values.
-fn mixed(
+pub fn mixed(
     product: Product,
     side: usize,
     (key, scale): (Var, Option<Place>),
@@ -495,7 +502,7 @@ impl Tiles {
     }
 
     /// The next product is added to the cell.
-    fn update(&self, load: Arc<Expr>) -> Stmt {
+    pub fn update(&self, load: Arc<Expr>) -> Stmt {
         let cell = Arc::new(Expr::Load(self.cell, origin_place()));
         let value = Expr::Fma(load, self.operands[1].clone(), cell);
         Stmt::Store { buffer: self.cell, place: origin_place(), value }

@@ -48,6 +48,14 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     }
     let mut product = product(&mut lower, root, contract)?;
     let mut lowered = Lowered::default();
+    if lower.target.threads > 0 {
+        let kernel = match super::gpu_tiles::tiles(&mut lower, &product)? {
+            Some(body) => lower.finish(body),
+            None => plain(lower, product, &mut lowered)?,
+        };
+        let kernel = Loops { name: name.into(), ..kernel };
+        return Ok(Lowered { kernels: vec![kernel], ..lowered });
+    }
     let mut few = false;
     if let Some(pairs) = pairs::paired(&mut lower, &product)?
         && let Some(roles) = roles(&lower, &pairs)
@@ -562,7 +570,10 @@ pub fn repacked(
 ) -> Lowering<Arc<Expr>> {
     let Some((buffer, affine)) = plain_load(operand) else { return Ok(operand.clone()) };
     let step = affine.coefficient(n as usize);
-    let useful = step != 0 && step != 1 && lower.buffers[buffer].dtype == DType::F32;
+    let useful = lower.target.threads == 0
+        && step != 0
+        && step != 1
+        && lower.buffers[buffer].dtype == DType::F32;
     if !useful || !lower.is_constant(buffer) || !packable(lower, (buffer, affine)) {
         return Ok(operand.clone());
     }

@@ -21,8 +21,8 @@ pub fn eval(loops: &Loops, buffers: &mut [Data]) -> Result<(), Diagnostic> {
     let mut all = Vec::new();
     for (i, buffer) in loops.buffers.iter().enumerate() {
         all.push(match buffer.scope {
-            // What a register holds at first is not to be relied on.
-            Scope::Register => match buffer.dtype.is_float() {
+            // What these hold at first is not to be relied on.
+            Scope::Register | Scope::Shared => match buffer.dtype.is_float() {
                 true => Data::Float(vec![f64::NAN; buffer.len]),
                 false => Data::zeros(buffer.dtype, buffer.len),
             },

@@ -6,7 +6,9 @@
 //! value     = Load | Index | Const | Unary | Binary | Select | Cast | Fma | Fold | Pair | Dot
 //! ```
 //! Loops run a constant number of times (at least once) and are serial, parallel (outermost only),
-//! vector (innermost only, one step of `lanes`) or unrolled. Places in buffers are affine in the
+//! vector (innermost only, one step of `lanes`) or unrolled. On a GPU, outermost loops may be
+//! blocks; what is in these are loops over threads, one after another, and loops around such. A
+//! thread loop sees all that the ones before it have stored. Places in buffers are affine in the
 //! loop variables plus, where data decides, a value.
 
 use std::sync::Arc;
@@ -25,8 +27,11 @@ pub type Var = u8;
 pub enum Scope {
     /// In memory, handed to the kernel.
     Global,
-    /// In registers: places are constants once loops are unrolled.
+    /// In registers: places are constants once loops are unrolled, but for the number of a thread,
+    /// which has registers of its own.
     Register,
+    /// In memory that the threads of a block share while they run.
+    Shared,
 }
 
 /// Who a buffer of global scope belongs to.
@@ -40,7 +45,7 @@ pub enum Param {
     Out,
     /// How long the dims of the model are in this run: [`DIMS`] numbers.
     Dims,
-    /// No memory: a register buffer.
+    /// Nobody's: a buffer of registers or of shared memory.
     None,
 }
 
@@ -105,6 +110,10 @@ pub enum Kind {
     Vector,
     /// Written out; the variable becomes a constant.
     Unroll,
+    /// In any order, each turn by threads of its own. Only the outermost loops.
+    Block,
+    /// All at once, each turn by a thread of the block. Only in blocks, one in another at most.
+    Thread,
 }
 
 /// An element of a buffer: `affine + dynamic`.
@@ -214,11 +223,12 @@ impl Loops {
         self.ranges.iter().find(|r| r.var == var).copied()
     }
 
-    /// Extent of the collapsed outer parallel loops; 1 where there are none.
+    /// Extent of the collapsed outer loops over pieces or blocks; 1 where there are none.
     pub fn parallel_extent(&self) -> usize {
         let mut extent = 1;
         let mut body = &self.body;
-        while let [Stmt::For { extent: n, kind: Kind::Parallel, body: inner, .. }] = body.as_slice()
+        while let [Stmt::For { extent: n, kind: Kind::Parallel | Kind::Block, body: inner, .. }] =
+            body.as_slice()
         {
             extent *= n;
             body = inner;
@@ -258,7 +268,7 @@ pub fn work(buffers: &[Buffer], body: &[Stmt]) -> u64 {
         Stmt::For { extent, body, .. } => work(buffers, body).saturating_mul(*extent as u64),
         Stmt::Store { buffer, value, .. } => match buffers[*buffer].scope {
             Scope::Global => STORE + expr(value),
-            Scope::Register => expr(value),
+            Scope::Register | Scope::Shared => expr(value),
         },
         Stmt::If { then, other, .. } => work(buffers, then).max(work(buffers, other)),
         Stmt::Prefetch { .. } => 0,

@@ -190,7 +190,8 @@ fn reads_what_it_stores(lower: &Lower, body: &[Stmt]) -> bool {
 pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
     let (extent, lanes) = (lower.extents[var as usize], lower.target.lanes);
     let scalar = |body: Vec<Stmt>| vec![Stmt::For { var, extent, kind: Kind::Serial, body }];
-    if extent < lanes || !is_vector(&lower.buffers, &body, var) {
+    // A thread of a GPU takes one element after another.
+    if lower.target.threads > 0 || extent < lanes || !is_vector(&lower.buffers, &body, var) {
         return scalar(body);
     }
     let (steps, rest) = (extent / lanes, extent % lanes);

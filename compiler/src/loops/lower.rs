@@ -11,8 +11,8 @@ use super::index::{
 use super::ir::{
     Buffer, BufferId, Count, DIMS, Expr, Loops, Number, Param, Place, Range, Scope, Stmt, Var,
 };
-use super::rewrite::prune;
-use super::share::share;
+use super::rewrite::{prune, runs};
+use super::share::{share, spread};
 use super::{moves, nest};
 use crate::graph::eval::{Data, Value, reduce_identity};
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, Type};
@@ -31,6 +31,8 @@ pub struct Target {
     pub exact: bool,
     /// What weights that are packed are kept as, F32 or BF16.
     pub weights: DType,
+    /// Threads of a block of a GPU; 0 for a CPU.
+    pub threads: usize,
 }
 
 /// Kernels of one node, in order, and the scratch memory between them.
@@ -70,6 +72,8 @@ pub struct Lower<'a> {
     pub args: Arguments<'a>,
     /// The machine.
     pub target: Target,
+    /// Threads that share each row of a kernel on a GPU; 0 where rows are not shared.
+    pub row_threads: usize,
     /// Buffers so far.
     pub buffers: Vec<Buffer>,
     /// Extents of the loop variables so far.
@@ -116,19 +120,19 @@ pub fn lower(
         lower.store_inside(&body.nodes[root].ty, start.collect());
         let mut lowered = kernels(lower, inside, name)?;
         lowered.kernels.push(border);
-        return Ok(shared(body, args, lowered));
+        return Ok(shared(body, args, target.threads, lowered));
     }
-    Ok(shared(body, args, kernels(lower, root, name)?))
+    Ok(shared(body, args, target.threads, kernels(lower, root, name)?))
 }
 
 /// Cuts the kernels of a body into enough pieces.
-fn shared(body: &Body, args: Arguments, mut lowered: Lowered) -> Lowered {
+fn shared(body: &Body, args: Arguments, threads: usize, mut lowered: Lowered) -> Lowered {
     let contraction = body.nodes.iter().any(|n| matches!(n.op, Op::Contract(_)))
         && attention::find(&body.nodes).is_none();
     // What is appended to lies where the result does.
     if args.appended.is_none() {
-        let kernels = lowered.kernels.into_iter();
-        lowered.kernels = kernels.map(|kernel| share(kernel, contraction)).collect();
+        let way = |k: Loops| if threads > 0 { spread(k) } else { share(k, contraction) };
+        lowered.kernels = lowered.kernels.into_iter().map(way).collect();
     }
     lowered
 }
@@ -186,6 +190,7 @@ impl<'a> Lower<'a> {
             constants,
             args,
             target,
+            row_threads: 0,
             buffers: Vec::new(),
             extents: Vec::new(),
             spans: Vec::new(),
@@ -555,15 +560,6 @@ impl<'a> Lower<'a> {
         let (buffers, body) = prune(self.buffers, body);
         Loops { name: String::new(), buffers, ranges, body }
     }
-}
-
-/// Whether statements have a loop over a variable.
-fn runs(body: &[Stmt], var: Var) -> bool {
-    body.iter().any(|stmt| match stmt {
-        Stmt::For { var: v, body, .. } => *v == var || runs(body, var),
-        Stmt::If { then, other, .. } => runs(then, var) || runs(other, var),
-        Stmt::Store { .. } | Stmt::Prefetch { .. } => false,
-    })
 }
 
 /// The index into a shape that repeats to a larger one.

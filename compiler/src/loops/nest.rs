@@ -68,6 +68,9 @@ pub fn wrap(extents: &Extents, vars: &[Var], body: Vec<Stmt>, parallel: usize) -
 
 /// The nest of statements over the axes of the result.
 fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
+    if lower.target.threads > 0 {
+        return super::gpu::nest(lower, vars, body);
+    }
     let mut body = coalesce(lower, &mut vars, body);
     if let [only] = vars[..]
         && lower.span(only).is_none()
@@ -201,9 +204,10 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
     }
     let root_ty = lower.ty(root).clone();
     let (outer, outer_vars) = lower.axes_in_use(&full[..first], &spans[..first])?;
+    lower.row_threads = super::gpu::row_threads(&lower, &full[first..], reduces);
     let mut body = Vec::new();
     for (k, &reduce) in reduces.iter().enumerate() {
-        let kept = match lower.is_part() {
+        let kept = match lower.is_part() || lower.row_threads > 0 {
             true => None,
             false => keep_in_row(&lower, root, reduce, &reduces[k..]),
         };
@@ -222,7 +226,11 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
     let value = lower.value(root, &index)?;
     let (buffer, place) = lower.result(root, &index);
     let store = Stmt::Store { buffer, place, value: (*value).clone() };
-    body.extend(pass(&mut lower, inner_vars, vec![store]));
+    body.extend(pass(&mut lower, inner_vars, vec![store])?);
+    if lower.row_threads > 0 {
+        let body = super::gpu::blocks(&mut lower, &outer_vars, body)?;
+        return Ok(lower.finish(body));
+    }
     let parallel = parallel_prefix(&lower.extents, &outer_vars);
     let nested = wrap(&lower.extents, &outer_vars, body, parallel);
     Ok(lower.finish(nested))
@@ -248,15 +256,18 @@ fn keep_in_row(lower: &Lower, root: usize, reduce: usize, later: &[usize]) -> Op
 }
 
 /// Statements over the axes of a row.
-pub fn pass(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
+pub fn pass(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Lowering<Vec<Stmt>> {
     let body = coalesce(lower, &mut vars, body);
-    match vars.pop() {
+    if lower.row_threads > 0 {
+        return super::gpu::pass(lower, vars, body);
+    }
+    Ok(match vars.pop() {
         None => body,
         Some(inner) => {
             let body = vectorize(lower, inner, body);
             wrap(&lower.extents, &vars, body, 0)
         }
-    }
+    })
 }
 
 /// One reduction of a row: several vector accumulators, then a scalar. The values that are folded
@@ -295,6 +306,9 @@ pub fn reduce_pass(
     let mut out = vec![Stmt::Store { buffer: cell, place: zero, value: start.clone() }];
     match vars.pop() {
         None => out.extend(step),
+        Some(last) if lower.row_threads > 0 => {
+            out.extend(super::gpu::reduce(lower, f, cell, (last, &vars), start, step)?);
+        }
         Some(last) => out.extend(reduce_lanes(lower, f, cell, (last, &vars), start, step)?),
     }
     lower.bind_cell(reduce, Expr::Load(cell, Place::affine(Affine::default())));
@@ -315,7 +329,8 @@ pub fn reduce_lanes(
 ) -> Lowering<Vec<Stmt>> {
     let (extent, lanes) = (lower.extents[last as usize], lower.target.lanes);
     let float = lower.buffers[cell].dtype == DType::F32;
-    if extent < lanes || !float || !is_vector(&lower.buffers, &step, last) {
+    let single = lower.target.threads > 0;
+    if single || extent < lanes || !float || !is_vector(&lower.buffers, &step, last) {
         let body = vec![Stmt::For { var: last, extent, kind: Kind::Serial, body: step }];
         return Ok(wrap(&lower.extents, outer, body, 0));
     }

@@ -168,6 +168,15 @@ pub fn substitute(body: &[Stmt], var: Var, by: &Affine) -> Vec<Stmt> {
     )
 }
 
+/// Whether statements have a loop over a variable.
+pub fn runs(body: &[Stmt], var: Var) -> bool {
+    body.iter().any(|stmt| match stmt {
+        Stmt::For { var: v, body, .. } => *v == var || runs(body, var),
+        Stmt::If { then, other, .. } => runs(then, var) || runs(other, var),
+        Stmt::Store { .. } | Stmt::Prefetch { .. } => false,
+    })
+}
+
 /// A kernel's buffers and statements without the buffers that no statement names: memory would
 /// be kept for them.
 pub fn prune(buffers: Vec<Buffer>, body: Vec<Stmt>) -> (Vec<Buffer>, Vec<Stmt>) {

@@ -74,6 +74,15 @@ pub fn share(kernel: Loops, contraction: bool) -> Loops {
     Loops { body, ..kernel }
 }
 
+/// Makes all outer loops parallel whose turns may run in any order: for machines that have a thread
+/// for every turn.
+pub fn spread(kernel: Loops) -> Loops {
+    let Some(mut nest) = Nest::of(&kernel) else { return kernel };
+    nest.outer.iter_mut().for_each(|outer| outer.kind = Kind::Parallel);
+    let body = nest.wrapped();
+    Loops { body, ..kernel }
+}
+
 impl<'a> Nest<'a> {
     /// The loops of a kernel, where they can be changed.
     fn of(kernel: &'a Loops) -> Option<Nest<'a>> {
@@ -203,9 +212,11 @@ impl<'a> Nest<'a> {
 
 /// What statements do with a buffer.
 #[derive(Clone, Copy, Default)]
-struct Use {
-    read: bool,
-    written: bool,
+pub struct Use {
+    /// Whether they load from it.
+    pub read: bool,
+    /// Whether they store to it.
+    pub written: bool,
 }
 
 impl Use {
@@ -215,7 +226,7 @@ impl Use {
 }
 
 /// What statements do with each buffer.
-fn uses(buffers: usize, body: &[Stmt]) -> Vec<Use> {
+pub fn uses(buffers: usize, body: &[Stmt]) -> Vec<Use> {
     fn expr(e: &Expr, uses: &mut [Use]) {
         match e {
             Expr::Load(buffer, place) | Expr::Pair(buffer, place) => {

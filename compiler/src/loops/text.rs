@@ -29,6 +29,7 @@ pub fn print(loops: &Loops) -> String {
     for (i, buffer) in loops.buffers.iter().enumerate() {
         let owner = match (buffer.scope, buffer.param) {
             (Scope::Register, _) => "register".to_string(),
+            (Scope::Shared, _) => "shared".to_string(),
             (Scope::Global, Param::Arg(k)) => format!("arg {k}"),
             (Scope::Global, Param::Scratch(k)) => format!("scratch {k}"),
             (Scope::Global, Param::Out) => "out".to_string(),
@@ -60,6 +61,8 @@ fn block(body: &[Stmt], depth: usize, text: &mut String) {
                     Kind::Parallel => "parallel",
                     Kind::Vector => "vector",
                     Kind::Unroll => "unroll",
+                    Kind::Block => "block",
+                    Kind::Thread => "thread",
                 };
                 let _ = writeln!(text, "{pad}{kind} i{var} in {extent} {{");
                 block(body, depth + 1, text);
@@ -217,12 +220,13 @@ fn buffer(cursor: &mut Cursor, next: usize) -> Parsed<Buffer> {
     let len = cursor.number("length")?;
     cursor.expect("]")?;
     let known = |word: &str| {
-        ["register", "arg", "scratch", "out", "dims", "none"]
+        ["register", "shared", "arg", "scratch", "out", "dims", "none"]
             .into_iter()
             .find(|known| *known == word)
     };
     let (scope, param) = match cursor.one("kind of buffer", known)? {
         "register" => (Scope::Register, Param::None),
+        "shared" => (Scope::Shared, Param::None),
         "arg" => (Scope::Global, Param::Arg(cursor.number("number")?)),
         "scratch" => (Scope::Global, Param::Scratch(cursor.number("number")?)),
         "out" => (Scope::Global, Param::Out),
@@ -276,6 +280,8 @@ fn stmt(cursor: &mut Cursor, buffers: &[Buffer]) -> Parsed<Stmt> {
         "parallel" => Kind::Parallel,
         "vector" => Kind::Vector,
         "unroll" => Kind::Unroll,
+        "block" => Kind::Block,
+        "thread" => Kind::Thread,
         "if" => {
             cursor.word();
             let condition = value(cursor, buffers)?;

@@ -26,8 +26,50 @@ pub fn verify(loops: &Loops) -> Result<(), Unproven> {
             unless(fits, || format!("loop i{var} turns {bound:?} times, of {room} dims"))?;
         }
     }
-    let mut check = Check { loops, ranges: HashMap::new() };
+    threads(loops, &loops.body, Around::Nothing)?;
+    let mut check = Check { loops, ranges: HashMap::new(), sums: Vec::new() };
     check.block(&loops.body, true)
+}
+
+/// What is around statements.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Around {
+    /// No block.
+    Nothing,
+    /// A block, whose threads all do the same.
+    Block,
+    /// A loop over threads, and nothing in it.
+    Threads,
+    /// Something in such a loop.
+    Thread,
+}
+
+/// Checks that loops over threads are in blocks, that such a loop holds no other one but a single
+/// one, and that nothing else in a block stores to memory.
+fn threads(loops: &Loops, body: &[Stmt], around: Around) -> Result<(), Unproven> {
+    let inside = if around == Around::Threads { Around::Thread } else { around };
+    body.iter().try_for_each(|stmt| match stmt {
+        Stmt::For { var, kind: Kind::Thread, body: inner, .. } => {
+            let nested = around == Around::Threads && body.len() == 1;
+            unless(around == Around::Block || nested, || {
+                format!("thread loop i{var} is at no place of its own")
+            })?;
+            threads(loops, inner, Around::Threads)
+        }
+        Stmt::For { kind: Kind::Block, body: inner, .. } => threads(loops, inner, Around::Block),
+        Stmt::For { body: inner, .. } => threads(loops, inner, inside),
+        Stmt::Store { buffer, .. } => {
+            let own = loops.buffers[*buffer].scope == Scope::Register;
+            unless(own || around != Around::Block, || {
+                format!("b{buffer} is stored by all threads of a block")
+            })
+        }
+        Stmt::If { then, other, .. } => {
+            threads(loops, then, inside)?;
+            threads(loops, other, inside)
+        }
+        Stmt::Prefetch { .. } => Ok(()),
+    })
 }
 
 /// Checks that operands have the dtypes that their operations ask for, and values those of the
@@ -120,6 +162,8 @@ struct Check<'a> {
     loops: &'a Loops,
     /// What each loop variable can be here.
     ranges: HashMap<Var, Range>,
+    /// What sums of several of them can be here.
+    sums: Vec<(Affine, Range)>,
 }
 
 /// Least and greatest value.
@@ -134,22 +178,23 @@ impl Check<'_> {
                     if *extent == 0 {
                         return Err(Unproven(format!("loop i{var} has no turns")));
                     }
-                    if *kind == Kind::Parallel && !(outermost && alone) {
-                        return Err(Unproven(format!("parallel loop i{var} is not outermost")));
+                    let pieces = matches!(kind, Kind::Parallel | Kind::Block);
+                    if pieces && !(outermost && alone) {
+                        return Err(Unproven(format!("{kind:?} loop i{var} is not outermost")));
                     }
                     if let Some(range) = self.loops.range(*var) {
                         // Emitters make all turns of these, or all from the first one.
                         let fits = match kind {
                             Kind::Serial => true,
                             Kind::Parallel => range.from.is_none(),
-                            Kind::Vector | Kind::Unroll => false,
+                            Kind::Vector | Kind::Unroll | Kind::Block | Kind::Thread => false,
                         };
                         unless(fits, || {
                             format!("a run cannot choose turns of {kind:?} loop i{var}")
                         })?;
                     }
                     self.ranges.insert(*var, (0, *extent as i128 - 1));
-                    self.block(body, outermost && alone && *kind == Kind::Parallel)?;
+                    self.block(body, outermost && alone && pieces)?;
                 }
                 Stmt::Store { buffer, place, value } => {
                     self.place(*buffer, place, 0)?;
@@ -157,10 +202,11 @@ impl Check<'_> {
                 }
                 Stmt::If { condition, then, other } => {
                     self.expr(condition)?;
-                    let before = self.ranges.clone();
+                    let before = (self.ranges.clone(), self.sums.len());
                     self.assume(condition);
                     self.block(then, false)?;
-                    self.ranges = before;
+                    self.ranges = before.0;
+                    self.sums.truncate(before.1);
                     self.block(other, false)?;
                 }
                 Stmt::Prefetch { buffer, place } => {
@@ -173,7 +219,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Narrows the variables that a condition speaks of, where it bounds one alone.
+    /// Narrows the variables that a condition speaks of, where it bounds one alone, and the sums of
+    /// several that it bounds from above.
     fn assume(&mut self, condition: &Expr) {
         let single = |e: &Expr| match e {
             Expr::Index(index) => match index.terms.as_slice() {
@@ -187,6 +234,14 @@ impl Check<'_> {
             _ => None,
         };
         let Expr::Binary(f, x, y) = condition else { return };
+        if let (BinaryFn::Lt, Expr::Index(sum), Some(high)) = (f, &**x, number(y))
+            && sum.terms.len() > 1
+        {
+            let terms = Affine { offset: 0, ..sum.clone() };
+            if let Ok((low, _)) = self.affine(&terms) {
+                self.sums.push((terms, (low, high - 1 - i128::from(sum.offset))));
+            }
+        }
         match (f, single(x), number(x), single(y), number(y)) {
             (BinaryFn::And, ..) => {
                 self.assume(x);
@@ -202,7 +257,27 @@ impl Check<'_> {
         }
     }
 
+    /// The range of an index, with what is known of sums that are parts of it.
     fn affine(&self, index: &Affine) -> Result<Range, Unproven> {
+        let whole = self.alone(index)?;
+        let (mut rest, mut known) = (index.clone(), (0, 0));
+        for (sum, (low, high)) in &self.sums {
+            let (var, step) = sum.terms[0];
+            let times = rest.coefficient(var.into()) / step;
+            let part = |t: &(u8, i64)| t.1.checked_mul(times) == Some(rest.coefficient(t.0.into()));
+            if times > 0 && sum.terms.iter().all(part) {
+                let terms = sum.terms.iter();
+                rest = terms.fold(rest, |rest, t| rest.plus(t.0.into(), -t.1 * times));
+                known.0 += i128::from(times) * low;
+                known.1 += i128::from(times) * high;
+            }
+        }
+        let rest = self.alone(&rest)?;
+        Ok((whole.0.max(known.0 + rest.0), whole.1.min(known.1 + rest.1)))
+    }
+
+    /// The range of an index by those of its variables.
+    fn alone(&self, index: &Affine) -> Result<Range, Unproven> {
         let mut range = (i128::from(index.offset), i128::from(index.offset));
         for &(var, coefficient) in &index.terms {
             let Some(&(low, high)) = self.ranges.get(&var) else {

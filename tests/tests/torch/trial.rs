@@ -2,6 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 
+use kiln::Compiler;
 use kiln::backend::cpu::Cpu;
 use kiln::error::Diagnostic;
 use kiln::graph::eval::{Data, Value};
@@ -9,7 +10,7 @@ use kiln::graph::op::Type;
 use kiln::graph::{Graph, NodeId, Origin};
 use kiln::tensor::{DType, Tensor};
 use kiln_tests::machines::{Emulator, emulators, machines};
-use kiln_tests::{compilers, emit_for, interpret, old_compiler, run_compiled};
+use kiln_tests::{compilers, emit_for, interpret, old_compiler, ptx, run_compiled};
 use proptest::test_runner::TestCaseError;
 use tch::Kind;
 
@@ -202,6 +203,9 @@ impl Trial {
             compare(name, &got, &compiled)?;
         }
         if rare {
+            let got = ptx::run(&graph, &self.inputs, &Compiler::new());
+            let got = got.map_err(|e| TestCaseError::fail(format!("PTX: {e}")))?;
+            compare("PTX", &got, &compiled)?;
             self.check_elsewhere(&graph, &compiled)?;
         }
         Ok(())

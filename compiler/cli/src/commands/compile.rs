@@ -4,10 +4,11 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use kiln::backend::cpu::Cpu;
+use kiln::backend::cuda::Gpu;
 use kiln::{Compiler, Form, Kind, Model, identifier};
 use serde_json::json;
 
-use crate::args::{CompileArgs, Emit, Weights};
+use crate::args::{CompileArgs, Device, Emit, Weights};
 use crate::commands::{compiler, model_name, open, with_states};
 use crate::failure::Failure;
 use crate::files;
@@ -25,6 +26,7 @@ pub fn run(args: &CompileArgs, term: &Term) -> Result<(), Failure> {
     let (model, _) = open(&args.model, term)?;
     let compiler = with_states(compiler(&args.model, &args.build), &args.states).target(cpu);
     let contents = match kind(emit) {
+        _ if args.device == Device::Cuda => cuda(args, emit, &compiler, &model, term)?,
         Some(kind) => package(args, (emit, kind), &compiler, &model, term)?,
         None => {
             let stages = term.during("compile", None, || compiler.stages(&model))?;
@@ -37,7 +39,9 @@ pub fn run(args: &CompileArgs, term: &Term) -> Result<(), Failure> {
                 Emit::Loops => &stages.loops,
                 Emit::Clif => &stages.clif,
                 Emit::Asm => &stages.asm,
-                Emit::Plan | Emit::So | Emit::Obj | Emit::Staticlib | Emit::Header => &stages.plan,
+                Emit::Plan | Emit::Ptx | Emit::So | Emit::Obj | Emit::Staticlib | Emit::Header => {
+                    &stages.plan
+                }
             })
         }
     };
@@ -61,6 +65,8 @@ fn what(args: &CompileArgs) -> Result<Emit, Failure> {
     let ending = args.output.as_deref().and_then(Path::extension).and_then(|e| e.to_str());
     let emit = match (args.emit, ending) {
         (Some(emit), _) => emit,
+        (None, Some("ptx")) => Emit::Ptx,
+        (None, _) if args.device == Device::Cuda => Emit::Ptx,
         (None, Some("so")) => Emit::So,
         (None, Some("o" | "obj")) => Emit::Obj,
         (None, Some("a" | "lib")) => Emit::Staticlib,
@@ -71,6 +77,12 @@ fn what(args: &CompileArgs) -> Result<Emit, Failure> {
                 .help("end it with .so, .o, .a or .h, or say --emit"));
         }
     };
+    if (emit == Emit::Ptx) != (args.device == Device::Cuda)
+        && !matches!(emit, Emit::Graph | Emit::Fused | Emit::Loops)
+    {
+        return Err(Failure::usage("this is not what that device runs")
+            .help("--device cuda goes with --emit ptx, loops, fused or graph"));
+    }
     let binary = matches!(emit, Emit::So | Emit::Obj | Emit::Staticlib);
     if binary && args.output.is_none() && std::io::stdout().is_terminal() {
         return Err(Failure::usage("a library or object is no text for a terminal")
@@ -88,8 +100,44 @@ fn kind(emit: Emit) -> Option<Kind> {
         Emit::So | Emit::Header => Some(Kind::Shared),
         Emit::Obj => Some(Kind::Object),
         Emit::Staticlib => Some(Kind::Archive),
-        Emit::Graph | Emit::Fused | Emit::Loops | Emit::Clif | Emit::Asm | Emit::Plan => None,
+        Emit::Graph
+        | Emit::Fused
+        | Emit::Loops
+        | Emit::Clif
+        | Emit::Asm
+        | Emit::Ptx
+        | Emit::Plan => None,
     }
+}
+
+/// A stage for a GPU as text; of PTX one text for each version.
+fn cuda(
+    args: &CompileArgs,
+    emit: Emit,
+    compiler: &Compiler,
+    model: &Model,
+    term: &Term,
+) -> Result<Vec<u8>, Failure> {
+    let mut texts = Vec::new();
+    for &sm in &args.sm {
+        let gpu = Gpu::of(sm).ok_or_else(|| {
+            let known: Vec<String> = Gpu::known().iter().map(u32::to_string).collect();
+            Failure::usage(format!("--sm {sm} is not known"))
+                .help(format!("give one of {}", known.join(", ")))
+        })?;
+        let cuda = term.during("compile", None, || compiler.cuda(model, gpu))?;
+        texts.push(match emit {
+            Emit::Graph => kiln::graph::text::print(&compiler.graph_for_ranges(model)?),
+            Emit::Fused => kiln::graph::text::print(&cuda.kernels),
+            Emit::Loops => cuda.program.kernels.iter().map(kiln::loops::text::print).collect(),
+            _ => cuda.module.text,
+        });
+        // The other stages are the same for all.
+        if emit != Emit::Ptx {
+            break;
+        }
+    }
+    Ok(text(&texts.join("\n")))
 }
 
 /// Compiles to a library, object or header, and writes what goes beside it.

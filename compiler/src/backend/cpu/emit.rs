@@ -11,168 +11,13 @@ use kiln_runtime::tensor::DType;
 
 use super::invariant::{self, mark_written};
 use super::math;
-use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
+use crate::graph::op::{Affine, BinaryFn};
 use crate::loops::ir::{
-    BufferId, Count, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var,
+    Buffer, BufferId, Count, Expr, Kind, Loops, Param, Place, Scope, Stmt, Var,
 };
+use crate::loops::share::uses;
 
-/// How an element is read.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Access {
-    /// One element.
-    One,
-    /// As many as there are lanes, so many elements apart: neighbours, where it is 1.
-    Lanes(i64),
-    /// One element, in all lanes.
-    Splat,
-}
-
-/// What an emitter cannot do: the kernel goes to another one, or the model is refused.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unsupported(pub String);
-
-/// Result of emitting a piece.
-pub type Emitted<T> = Result<T, Unsupported>;
-
-/// Operations on the bits of f32 values, for polynomials.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Bits {
-    /// Integer sum.
-    Add,
-    /// Integer difference.
-    Sub,
-    /// Bitwise and.
-    And,
-    /// Bitwise or.
-    Or,
-    /// Bitwise exclusive or.
-    Xor,
-}
-
-/// Makes instructions. Values are scalars or as wide as the lanes; integers are loop variables.
-pub trait Machine {
-    /// A value.
-    type Value: Clone;
-    /// A loop variable or what is computed of some.
-    type Int: Clone;
-    /// Where an element is.
-    type Address;
-
-    /// Starts a loop with values that it carries from turn to turn.
-    fn loop_begin(
-        &mut self,
-        extent: usize,
-        carried: &[Self::Value],
-    ) -> (Self::Int, Vec<Self::Value>);
-    /// Starts one of several copies of the same steps, none of which hangs on what another one
-    /// stores to memory: they may be done in turns.
-    fn copy_begins(&mut self) {}
-    /// Ends the last one.
-    fn copies_end(&mut self) {}
-    /// A number of turns that the run decides, at most `extent`; `dims` has the lengths of dims.
-    fn count(&mut self, dims: BufferId, count: Count, extent: usize) -> Emitted<Self::Value>;
-    /// Starts a loop from one count (or 0) to another, which may be no turn at all.
-    fn range_begin(
-        &mut self,
-        from: Option<&Self::Value>,
-        to: &Self::Value,
-        carried: &[Self::Value],
-    ) -> Emitted<(Self::Int, Vec<Self::Value>)>;
-    /// Ends the innermost loop; returns the carried values after it.
-    fn loop_end(&mut self, next: &[Self::Value]) -> Vec<Self::Value>;
-    /// Starts the loop from `begin` to `end`.
-    fn parallel_begin(&mut self) -> Self::Int;
-    /// Ends it.
-    fn parallel_end(&mut self);
-    /// Quotient and remainder by a constant; `limit` bounds the dividend.
-    fn div_rem(
-        &mut self,
-        x: &Self::Int,
-        divisor: usize,
-        limit: usize,
-    ) -> Emitted<(Self::Int, Self::Int)>;
-    /// Starts a block that runs where the condition holds.
-    fn branch_begin(&mut self, condition: &Self::Value) -> Emitted<()>;
-    /// Starts the block that runs where it does not.
-    fn branch_else(&mut self);
-    /// Ends both.
-    fn branch_end(&mut self);
-    /// The element `sum of int * bytes + offset bytes + value * bytes` of a buffer.
-    fn address(
-        &mut self,
-        buffer: BufferId,
-        terms: &[(Self::Int, i64)],
-        offset: i64,
-        dynamic: Option<(&Self::Value, i64)>,
-    ) -> Emitted<Self::Address>;
-    /// Asks for the cache line of an element, where the machine can.
-    fn prefetch(&mut self, _address: &Self::Address) -> Emitted<()> {
-        Ok(())
-    }
-    /// Reads.
-    fn load(
-        &mut self,
-        dtype: DType,
-        address: &Self::Address,
-        access: Access,
-    ) -> Emitted<Self::Value>;
-    /// Writes as many elements as the value has.
-    fn store(&mut self, dtype: DType, address: &Self::Address, value: &Self::Value) -> Emitted<()>;
-    /// A literal, in all lanes where `wide`.
-    fn number(&mut self, dtype: DType, number: Number, wide: bool) -> Emitted<Self::Value>;
-    /// An index as an i64 value.
-    fn index(&mut self, terms: &[(Self::Int, i64)], offset: i64) -> Emitted<Self::Value>;
-    /// f(x) of one instruction or few; transcendental functions come from `math`.
-    fn unary(&mut self, f: UnaryFn, dtype: DType, x: &Self::Value) -> Emitted<Self::Value>;
-    /// f(x, y); `dtype` is that of the operands.
-    fn binary(
-        &mut self,
-        f: BinaryFn,
-        dtype: DType,
-        x: &Self::Value,
-        y: &Self::Value,
-    ) -> Emitted<Self::Value>;
-    /// c ? x : y
-    fn select(
-        &mut self,
-        dtype: DType,
-        c: &Self::Value,
-        x: &Self::Value,
-        y: &Self::Value,
-    ) -> Emitted<Self::Value>;
-    /// x as another dtype.
-    fn cast(&mut self, from: DType, to: DType, x: &Self::Value) -> Emitted<Self::Value>;
-    /// x * y + z, rounded once.
-    fn fma(
-        &mut self,
-        dtype: DType,
-        x: &Self::Value,
-        y: &Self::Value,
-        z: &Self::Value,
-    ) -> Emitted<Self::Value>;
-    /// The products of the low and of the high i16 of x and y, and z, added as i32.
-    fn dot(&mut self, x: &Self::Value, y: &Self::Value, z: &Self::Value) -> Emitted<Self::Value>;
-    /// x * y + z of a sum of products, which may be rounded twice where once would cost much.
-    fn accumulate(
-        &mut self,
-        dtype: DType,
-        x: &Self::Value,
-        y: &Self::Value,
-        z: &Self::Value,
-    ) -> Emitted<Self::Value> {
-        self.fma(dtype, x, y, z)
-    }
-    /// An operation on the bits of f32.
-    fn bits(&mut self, op: Bits, x: &Self::Value, y: &Self::Value) -> Emitted<Self::Value>;
-    /// The bits of an f32 shifted left, or right where negative (logically).
-    fn shift(&mut self, x: &Self::Value, left: i32) -> Emitted<Self::Value>;
-    /// The bits of an f32, an i32, as an f32.
-    fn int_to_float(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
-    /// A scalar in all lanes.
-    fn splat(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
-    /// All lanes of these values, folded as `Expr::Fold` says, as a scalar.
-    fn fold(&mut self, f: ReduceFn, x: &[Self::Value]) -> Emitted<Self::Value>;
-}
+pub use super::machine::{Access, Bits, Emitted, Machine, Unsupported};
 
 #[derive(Clone)]
 enum Bound<I> {
@@ -195,6 +40,10 @@ struct Emit<'a, M: Machine> {
     /// Values that were computed before a loop for all of its turns, by whether they are wide.
     fixed: HashMap<(*const Expr, bool), (M::Value, Hangs)>,
     written: Vec<bool>,
+    /// Memory that the kernel both reads and writes: through it threads of a block hand on values.
+    exchanged: Hangs,
+    /// What they have read and written there since they last waited for each other.
+    touched: Touched,
 }
 
 /// The buffers that a value hangs on and that the kernel writes, a bit for each; the last bit is
@@ -203,6 +52,25 @@ type Hangs = u64;
 
 fn bit(buffer: BufferId) -> Hangs {
     1 << buffer.min(63)
+}
+
+/// What threads of a block exchange through memory, as bits of buffers.
+#[derive(Clone, Copy, Default)]
+struct Touched {
+    read: Hangs,
+    written: Hangs,
+}
+
+impl Touched {
+    fn add(&mut self, other: &Touched) {
+        self.read |= other.read;
+        self.written |= other.written;
+    }
+
+    /// Whether one of the two writes what the other one touches.
+    fn meets(&self, other: &Touched) -> bool {
+        self.written & (other.read | other.written) | self.read & other.written != 0
+    }
 }
 
 /// Emits a kernel.
@@ -219,10 +87,16 @@ pub fn emit<M: Machine>(loops: &Loops, machine: &mut M) -> Emitted<()> {
         known: HashMap::new(),
         fixed: HashMap::new(),
         written,
+        exchanged: Hangs::MAX,
+        touched: Touched::default(),
     };
+    let all = emit.exchanges(&loops.body);
+    emit.exchanged = all.read & all.written;
     let mut outer = Vec::new();
     let mut body = &loops.body;
-    while let [Stmt::For { var, extent, kind: Kind::Parallel, body: inner }] = body.as_slice() {
+    while let [Stmt::For { var, extent, kind: Kind::Parallel | Kind::Block, body: inner }] =
+        body.as_slice()
+    {
         outer.push((*var, *extent));
         body = inner;
     }
@@ -309,6 +183,8 @@ impl<M: Machine> Emit<'_, M> {
                     self.block(body)
                 }
                 Kind::Serial | Kind::Parallel => self.serial(*var, *extent, body),
+                Kind::Block => Err(Unsupported("blocks inside of other loops".into())),
+                Kind::Thread => self.threads(std::slice::from_ref(stmt)),
             },
             Stmt::Store { buffer, place, value } => self.store(*buffer, place, value),
             Stmt::If { condition, then, other } => {
@@ -331,13 +207,11 @@ impl<M: Machine> Emit<'_, M> {
     }
 
     fn serial(&mut self, var: Var, extent: usize, body: &[Stmt]) -> Emitted<()> {
-        let mut assigned = vec![false; self.loops.buffers.len()];
-        mark_written(body, &mut assigned);
-        let mut carried: Vec<(BufferId, i64)> =
-            self.cells.keys().copied().filter(|k| assigned[k.0]).collect();
-        carried.sort_unstable();
+        let (assigned, carried) = self.carried(body);
         let fixed = self.fix(body, &assigned)?;
         let before: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
+        // Before a turn there may be another one.
+        self.touched.add(&self.exchanges(body));
         let (int, inside) = match self.loops.range(var) {
             None => self.machine.loop_begin(extent, &before),
             Some(range) => {
@@ -357,6 +231,69 @@ impl<M: Machine> Emit<'_, M> {
         fixed.iter().for_each(|key| {
             self.fixed.remove(key);
         });
+        Ok(())
+    }
+
+    /// The buffers that a loop assigns to, and the cells of them that it hands from turn to turn.
+    fn carried(&self, body: &[Stmt]) -> (Vec<bool>, Vec<(BufferId, i64)>) {
+        let mut assigned = vec![false; self.loops.buffers.len()];
+        mark_written(body, &mut assigned);
+        let cells = self.cells.keys().copied().filter(|k| assigned[k.0]);
+        let mut carried: Vec<(BufferId, i64)> = cells.collect();
+        carried.sort_unstable();
+        (assigned, carried)
+    }
+
+    /// What statements exchange through memory.
+    fn exchanges(&self, body: &[Stmt]) -> Touched {
+        let mut touched = Touched::default();
+        if self.exchanged == 0 {
+            return touched;
+        }
+        for (buffer, used) in uses(self.loops.buffers.len(), body).into_iter().enumerate() {
+            let memory = self.loops.buffers[buffer].scope != Scope::Register;
+            if memory && self.exchanged & bit(buffer) != 0 {
+                touched.read |= if used.read { bit(buffer) } else { 0 };
+                touched.written |= if used.written { bit(buffer) } else { 0 };
+            }
+        }
+        touched
+    }
+
+    /// Loops over the threads of a block, one in another. Threads wait for each other before they
+    /// touch what others may have written, or write what others may still read.
+    fn threads(&mut self, mut body: &[Stmt]) -> Emitted<()> {
+        let mut nest = Vec::new();
+        while let [Stmt::For { var, extent, kind: Kind::Thread, body: inner }] = body {
+            nest.push((*var, *extent));
+            body = inner;
+        }
+        let exchanges = self.exchanges(body);
+        if self.touched.meets(&exchanges) {
+            self.machine.barrier()?;
+            self.touched = Touched::default();
+        }
+        self.touched.add(&exchanges);
+        let (_, carried) = self.carried(body);
+        let before: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
+        let mut limit: usize = nest.iter().map(|n| n.1).product();
+        let (mut turn, inside) = self.machine.threads_begin(limit, &before)?;
+        self.set_cells(&carried, inside);
+        for (i, &(var, extent)) in nest.iter().enumerate().rev() {
+            let (rest, own) = match i {
+                0 => (turn.clone(), turn),
+                _ => self.machine.div_rem(&turn, extent, limit)?,
+            };
+            self.vars.insert(var, Bound::Int(own));
+            turn = rest;
+            limit /= extent;
+        }
+        self.forget();
+        self.block(body)?;
+        let next: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
+        let after = self.machine.threads_end(&next);
+        self.set_cells(&carried, after);
+        self.forget();
         Ok(())
     }
 
@@ -530,7 +467,15 @@ impl<M: Machine> Emit<'_, M> {
                     self.cells.keys().copied().filter(|k| k.0 == *buffer).collect();
                 keys.sort_unstable();
                 let values: Vec<M::Value> = keys.iter().map(|k| self.cells[k].0.clone()).collect();
-                (self.machine.fold(*f, &values)?, bit(*buffer))
+                let Buffer { dtype, len, .. } = self.loops.buffers[*buffer];
+                let folded = match keys[..] {
+                    // Each thread has one of its elements.
+                    [only] if len > 1 && !self.cells[&only].1 => {
+                        self.machine.fold_threads(*f, compute_dtype(dtype), &values[0], len)?
+                    }
+                    _ => self.machine.fold(*f, &values)?,
+                };
+                (folded, bit(*buffer))
             }
         })
     }

@@ -6,6 +6,7 @@ pub mod cpuid;
 pub mod emit;
 pub mod features;
 mod invariant;
+pub mod machine;
 pub mod math;
 mod math64;
 pub mod target;

@@ -143,7 +143,8 @@ impl Cpu {
             // Lanes are scalars there: four of the registers hold what elsewhere one does.
             (None, Arch::Riscv64) => (self.lanes, 7),
         };
-        Target { lanes, registers, exact: false, weights: kiln_runtime::tensor::DType::F32 }
+        let weights = kiln_runtime::tensor::DType::F32;
+        Target { lanes, registers, exact: false, weights, threads: 0 }
     }
 
     /// Cranelift's names of the features.

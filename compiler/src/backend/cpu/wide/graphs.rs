@@ -68,9 +68,11 @@ impl Tally {
     fn graph(&mut self, graph: &Graph, lanes: usize) {
         let optimised = optimise(graph, true).unwrap().graph;
         let registers = Level::of(lanes).unwrap().registers();
-        let program =
-            program(&optimised, Target { lanes, registers, exact: false, weights: DType::F32 })
-                .unwrap();
+        let program = program(
+            &optimised,
+            Target { lanes, registers, exact: false, weights: DType::F32, threads: 0 },
+        )
+        .unwrap();
         program.kernels.iter().for_each(|kernel| self.kernel(kernel, lanes));
     }
 }
@@ -238,9 +240,11 @@ fn tiles_fill_the_registers() {
     for (lanes, rows) in [(8, 5), (16, 12)] {
         let registers = Level::of(lanes).unwrap().registers();
         let optimised = optimise(&product(60, 48, 64, false), true).unwrap().graph;
-        let program =
-            program(&optimised, Target { lanes, registers, exact: false, weights: DType::F32 })
-                .unwrap();
+        let program = program(
+            &optimised,
+            Target { lanes, registers, exact: false, weights: DType::F32, threads: 0 },
+        )
+        .unwrap();
         let tile = |kernel: &Loops| {
             let held = kernel.buffers.iter().filter(|b| b.scope == Scope::Register);
             held.map(|b| b.len).max().unwrap_or(0)

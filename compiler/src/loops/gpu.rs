@@ -1,0 +1,139 @@
+//! Schedules for machines with thousands of threads: every element of a result has one of its own,
+//! or the threads of a block share a row.
+
+use std::sync::Arc;
+
+use super::ir::{BufferId, Expr, Kind, Place, Stmt, Var};
+use super::lower::{Lower, Lowering, origin_place};
+use super::nest::{coalesce, is_vector, wrap};
+use super::rewrite::{rewrite, substitute};
+use crate::graph::op::{Affine, ReduceFn};
+use crate::graph::used::span;
+
+/// Elements that a thread reads and writes at once: 16 bytes of f32.
+const VECTOR: usize = 4;
+
+/// A thread for every turn of the loops over the axes of the result, or for four neighbours.
+pub fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
+    let mut body = coalesce(lower, &mut vars, body);
+    if let Some(&inner) = vars.last()
+        && let Some((outer, inside)) = in_vectors(lower, inner, &body)
+    {
+        vars.pop();
+        vars.extend(outer);
+        body = inside;
+    }
+    wrap(&lower.extents, &vars, body, vars.len())
+}
+
+/// Statements for four neighbours along an axis, where all that they touch lies so.
+fn in_vectors(lower: &mut Lower, inner: Var, body: &[Stmt]) -> Option<(Option<Var>, Vec<Stmt>)> {
+    let extent = lower.extents[inner as usize];
+    let stores = body.iter().all(|s| matches!(s, Stmt::Store { .. }));
+    let fits = stores && extent.is_multiple_of(VECTOR) && lower.span(inner).is_none();
+    if !fits || !is_vector(&lower.buffers, body, inner) {
+        return None;
+    }
+    let (outer, lane) = (lower.var(extent / VECTOR).ok()?, lower.var(VECTOR).ok()?);
+    let index = Affine::scaled(outer as usize, VECTOR as i64).plus(lane as usize, 1);
+    let body = substitute(body, inner, &index);
+    let vector = Stmt::For { var: lane, extent: VECTOR, kind: Kind::Vector, body };
+    Some((Some(outer), vec![vector]))
+}
+
+/// Rows of fewer elements are not shared.
+const SHARED_ROW: usize = 64;
+/// Elements of a row for each of its threads at least.
+const EACH: usize = 4;
+/// Threads of a warp.
+pub const WARP: usize = 32;
+
+/// How many threads share a row of a shape that these nodes fold; 0 where each has its own.
+pub fn row_threads(lower: &Lower, shape: &[usize], reduces: &[usize]) -> usize {
+    let elements: usize = shape.iter().product();
+    let fits = |&reduce: &usize| {
+        let operand = lower.ty(lower.body.nodes[reduce].args[0].index());
+        let whole = (0..operand.rank()).all(|axis| span(operand, axis).is_none());
+        whole && operand.dtype.bytes() <= 4 && !lower.is_part()
+    };
+    // All loops over the row end with the last axis, whose elements threads share.
+    let last = shape.last().copied().unwrap_or(0);
+    let threads = (elements.min(last) / EACH).max(WARP).min(lower.target.threads);
+    let shared = elements >= SHARED_ROW && last >= WARP && reduces.iter().all(fits);
+    if lower.target.threads > 0 && shared { 1 << threads.ilog2() } else { 0 }
+}
+
+/// A loop over threads.
+fn threads(var: Var, extent: usize, body: Vec<Stmt>) -> Stmt {
+    Stmt::For { var, extent, kind: Kind::Thread, body }
+}
+
+/// Statements for every turn of a loop, by all threads: each takes one turn after another, as many
+/// apart as there are threads. Where there are parts of a cell, each thread has one of them for it.
+fn shared_out(
+    lower: &mut Lower,
+    (last, outer): (Var, &[Var]),
+    body: &[Stmt],
+    parts: Option<(BufferId, BufferId)>,
+) -> Lowering<Vec<Stmt>> {
+    let (extent, all) = (lower.extents[last as usize], lower.row_threads);
+    let (whole, rest) = (extent / all, extent % all);
+    let mut out = Vec::new();
+    for (start, turns, width) in [(0, whole, all), (whole * all, 1, rest)] {
+        if turns == 0 || width == 0 {
+            continue;
+        }
+        let (thread, turn) = (lower.var(width)?, lower.var(turns)?);
+        let at = Affine { offset: start as i64, ..Affine::axis(thread as usize) };
+        let at = at.plus(turn as usize, all as i64);
+        let index = |a: &Affine| {
+            a.substitute(&|v| if v == last as usize { at.clone() } else { Affine::axis(v) })
+        };
+        let loops: Vec<Var> = outer.iter().copied().chain([turn]).collect();
+        let own = parts.map(|(cell, parts)| (cell, parts, Affine::axis(thread as usize)));
+        let body = rewrite(body, &index, own.as_slice());
+        let body = wrap(&lower.extents, &loops, body, 0);
+        out.push(threads(thread, width, body));
+    }
+    Ok(out)
+}
+
+/// Statements over the axes of a row that threads share.
+pub fn pass(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Lowering<Vec<Stmt>> {
+    match vars.pop() {
+        None => Ok(vec![threads(lower.var(1)?, 1, body)]),
+        Some(last) => shared_out(lower, (last, &vars), &body, None),
+    }
+}
+
+/// Statements that fold into a cell for every turn of `last`: each thread folds its own part, then
+/// all of them together.
+pub fn reduce(
+    lower: &mut Lower,
+    f: ReduceFn,
+    cell: BufferId,
+    (last, outer): (Var, &[Var]),
+    start: Expr,
+    step: Vec<Stmt>,
+) -> Lowering<Vec<Stmt>> {
+    let (dtype, all) = (lower.buffers[cell].dtype, lower.row_threads);
+    let parts = lower.register(dtype, all);
+    let thread = lower.var(all)?;
+    let own = Place::affine(Affine::axis(thread as usize));
+    let first = Stmt::Store { buffer: parts, place: own, value: start };
+    let mut out = vec![threads(thread, all, vec![first])];
+    out.extend(shared_out(lower, (last, outer), &step, Some((cell, parts)))?);
+    let before = Arc::new(Expr::Load(cell, origin_place()));
+    let value = Expr::Binary(f.binary(dtype), before, Arc::new(Expr::Fold(f, parts)));
+    out.push(Stmt::Store { buffer: cell, place: origin_place(), value });
+    Ok(out)
+}
+
+/// Loops over blocks around statements, one at least.
+pub fn blocks(lower: &mut Lower, vars: &[Var], body: Vec<Stmt>) -> Lowering<Vec<Stmt>> {
+    let single = if vars.is_empty() { Some(lower.var(1)?) } else { None };
+    Ok(vars.iter().chain(&single).rev().fold(body, |body, &var| {
+        let extent = lower.extents[var as usize];
+        vec![Stmt::For { var, extent, kind: Kind::Block, body }]
+    }))
+}

@@ -1,0 +1,309 @@
+//! Grids of threads.
+
+use super::Fault;
+use super::arithmetic::{compare, convert, mask, operation};
+use super::memory::{Memory, Who};
+use super::parse::{Code, Inst, Kernel, Operand, Space, Ty};
+
+/// Threads of a warp.
+const WARP: usize = 32;
+/// Bits of an address within its buffer.
+const BUFFER: u32 = 40;
+
+/// Where a thread stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stop {
+    /// It can go on.
+    Runs,
+    /// At a shuffle.
+    Shuffles,
+    /// At a barrier.
+    Waits,
+    /// It has ended.
+    Ended,
+}
+
+struct Thread {
+    registers: Vec<u64>,
+    known: Vec<bool>,
+    at: usize,
+    stop: Stop,
+}
+
+struct Block<'a> {
+    kernel: &'a Kernel,
+    memory: &'a mut [Memory],
+    /// The memory of each parameter.
+    params: &'a [usize],
+    shared: Memory,
+    threads: Vec<Thread>,
+    number: usize,
+    span: u32,
+    first: u32,
+}
+
+/// Runs a kernel with so many blocks of so many threads; its parameters are these pieces of memory.
+pub fn launch(
+    kernel: &Kernel,
+    blocks: usize,
+    threads: usize,
+    memory: &mut [Memory],
+    params: &[usize],
+) -> Result<(), Fault> {
+    let fault = |why: String| {
+        let (kernel, instruction) = (kernel.name.clone(), String::new());
+        Fault { kernel, instruction, block: 0, thread: 0, why }
+    };
+    if threads > kernel.threads || params.len() != kernel.params {
+        let (most, wanted, given) = (kernel.threads, kernel.params, params.len());
+        return Err(fault(format!("{threads} threads of {most}, {given} buffers of {wanted}")));
+    }
+    params.iter().for_each(|&piece| memory[piece].settle());
+    let mut span = 1;
+    for number in 0..blocks {
+        let thread = || Thread {
+            registers: vec![0; kernel.registers],
+            known: vec![false; kernel.registers],
+            at: 0,
+            stop: Stop::Runs,
+        };
+        let mut block = Block {
+            kernel,
+            memory,
+            params,
+            shared: Memory::fresh(kernel.shared),
+            threads: (0..threads).map(|_| thread()).collect(),
+            number,
+            span,
+            first: span,
+        };
+        block.run()?;
+        span = block.span + 1;
+    }
+    Ok(())
+}
+
+impl Block<'_> {
+    fn fault(&self, thread: usize, why: impl Into<String>) -> Fault {
+        let inst = self.kernel.code.get(self.threads[thread].at);
+        Fault {
+            kernel: self.kernel.name.clone(),
+            instruction: inst.map_or(String::new(), |i| i.text.clone()),
+            block: self.number,
+            thread,
+            why: why.into(),
+        }
+    }
+
+    fn run(&mut self) -> Result<(), Fault> {
+        let count = self.threads.len();
+        loop {
+            for first in (0..count).step_by(WARP) {
+                self.warp(first..(first + WARP).min(count))?;
+            }
+            let waits = |t: &Thread| t.stop == Stop::Waits;
+            let Some(one) = self.threads.iter().position(waits) else { return Ok(()) };
+            let at = self.threads[one].at;
+            if let Some(other) = self.threads.iter().position(|t| !waits(t) || t.at != at) {
+                let why = format!("thread {other} does not come to the barrier");
+                return Err(self.fault(one, why));
+            }
+            self.span += 1;
+            for thread in &mut self.threads {
+                thread.at += 1;
+                thread.stop = Stop::Runs;
+            }
+        }
+    }
+
+    /// Runs the threads of a warp until they wait for others or end.
+    fn warp(&mut self, lanes: std::ops::Range<usize>) -> Result<(), Fault> {
+        loop {
+            for thread in lanes.clone() {
+                while self.threads[thread].stop == Stop::Runs {
+                    self.step(thread).map_err(|why| self.fault(thread, why))?;
+                }
+            }
+            let shuffles = |t: &Thread| t.stop == Stop::Shuffles;
+            let Some(one) = lanes.clone().find(|&t| shuffles(&self.threads[t])) else {
+                return Ok(());
+            };
+            let at = self.threads[one].at;
+            let mut all = lanes.clone();
+            let missing = all.any(|t| !shuffles(&self.threads[t]) || self.threads[t].at != at);
+            if missing || lanes.len() < WARP {
+                return Err(self.fault(one, "a lane does not come to the shuffle"));
+            }
+            self.shuffle(lanes.clone())?;
+        }
+    }
+
+    fn shuffle(&mut self, lanes: std::ops::Range<usize>) -> Result<(), Fault> {
+        let Code::Shuffle(to, from, bits) = self.kernel.code[self.threads[lanes.start].at].code
+        else {
+            unreachable!("threads stop at shuffles")
+        };
+        let values: Result<Vec<u64>, Fault> = lanes
+            .clone()
+            .map(|t| self.read(t, Operand::Reg(from)).map_err(|why| self.fault(t, why)))
+            .collect();
+        let values = values?;
+        for (lane, t) in lanes.enumerate() {
+            let Some(value) = values.get(lane ^ bits as usize) else {
+                return Err(self.fault(t, "a lane beyond the warp"));
+            };
+            let thread = &mut self.threads[t];
+            (thread.registers[to], thread.known[to]) = (*value, true);
+            thread.at += 1;
+            thread.stop = Stop::Runs;
+        }
+        Ok(())
+    }
+
+    fn read(&self, thread: usize, operand: Operand) -> Result<u64, String> {
+        let state = &self.threads[thread];
+        match operand {
+            Operand::Reg(reg) if state.known[reg] => Ok(state.registers[reg]),
+            Operand::Reg(_) => Err("a register is read before it is written".into()),
+            Operand::Bits(bits) => Ok(bits),
+            Operand::Thread => Ok(thread as u64),
+            Operand::Block => Ok(self.number as u64),
+        }
+    }
+
+    fn write(&mut self, thread: usize, reg: usize, value: u64) {
+        let state = &mut self.threads[thread];
+        (state.registers[reg], state.known[reg]) = (value, true);
+    }
+
+    fn step(&mut self, t: usize) -> Result<(), String> {
+        let kernel = self.kernel;
+        let Inst { guard, code, .. } = &kernel.code[self.threads[t].at];
+        if let Some((reg, wanted)) = *guard
+            && (self.read(t, Operand::Reg(reg))? != 0) != wanted
+        {
+            self.threads[t].at += 1;
+            return Ok(());
+        }
+        match code {
+            Code::Op(op, ty, to, from) => {
+                let mut values = [0; 3];
+                for (value, operand) in values.iter_mut().zip(from) {
+                    *value = self.read(t, *operand)?;
+                }
+                let value = operation(op, *ty, &values[..from.len()])?;
+                self.write(t, *to, value);
+            }
+            Code::Set(cmp, ty, to, [x, y]) => {
+                let holds = compare(cmp, *ty, self.read(t, *x)?, self.read(t, *y)?);
+                self.write(t, *to, holds.into());
+            }
+            Code::Select(to, [x, y], c) => {
+                // Both are read, as on the machine.
+                let (x, y) = (self.read(t, *x)?, self.read(t, *y)?);
+                let c = self.read(t, Operand::Reg(*c))?;
+                self.write(t, *to, if c != 0 { x } else { y });
+            }
+            Code::Convert(round, [to, from], reg, x) => {
+                let value = convert(round, *to, *from, self.read(t, *x)?);
+                self.write(t, *reg, value);
+            }
+            Code::Param(to, number) => {
+                let piece = self.params[*number] as u64 + 1;
+                self.write(t, *to, piece << BUFFER);
+            }
+            Code::Load(space, ty, regs, place) => self.load(t, (*space, *ty), regs, *place)?,
+            Code::Store(space, ty, regs, place) => self.store(t, (*space, *ty), regs, *place)?,
+            Code::Shuffle(..) => {
+                self.threads[t].stop = Stop::Shuffles;
+                return Ok(());
+            }
+            Code::Barrier => {
+                self.threads[t].stop = Stop::Waits;
+                return Ok(());
+            }
+            Code::Branch(to) => {
+                self.threads[t].at = *to;
+                return Ok(());
+            }
+            Code::Return => {
+                self.threads[t].stop = Stop::Ended;
+                return Ok(());
+            }
+        }
+        self.threads[t].at += 1;
+        Ok(())
+    }
+
+    fn load(
+        &mut self,
+        t: usize,
+        (space, ty): (Space, Ty),
+        regs: &[usize],
+        place: (Operand, i64),
+    ) -> Result<(), String> {
+        let size = (ty.bits() / 8) as usize;
+        let (at, who) = (self.address(t, place)?, self.who(t));
+        let all = size * regs.len();
+        let bytes = match space {
+            Space::Shared => self.shared.load(at, all, who)?.to_vec(),
+            Space::Global => {
+                let (buffer, at) = self.buffer(at)?;
+                buffer.load(at, all, who)?.to_vec()
+            }
+        };
+        for (reg, bytes) in regs.iter().zip(bytes.chunks(size)) {
+            let mut value = [0; 8];
+            value[..size].copy_from_slice(bytes);
+            let value = u64::from_le_bytes(value);
+            // Short integers fill their registers.
+            let value = match ty {
+                Ty::S(bits) => convert("", Ty::S(bits.max(32)), ty, value),
+                _ => value,
+            };
+            self.write(t, *reg, value);
+        }
+        Ok(())
+    }
+
+    fn store(
+        &mut self,
+        t: usize,
+        (space, ty): (Space, Ty),
+        regs: &[usize],
+        place: (Operand, i64),
+    ) -> Result<(), String> {
+        let size = (ty.bits() / 8) as usize;
+        let mut bytes = Vec::with_capacity(16);
+        for reg in regs {
+            let value = self.read(t, Operand::Reg(*reg))? & mask(ty.bits());
+            bytes.extend_from_slice(&value.to_le_bytes()[..size]);
+        }
+        let (at, who) = (self.address(t, place)?, self.who(t));
+        match space {
+            Space::Shared => self.shared.store(at, &bytes, who),
+            Space::Global => {
+                let (buffer, at) = self.buffer(at)?;
+                buffer.store(at, &bytes, who)
+            }
+        }
+    }
+
+    fn who(&self, thread: usize) -> Who {
+        Who { span: self.span, first: self.first, thread: thread as u32 }
+    }
+
+    fn address(&self, t: usize, (base, offset): (Operand, i64)) -> Result<u64, String> {
+        Ok(self.read(t, base)?.wrapping_add_signed(offset))
+    }
+
+    /// The buffer that an address points into, and the byte of it.
+    fn buffer(&mut self, at: u64) -> Result<(&mut Memory, u64), String> {
+        // What is a little before a buffer is out of its bounds, and not far behind another one.
+        let half = 1u64 << (BUFFER - 1);
+        let number = (at.wrapping_add(half) >> BUFFER) as usize;
+        let buffer = number.checked_sub(1).and_then(|n| self.memory.get_mut(n));
+        let buffer = buffer.ok_or_else(|| format!("address {at:#x} is that of no buffer"))?;
+        Ok((buffer, at.wrapping_sub((number as u64) << BUFFER)))
+    }
+}

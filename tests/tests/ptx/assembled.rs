@@ -1,0 +1,85 @@
+//! The texts of whole models before the assembler: it accepts them without a warning, and no
+//! register is spilled. `KILN_BLESS=1` writes `golden/ptx.txt` anew.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use kiln::Compiler;
+use kiln::backend::cuda::Gpu;
+use kiln::graph::Graph;
+use kiln::onnx::{ImportOptions, import};
+use kiln_tests::cases::{folders, name_of, read};
+use kiln_tests::small::{MODELS, graph};
+use kiln_tests::{oracle, ptx, suite};
+
+/// Versions of instruction sets: that of the text, and those that it is assembled for.
+const VERSIONS: [(u32, &[u32]); 2] = [(80, &[80, 89, 120]), (90, &[90])];
+
+/// The greatest of the numbers before a word.
+fn most(said: &str, word: &str) -> usize {
+    let before = |at: usize| said[..at].rsplit([' ', '\n']).next().and_then(|n| n.parse().ok());
+    said.match_indices(word).filter_map(|(at, _)| before(at)).max().unwrap_or(0)
+}
+
+/// Kernels of a graph, and the registers and the shared memory that the largest of them take.
+fn line(graph: &Graph, only: Option<u32>) -> Result<String, String> {
+    let ptxas = ptx::assembler().ok_or("no assembler")?;
+    let mut line = String::new();
+    for (sm, targets) in VERSIONS {
+        let cuda = Compiler::new().cuda_of(graph, Gpu::of(sm).ok_or("no GPU")?);
+        let text = cuda.map_err(|e| e.to_string())?.module.text;
+        for &target in targets.iter().filter(|t| only.is_none_or(|only| only == **t)) {
+            let said =
+                ptx::assemble(&ptxas, &text, target).map_err(|e| format!("sm_{target}: {e}"))?;
+            if target == sm {
+                let (registers, shared) = (most(&said, " registers"), most(&said, " bytes smem"));
+                let kernels = said.matches("Used ").count();
+                let _ = write!(line, " sm_{sm}: {kernels} {registers} {shared}");
+            }
+        }
+    }
+    Ok(line)
+}
+
+fn check_model(folder: &Path) -> Result<String, String> {
+    let options = ImportOptions { folder: Some(folder.to_path_buf()), ..ImportOptions::default() };
+    let graph = import(read(&folder.join("model.onnx")), &options).map_err(|e| e.to_string())?;
+    // The other versions differ in two lines.
+    line(&graph, Some(80))
+}
+
+#[test]
+fn texts_assemble_without_spills() {
+    if ptx::assembler().is_none() {
+        return;
+    }
+    let mut problems = Vec::new();
+    let mut table = String::from(
+        "# model, and of each version: kernels, registers and bytes of shared memory at most\n",
+    );
+    for (name, make) in MODELS {
+        match line(&graph(make), None) {
+            Ok(line) => _ = writeln!(table, "{name}{line}"),
+            Err(why) => problems.push(format!("{name}: {why}")),
+        }
+    }
+    if let Some(models) = oracle("models") {
+        let all: Vec<(String, PathBuf)> =
+            folders(&models).into_iter().map(|folder| (name_of(&folder), folder)).collect();
+        for (name, result) in suite::run_all(&all, check_model) {
+            match result {
+                Ok(line) => _ = writeln!(table, "{name}{line}"),
+                Err(why) => problems.push(format!("{name}: {why}")),
+            }
+        }
+    }
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/ptx.txt");
+    if std::env::var_os("KILN_BLESS").is_some() {
+        std::fs::write(&golden, &table).expect("a file beside the tests");
+    }
+    let want = std::fs::read_to_string(&golden).unwrap_or_default();
+    for got in table.lines().filter(|got| want.lines().all(|want| want != *got)) {
+        problems.push(format!("not in golden/ptx.txt: {got}"));
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}

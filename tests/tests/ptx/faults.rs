@@ -1,0 +1,179 @@
+//! Faults that are planted in right texts, one at a time. The interpreter reports each one, or the
+//! results are wrong.
+
+use kiln::Compiler;
+use kiln::backend::cuda::Gpu;
+use kiln::graph::Graph;
+use kiln::graph::op::{Composite, UnaryFn};
+use kiln::tensor::Tensor;
+use kiln_tests::{Random, difference, interpret, ptx};
+
+use crate::{CLOSE, elements, product, rows};
+
+/// Changes of a text that are tried for each fault at most.
+const MOST: usize = 10;
+
+/// A fault: its name, the line that it makes of one that it concerns, and how many of its changes
+/// do no harm, with the reason.
+type Fault = (&'static str, fn(&str) -> Option<String>, (usize, &'static str));
+
+const ALL: (usize, &str) = (0, "");
+
+/// A line in which one text stands for another.
+fn instead(line: &str, from: &str, to: &str) -> Option<String> {
+    line.contains(from).then(|| line.replacen(from, to, 1))
+}
+
+/// A line of that beginning whose last number is another one.
+fn number(line: &str, start: &str, change: i64) -> Option<String> {
+    let (head, last) = line.strip_suffix(';')?.rsplit_once(", ")?;
+    let last: i64 = last.parse().ok()?;
+    line.starts_with(start).then(|| format!("{head}, {};", last + change))
+}
+
+/// The first of its operands that begin so.
+fn operands(line: &str, start: &str, count: usize) -> Option<String> {
+    let rest = line.strip_prefix(start)?.strip_suffix(';')?;
+    Some(rest.split(", ").take(count).collect::<Vec<_>>().join(", "))
+}
+
+const BARRIERS: &[Fault] = &[
+    (
+        "a missing barrier",
+        |l| instead(l, "bar.sync 0;", ""),
+        (1, "before the first fold there is nothing to wait for"),
+    ),
+    (
+        "a barrier for some threads",
+        |l| {
+            instead(
+                l,
+                "bar.sync 0;",
+                "mov.u32 %r0, %tid.x;\nsetp.lt.u32 %p0, %r0, 40;\n@%p0 bar.sync 0;",
+            )
+        },
+        ALL,
+    ),
+];
+
+const ROW: &[Fault] = &[
+    ("half a warp is not folded", |l| instead(l, ", 16, 31, -1;", ", 8, 31, -1;"), ALL),
+    ("a lane is not folded", |l| instead(l, ", 1, 31, -1;", ", 2, 31, -1;"), ALL),
+    ("threads beyond the row", |l| number(l, "setp.ge.u32", 40), ALL),
+    ("a thread too few", |l| number(l, "setp.ge.u32", -1), ALL),
+    ("a thread that turns off", |l| instead(l, "@%p", "@!%p"), ALL),
+    ("the block for the thread", |l| instead(l, "%tid.x", "%ctaid.x"), ALL),
+    ("a turn too few", |l| number(l, "setp.lt.u32", -1), ALL),
+    (
+        "another row",
+        |l| number(l, "mad.wide.s32 %d", 4).or(instead(l, ", 1200, %d", ", 1196, %d")),
+        ALL,
+    ),
+];
+
+const TILE: &[Fault] = &[
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
+    ("a dropped bound", |l| number(l, "setp.lt.s64", 1000), (3, "there the other factor is 0")),
+    (
+        "a row or column too few",
+        |l| number(l, "setp.lt.s64", -1),
+        (3, "three of the four rows of a thread are not the last one"),
+    ),
+    ("another line of shared memory", |l| instead(l, ", 272, ", ", 268, "), ALL),
+    (
+        "the next element",
+        |l| instead(l, "ld.shared.f32", "ld.shared.f32 ").and_then(|l| instead(&l, "+0]", "+4]")),
+        ALL,
+    ),
+    (
+        "vectors that are not aligned",
+        |l| l.contains(".v4.").then_some(()).and_then(|()| instead(l, "+0]", "+4]")),
+        ALL,
+    ),
+    (
+        "a product instead of a sum",
+        |l| operands(l, "fma.rn.f32 ", 3).map(|l| format!("mul.rn.f32 {l};")),
+        ALL,
+    ),
+    ("a sum that does not begin", |l| instead(l, "mov.f32 %f0, 0f00000000;", ""), ALL),
+    ("a piece too few", |l| number(l, "setp.lt.u32", -1), ALL),
+    ("a difference for a sum", |l| instead(l, "add.rn.f32", "sub.rn.f32"), ALL),
+    ("another block", |l| instead(l, "%ctaid.x", "0"), ALL),
+];
+
+const ELEMENTS: &[Fault] = &[
+    ("one element too many", |l| number(l, "setp.ge.u32", 1), ALL),
+    ("one element too few", |l| number(l, "setp.ge.u32", -1), ALL),
+    ("a bound that is dropped", |l| instead(l, "@!%p", "@%p"), ALL),
+    ("a register of nothing", |l| instead(l, "mov.u32 %r0, %ctaid.x;", ""), ALL),
+    (
+        "results beside their places",
+        |l| l.starts_with("st.global").then_some(()).and_then(|()| instead(l, "+0]", "+4]")),
+        ALL,
+    ),
+    (
+        "operands from other places",
+        |l| l.starts_with("ld.global").then_some(()).and_then(|()| instead(l, "+0]", "+4]")),
+        ALL,
+    ),
+    (
+        "bytes that are not aligned",
+        |l| l.starts_with("ld.global").then_some(()).and_then(|()| instead(l, "+0]", "+2]")),
+        ALL,
+    ),
+    ("rounded up", |l| instead(l, "cvt.rmi", "cvt.rpi"), ALL),
+    ("rounded to the nearest", |l| instead(l, "cvt.rmi", "cvt.rni"), ALL),
+];
+
+const VECTORS: &[Fault] = &[
+    ("elements that overlap", |l| instead(l, ", 16, %d", ", 8, %d"), ALL),
+    ("vectors that are not aligned", |l| instead(l, "+0]", "+4]"), ALL),
+    ("lanes in another order", |l| instead(l, "{%f0, %f1,", "{%f1, %f0,"), ALL),
+];
+
+/// Texts in which one line is another.
+fn changes(text: &str, change: fn(&str) -> Option<String>) -> Vec<String> {
+    let lines: Vec<&str> = text.lines().collect();
+    let changed = lines.iter().enumerate().filter_map(|(at, line)| {
+        let changed = change(line.trim())?;
+        let (before, after) = (lines[..at].join("\n"), lines[at + 1..].join("\n"));
+        Some(format!("{before}\n{changed}\n{after}\n"))
+    });
+    changed.take(MOST).collect()
+}
+
+/// Plants faults in the text of a graph: those that are not found as they should be.
+fn plant(graph: &Graph, faults: &[Fault]) -> Vec<String> {
+    let mut random = Random::new(3);
+    let inputs: Vec<Tensor> = graph.inputs.iter().map(|(_, ty)| random.tensor(&ty.shape)).collect();
+    let cuda = Compiler::new().cuda_of(graph, Gpu::of(80).expect("a GPU")).expect("a text");
+    let want = interpret(graph, &inputs);
+    let mut problems = Vec::new();
+    for (name, change, (harmless, _)) in faults {
+        let texts = changes(&cuda.module.text, *change);
+        let mut missed = 0;
+        for text in &texts {
+            let module = kiln_ptx::parse(text).unwrap_or_else(|why| panic!("{name}: {why}"));
+            let got = ptx::run_text(&cuda, &module, &inputs);
+            missed += usize::from(got.is_ok_and(|got| {
+                got.iter().zip(&want).all(|(a, b)| difference(a, b, CLOSE).is_none())
+            }));
+        }
+        println!("{name}: {} planted, {missed} without harm", texts.len());
+        if texts.is_empty() || missed != *harmless {
+            problems.push(format!("{name}: {missed} of {} are not found", texts.len()));
+        }
+    }
+    problems
+}
+
+#[test]
+fn planted_faults_are_found() {
+    let row = rows(Composite::LayerNorm(1, 1e-5f32.to_bits()), 3, 300);
+    let mut problems = plant(&row, BARRIERS);
+    problems.extend(plant(&row, ROW));
+    problems.extend(plant(&product(70, 37, 68, false), TILE));
+    problems.extend(plant(&elements(UnaryFn::Floor, &[3, 111]), ELEMENTS));
+    problems.extend(plant(&elements(UnaryFn::Floor, &[3, 400]), VECTORS));
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
