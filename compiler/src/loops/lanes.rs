@@ -157,7 +157,7 @@ pub fn writes(body: &[Stmt], buffer: BufferId) -> bool {
 }
 
 /// Whether statements load from memory that they store to.
-fn reads_what_it_stores(lower: &Lower, body: &[Stmt]) -> bool {
+pub fn reads_what_it_stores(lower: &Lower, body: &[Stmt]) -> bool {
     fn loads(e: &Expr, buffer: BufferId) -> bool {
         match e {
             Expr::Load(b, p) | Expr::Pair(b, p) => {

@@ -22,5 +22,6 @@ pub mod rewrite;
 pub mod share;
 pub mod straight;
 pub mod text;
+pub mod turn;
 pub mod verify;
 pub mod winograd;

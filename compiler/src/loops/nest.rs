@@ -12,6 +12,7 @@ pub use super::lanes::{is_vector, vectorize, writes};
 use super::lanes::beside;
 use super::lower::{Lower, Lowering, Refused, identity};
 use super::rewrite::{each_affine, rewrite, substitute};
+use super::turn::turned;
 use crate::graph::Body;
 use crate::graph::op::{Affine, Op, ReduceFn, UnaryFn};
 use crate::graph::used::{Span, span};
@@ -87,6 +88,10 @@ fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
         }
     }
     let Some(inner) = vars.pop() else { return body };
+    if let Some(body) = turned(lower, &mut vars, inner, &body) {
+        let parallel = parallel_prefix(&lower.extents, &vars);
+        return wrap(&lower.extents, &vars, body, parallel);
+    }
     let body = beside(lower, &mut vars, inner, body);
     let parallel = parallel_prefix(&lower.extents, &vars);
     let body = vectorize(lower, inner, body);

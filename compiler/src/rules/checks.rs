@@ -78,7 +78,7 @@ impl Random {
         let count = self.values.len();
         let back = if self.rng.below(3) == 0 { self.rng.below(count) } else { 0 };
         let x = self.values[count - 1 - back];
-        let made = match self.rng.below(18) {
+        let made = match self.rng.below(19) {
             0 => self.unary(x),
             1 | 2 => self.with_constant(x),
             3 => self.with_value(x),
@@ -95,6 +95,10 @@ impl Random {
             15 | 16 => {
                 let rng = &mut self.rng;
                 super::integers::tests::grow(&mut self.graph, &mut |n| rng.below(n), x)
+            }
+            17 => {
+                let rng = &mut self.rng;
+                super::shuffle::tests::grow(&mut self.graph, &mut |n| rng.below(n), x)
             }
             _ => self.matmul(x),
         };
@@ -204,7 +208,9 @@ impl Random {
         if rank < 3 {
             return Ok(x);
         }
-        let windows = std::iter::repeat_n((2, 1 + self.rng.below(2), 1), 2).collect();
+        let (stride, all) = (1 + self.rng.below(2), self.rng.below(4) == 0);
+        let size = |&extent: &usize| if all { extent } else { 2 };
+        let windows = shape[rank - 2..].iter().map(|e| (size(e), stride, 1)).collect();
         let y = self.graph.add(Op::Window(windows), &[x], &"window".into())?;
         shape = self.shape(y)[..rank].to_vec();
         let y = self.graph.reduce(ReduceFn::Max, y, &[rank, rank + 1], &"pool".into())?;

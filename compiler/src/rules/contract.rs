@@ -181,7 +181,7 @@ fn joined_axis(
 }
 
 /// The contraction with an axis of its space as several.
-fn with_parts(contract: &Contract, axis: usize, part: &[usize]) -> Contract {
+pub(super) fn with_parts(contract: &Contract, axis: usize, part: &[usize]) -> Contract {
     let more = part.len() - 1;
     let renamed = |a: usize| {
         if a < axis {

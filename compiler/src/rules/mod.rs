@@ -17,6 +17,7 @@ pub mod kind;
 pub mod lang;
 mod reads;
 pub mod select;
+mod shuffle;
 mod siblings;
 pub mod table;
 

@@ -21,6 +21,9 @@ use super::integers::{
     contract_of_integers, contract_of_shorts, difference_of_bytes, pool_of_integers,
 };
 use super::lang::{ENode, Egg};
+use super::shuffle::{
+    contract_absorbs_shuffle, contract_past_shuffle, pad_past_shuffle, pointwise_past_shuffle,
+};
 use super::siblings::{merge_siblings, pointwise_past_split};
 use super::{Budget, Fired};
 use crate::graph::op::{Axes, Op, Shape};
@@ -63,6 +66,8 @@ pub static RULES: &[Rule] = rules! {
     "reshape-split-permute" Exact reshape_split_permute;
     // A reshape that joins axes moves through a permutation that keeps them together.
     "reshape-join-permute" Exact reshape_join_permute;
+    // A reshape that joins axes in another order than x has them: only these change places.
+    "reshape-shuffle-permute" Exact reshape_shuffle_permute;
     // f(p(x)) = p(f(x))
     "unary-permute" Exact unary_permute;
     // f(p(x), y) = p(f(x, p'(y)))
@@ -73,10 +78,20 @@ pub static RULES: &[Rule] = rules! {
     "slice-permute" Exact slice_permute;
     // reduce(p(x)) = p(reduce'(x))
     "reduce-permute" Exact reduce_permute;
+    // A reduction over the only window there is, which is all of x, is one of x.
+    "reduce-of-only-window" Exact reduce_of_only_window;
     // concat(p(x), p(y)) = p(concat'(x, y))
     "concat-permute" Exact concat_permute;
     // A pooling of p(x) is computed in the order of x.
     "pool-permute" Exact pool_permute;
+    // f(shuffle(x), c) = shuffle(f(x, back(c)))
+    "pointwise-past-shuffle" Exact pointwise_past_shuffle;
+    // pad(shuffle(x)) = shuffle(pad(x)), the border along other axes
+    "pad-past-shuffle" Exact pad_past_shuffle;
+    // contract(shuffle(x), w) = shuffle(contract(x, back(w))), channel by channel
+    "contract-past-shuffle" Exact contract_past_shuffle;
+    // contract(shuffle(x), y) = contract'(x, y), the sum in whole turns of the shuffle
+    "contract-absorbs-shuffle" Exact contract_absorbs_shuffle;
     // contract(p(x), y) = contract'(x, y)
     "contract-absorbs-permute" Exact contract_absorbs_permute;
     // contract(split(x), y) = contract'(x, y)
@@ -326,25 +341,31 @@ fn reshape_split_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     Some(permuted(egraph, &order, x))
 }
 
-fn reshape_join_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
-    let Op::Reshape(to) = &node.op else { return None };
-    let (axes, x) = permutation(egraph, node.args[0])?;
-    let from = shape(egraph, x);
-    let permuted_shape: Vec<usize> = axes.iter().map(|&a| from[a as usize]).collect();
+/// The first axis of x of each run of axes that a reshape joins after a permutation, and how many
+/// these are, where they stand together in x.
+fn joined_runs(axes: &[u8], from: &[usize], to: &[usize]) -> Option<Vec<(u8, usize)>> {
     if to.len() >= from.len() || from.contains(&0) {
         return None;
     }
-    // Each axis of the result joins a run of axes; the run must be one of x as well.
-    let runs = split_of(to, &permuted_shape)?;
+    let permuted_shape: Vec<usize> = axes.iter().map(|&a| from[a as usize]).collect();
     let mut at = 0;
-    let mut blocks: Vec<(u8, usize)> = Vec::new();
-    for run in &runs {
+    let runs = split_of(to, &permuted_shape)?.into_iter().map(|run| {
         let members = &axes[at..at + run.len()];
-        if !members.windows(2).all(|w| w[1] == w[0] + 1) {
-            return None;
-        }
-        blocks.push((members[0], run.len()));
         at += run.len();
+        let (first, last) = (*members.iter().min()?, *members.iter().max()?);
+        (usize::from(last - first) + 1 == run.len()).then_some((first, run.len()))
+    });
+    runs.collect()
+}
+
+fn reshape_join_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Reshape(to) = &node.op else { return None };
+    let (axes, x) = permutation(egraph, node.args[0])?;
+    let blocks = joined_runs(&axes, &shape(egraph, x), to)?;
+    // Within a run the axes must be in the order that x has them.
+    let in_order: Vec<u8> = blocks.iter().flat_map(|b| b.0..b.0 + b.1 as u8).collect();
+    if in_order[..] != axes[..] {
+        return None;
     }
     let mut order: Vec<usize> = (0..blocks.len()).collect();
     order.sort_unstable_by_key(|&b| blocks[b].0);
@@ -353,6 +374,29 @@ fn reshape_join_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let back: Axes =
         (0..blocks.len()).map(|b| order.iter().position(|&o| o == b).unwrap_or(b) as u8).collect();
     Some(permuted(egraph, &back, x))
+}
+
+fn reshape_shuffle_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Reshape(to) = &node.op else { return None };
+    let (axes, x) = permutation(egraph, node.args[0])?;
+    let blocks = joined_runs(&axes, &shape(egraph, x), to)?;
+    // Each run in its own order, but where it is in x; then the runs by themselves.
+    let mut local = axes.clone();
+    let mut outer = axes.clone();
+    let mut at = 0;
+    for &(first, count) in &blocks {
+        for k in 0..count {
+            local[first as usize + k] = axes[at + k];
+            outer[at + k] = first + k as u8;
+        }
+        at += count;
+    }
+    if is_identity(&local) || is_identity(&outer) {
+        return None;
+    }
+    let shuffled = permuted(egraph, &local, x);
+    let runs = permuted(egraph, &outer, shuffled);
+    Some(add(egraph, node.op.clone(), &[runs]))
 }
 
 fn unary_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
@@ -424,6 +468,26 @@ fn reduce_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     moved.sort_unstable();
     let y = add(egraph, Op::Reduce(*f, moved), &[x]);
     Some(permuted(egraph, &axes, y))
+}
+
+fn reduce_of_only_window(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Reduce(f, folded) = &node.op else { return None };
+    let (windows, x) = find(egraph, node.args[0], |n| match &n.op {
+        Op::Window(windows) => Some((windows.clone(), n.args[0])),
+        _ => None,
+    })?;
+    let from = shape(egraph, x);
+    let (first, count) = (from.len() - windows.len(), windows.len());
+    let all = windows.iter().zip(&from[first..]).all(|(w, &extent)| w.0 == extent);
+    let taps: Axes = (first + count..first + 2 * count).map(|a| a as u8).collect();
+    if !all || *folded != taps {
+        return None;
+    }
+    let own = (first..first + count).map(|a| a as u8).collect();
+    let y = add(egraph, Op::Reduce(*f, own), &[x]);
+    let mut to = shape(egraph, y);
+    to.extend(std::iter::repeat_n(1, count));
+    Some(add(egraph, Op::Reshape(to), &[y]))
 }
 
 fn concat_permute(egraph: &mut Egg, node: &ENode) -> Option<Id> {

@@ -89,9 +89,10 @@ fn grow(graph: &mut Graph, random: &mut Random, values: &[NodeId]) -> Option<Nod
             graph.add(Op::Concat(random.below(rank) as u8), &[x, y], &o).ok()
         }
         10 if rank == 4 && shape[2] > 1 && shape[3] > 1 => {
-            let windows =
-                graph.add(Op::Window([(2, 1, 1), (2, 1, 1)].into_iter().collect()), &[x], &o);
-            let y = graph.reduce(ReduceFn::Max, windows.ok()?, &[4, 5], &o).ok()?;
+            let sizes = if random.below(2) == 0 { [shape[2], shape[3]] } else { [2, 2] };
+            let windows = Op::Window(sizes.into_iter().map(|size| (size, 1, 1)).collect());
+            let windows = graph.add(windows, &[x], &o).ok()?;
+            let y = graph.reduce(ReduceFn::Max, windows, &[4, 5], &o).ok()?;
             let to = graph.ty(y).shape[..4].to_vec();
             graph.reshape(y, &to, &o).ok()
         }
@@ -107,6 +108,9 @@ fn grow(graph: &mut Graph, random: &mut Random, values: &[NodeId]) -> Option<Nod
         17 | 18 => super::integers::tests::grow(graph, &mut |n| random.below(n), x).ok(),
         14 => siblings(graph, random, x),
         15 => grouped(graph, x, random.below(2) == 0),
+        16 if random.below(2) == 0 => {
+            super::shuffle::tests::grow(graph, &mut |n| random.below(n), x).ok()
+        }
         _ => {
             let y = values[random.below(values.len())];
             graph.binary(BinaryFn::Add, x, y, &o).ok()

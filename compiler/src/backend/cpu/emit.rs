@@ -11,6 +11,7 @@ use kiln_runtime::tensor::DType;
 
 use super::invariant::{self, mark_written};
 use super::math;
+use super::weave::{unwoven, woven};
 use crate::graph::op::{Affine, BinaryFn};
 use crate::loops::ir::{
     Buffer, BufferId, Count, Expr, Kind, Loops, Param, Place, Scope, Stmt, Var,
@@ -32,8 +33,11 @@ struct Emit<'a, M: Machine> {
     loops: &'a Loops,
     vars: HashMap<Var, Bound<M::Int>>,
     lane: Option<Var>,
+    lanes: usize,
     /// Values of register buffers: by buffer and first element, with whether they are wide.
     cells: HashMap<(BufferId, i64), (M::Value, bool)>,
+    /// The same where lanes step through a buffer by as many elements as it has vectors.
+    across: HashMap<(BufferId, i64), M::Value>,
     loads: HashMap<LoadKey, M::Value>,
     /// Values of shared expressions, and what they hang on.
     known: HashMap<*const Expr, (M::Value, Hangs)>,
@@ -82,7 +86,9 @@ pub fn emit<M: Machine>(loops: &Loops, machine: &mut M) -> Emitted<()> {
         loops,
         vars: HashMap::new(),
         lane: None,
+        lanes: 1,
         cells: HashMap::new(),
+        across: HashMap::new(),
         loads: HashMap::new(),
         known: HashMap::new(),
         fixed: HashMap::new(),
@@ -152,7 +158,7 @@ impl<M: Machine> Emit<'_, M> {
         match stmt {
             Stmt::For { var, extent, kind, body } => match kind {
                 Kind::Vector => {
-                    self.lane = Some(*var);
+                    (self.lane, self.lanes) = (Some(*var), *extent);
                     self.known.clear();
                     self.block(body)?;
                     self.known.clear();
@@ -381,8 +387,15 @@ impl<M: Machine> Emit<'_, M> {
         let (result, _) = self.expr(value)?;
         let b = &self.loops.buffers[buffer];
         if b.scope == Scope::Register {
-            let key = (buffer, self.resolve(&place.affine).0.offset);
-            self.cells.insert(key, (result, self.lane.is_some()));
+            let (index, along) = self.resolve(&place.affine);
+            let key = (buffer, index.offset);
+            if self.lane.is_some() && !matches!(along, 0 | 1) {
+                self.cells.retain(|k, _| k.0 != buffer);
+                self.across.insert(key, result);
+            } else {
+                self.across.retain(|k, _| k.0 != buffer);
+                self.cells.insert(key, (result, self.lane.is_some()));
+            }
             self.known.retain(|_, v| v.1 & bit(buffer) == 0);
             return Ok(());
         }
@@ -497,17 +510,50 @@ impl<M: Machine> Emit<'_, M> {
         Ok((value?, b | d))
     }
 
+    /// Lanes that step through a register buffer by as many elements as it has vectors.
+    fn load_across(&mut self, key: (BufferId, i64)) -> Emitted<M::Value> {
+        if !self.across.contains_key(&key) {
+            let vectors = self.loops.buffers[key.0].len / self.lanes;
+            let at = |k: usize| (key.0, (k * self.lanes) as i64);
+            let rows: Option<Vec<M::Value>> =
+                (0..vectors).map(|k| self.cells.get(&at(k)).map(|cell| cell.0.clone())).collect();
+            for (k, row) in unwoven(self.machine, &rows.ok_or_else(unwritten)?, self.lanes)?
+                .into_iter()
+                .enumerate()
+            {
+                self.across.insert((key.0, k as i64), row);
+            }
+        }
+        self.across.get(&key).cloned().ok_or_else(unwritten)
+    }
+
+    /// Vectors of a register buffer that was written across them.
+    fn weave(&mut self, buffer: BufferId) -> Emitted<()> {
+        let vectors = self.loops.buffers[buffer].len / self.lanes;
+        let rows: Option<Vec<M::Value>> =
+            (0..vectors).map(|k| self.across.get(&(buffer, k as i64)).cloned()).collect();
+        for (k, row) in
+            woven(self.machine, &rows.ok_or_else(unwritten)?, self.lanes)?.into_iter().enumerate()
+        {
+            self.cells.insert((buffer, (k * self.lanes) as i64), (row, true));
+        }
+        Ok(())
+    }
+
     /// A value of this dtype at an element of a buffer.
     fn load(&mut self, buffer: BufferId, place: &Place, dtype: DType) -> Emitted<M::Value> {
         let b = &self.loops.buffers[buffer];
         let wide = self.lane.is_some();
         if b.scope == Scope::Register {
-            let key = (buffer, self.resolve(&place.affine).0.offset);
-            let (value, is_wide) = self
-                .cells
-                .get(&key)
-                .cloned()
-                .ok_or_else(|| Unsupported("a register is read before it is written".into()))?;
+            let (index, along) = self.resolve(&place.affine);
+            let key = (buffer, index.offset);
+            if wide && !matches!(along, 0 | 1) {
+                return self.load_across(key);
+            }
+            if wide && !self.cells.contains_key(&key) {
+                self.weave(buffer)?;
+            }
+            let (value, is_wide) = self.cells.get(&key).cloned().ok_or_else(unwritten)?;
             return if wide && !is_wide { self.machine.splat(&value) } else { Ok(value) };
         }
         let (index, along) = self.resolve(&place.affine);
@@ -533,6 +579,10 @@ impl<M: Machine> Emit<'_, M> {
         }
         Ok(value)
     }
+}
+
+fn unwritten() -> Unsupported {
+    Unsupported("a register is read before it is written".into())
 }
 
 /// Short floats are computed as f32 and rounded when they are stored or cast.

@@ -159,6 +159,10 @@ pub trait Machine {
     fn int_to_float(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
     /// A scalar in all lanes.
     fn splat(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
+    /// Lanes of two values: those of the second are counted after those of the first.
+    fn pick(&mut self, _x: &Self::Value, _y: &Self::Value, _order: &[u8]) -> Emitted<Self::Value> {
+        Err(Unsupported("lanes in another order".into()))
+    }
     /// All lanes of these values, folded as `Expr::Fold` says, as a scalar.
     fn fold(&mut self, f: ReduceFn, x: &[Self::Value]) -> Emitted<Self::Value>;
     /// Starts what each thread of a block does once, for those below `extent`, with values that

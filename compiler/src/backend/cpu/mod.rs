@@ -10,6 +10,7 @@ pub mod machine;
 pub mod math;
 mod math64;
 pub mod target;
+mod weave;
 pub mod wide;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result};

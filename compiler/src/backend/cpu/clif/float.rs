@@ -111,11 +111,17 @@ impl Clif<'_> {
     }
 
     pub(super) fn shuffle(&mut self, x: Value, order: [u8; 4]) -> Value {
-        let bytes = self.b.ins().bitcast(types::I8X16, LITTLE(), x);
+        self.shuffle_both(x, x, order)
+    }
+
+    /// Lanes of two vectors, those of the second counted from 4 on.
+    pub(super) fn shuffle_both(&mut self, x: Value, y: Value, order: [u8; 4]) -> Value {
+        let ty = self.b.func.dfg.value_type(x);
+        let [x, y] = [x, y].map(|v| self.b.ins().bitcast(types::I8X16, LITTLE(), v));
         let mask: Vec<u8> = order.iter().flat_map(|&l| (0..4).map(move |k| l * 4 + k)).collect();
         let mask = self.b.func.dfg.immediates.push(mask.as_slice().into());
-        let moved = self.b.ins().shuffle(bytes, bytes, mask);
-        self.b.ins().bitcast(types::F32X4, LITTLE(), moved)
+        let moved = self.b.ins().shuffle(x, y, mask);
+        self.b.ins().bitcast(ty, LITTLE(), moved)
     }
 
     pub(super) fn float_unary(&mut self, f: UnaryFn, x: Value) -> Emitted<Value> {

@@ -229,4 +229,41 @@ impl Clif<'_> {
         }
         Ok(Val::One(self.b.ins().extractlane(value, 0)))
     }
+
+    /// Lanes of two values, those of the second counted after those of the first.
+    pub(super) fn picked(&mut self, x: &Val, y: &Val, order: &[u8]) -> Emitted<Val> {
+        let (Val::Lanes(x), Val::Lanes(y)) = (x, y) else {
+            return Err(Unsupported("lanes of scalars".into()));
+        };
+        let from: Vec<Value> = x.iter().chain(y).copied().collect();
+        let count = self.piece.lane_count() as usize;
+        let pieces = order.chunks_exact(count).map(|order| match order {
+            &[a, b, c, d] => self.picked_piece(&from, [a, b, c, d]),
+            order => from[order[0] as usize],
+        });
+        Ok(Val::Lanes(pieces.collect()))
+    }
+
+    /// Four lanes of several vectors.
+    fn picked_piece(&mut self, from: &[Value], order: [u8; 4]) -> Value {
+        let first = order[0] / 4;
+        let mut whole = from[first as usize];
+        // Where each lane is in what there is so far.
+        let mut at = order.map(|o| o % 4);
+        let is = |lane: usize, piece: u8| order[lane] / 4 == piece;
+        let mut done: [bool; 4] = std::array::from_fn(|lane| is(lane, first));
+        let same = [0, 1, 2, 3];
+        while let Some(next) = (0..4).find(|&lane| !done[lane]) {
+            let piece = order[next] / 4;
+            let mix = std::array::from_fn(|lane| match done[lane] {
+                true => at[lane],
+                false if is(lane, piece) => 4 + order[lane] % 4,
+                false => 0,
+            });
+            whole = self.shuffle_both(whole, from[piece as usize], mix);
+            (0..4).for_each(|lane| done[lane] |= is(lane, piece));
+            at = same;
+        }
+        if at == same { whole } else { self.shuffle(whole, at) }
+    }
 }

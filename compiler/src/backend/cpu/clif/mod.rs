@@ -589,6 +589,10 @@ impl Machine for Clif<'_> {
         }
     }
 
+    fn pick(&mut self, x: &Val, y: &Val, order: &[u8]) -> Emitted<Val> {
+        self.picked(x, y, order)
+    }
+
     fn fold(&mut self, f: ReduceFn, x: &[Val]) -> Emitted<Val> {
         self.folded(f.binary(DType::F32), flat(x))
     }

@@ -48,6 +48,8 @@ struct Encoder<'a> {
     flat: &'a Flat,
     allocated: &'a Output,
     pool: Vec<u32>,
+    /// Vectors of numbers, before the pool.
+    orders: Vec<[u8; 16]>,
     /// Branches go to blocks, constants lie at offsets in the pool, until all sizes are known.
     code: Vec<Instruction>,
     /// The first instruction of each block.
@@ -62,6 +64,7 @@ pub fn encode(flat: &Flat, allocated: &Output) -> Emitted<(Vec<u8>, usize)> {
         flat,
         allocated,
         pool: Vec::new(),
+        orders: orders(flat),
         code: Vec::new(),
         starts: vec![0; flat.num_blocks()],
         saved: Vec::new(),
@@ -71,13 +74,33 @@ pub fn encode(flat: &Flat, allocated: &Output) -> Emitted<(Vec<u8>, usize)> {
     encoder.run()?;
     let (mut bytes, pool_at) = encoder.assemble()?;
     let size = bytes.len();
-    if !encoder.pool.is_empty() {
+    if !(encoder.pool.is_empty() && encoder.orders.is_empty()) {
         bytes.resize(pool_at, 0xcc);
+        for order in &encoder.orders {
+            let lanes = &order[..flat.level.lanes()];
+            bytes.extend(lanes.iter().flat_map(|&lane| u32::from(lane).to_le_bytes()));
+        }
         for bits in &encoder.pool {
             bytes.extend(bits.to_le_bytes().repeat(pool_bytes(flat.level) / 4));
         }
     }
     Ok((bytes, size))
+}
+
+/// The vectors of numbers that instructions take, each once.
+fn orders(flat: &Flat) -> Vec<[u8; 16]> {
+    let mut orders = Vec::new();
+    for step in &flat.steps {
+        let What::Plain(_, args) = &step.what else { continue };
+        for arg in args {
+            if let Arg::Order(order) = arg
+                && !orders.contains(order)
+            {
+                orders.push(*order);
+            }
+        }
+    }
+    orders
 }
 
 /// Bytes of a constant: AVX-512 spreads elements wherever it reads memory.
@@ -329,7 +352,8 @@ impl Encoder<'_> {
             self.pool.push(bits);
             self.pool.len() - 1
         });
-        let offset = (place * pool_bytes(self.flat.level)) as i64;
+        let before = self.orders.len() * self.flat.level.bytes();
+        let offset = (before + place * pool_bytes(self.flat.level)) as i64;
         MemoryOperand::with_base_displ(Register::RIP, offset)
     }
 
@@ -361,6 +385,11 @@ impl Encoder<'_> {
                 Out::Memory(MemoryOperand { is_broadcast, ..self.constant(bits) })
             }
             Arg::Element(bits) => Out::Memory(self.constant(bits)),
+            Arg::Order(order) => {
+                let place = self.orders.iter().position(|o| *o == order).ok_or_else(lost)?;
+                let offset = (place * self.flat.level.bytes()) as i64;
+                Out::Memory(MemoryOperand::with_base_displ(Register::RIP, offset))
+            }
         })
     }
 

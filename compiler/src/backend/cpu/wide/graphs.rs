@@ -291,3 +291,39 @@ fn random_graphs_agree() {
         assert!(tally.compared > 300, "{} at {lanes} lanes", tally.compared);
     }
 }
+
+/// An order of axes, and a sum with what lies in that order.
+fn moved(shape: &[usize], order: &[usize], add: bool) -> Graph {
+    let (mut graph, o) = (Graph::default(), Origin::from("n"));
+    let x = graph.input("x", Type::new(DType::F32, shape));
+    let mut y = graph.permute(x, order, &o).unwrap();
+    if add {
+        let to = graph.ty(y).clone();
+        let other = graph.input("z", to);
+        y = graph.binary(BinaryFn::Add, y, other, &o).unwrap();
+    }
+    graph.outputs.push(("y".into(), y));
+    graph
+}
+
+#[test]
+fn moves_agree() {
+    for (lanes, form) in [(8, "VEX_Vpermps_ymm"), (16, "EVEX_Vpermt2ps_zmm")] {
+        let mut tally = Tally::default();
+        for add in [false, true] {
+            for (shape, order) in [
+                (&[64, 48][..], &[1, 0][..]),
+                (&[133, 77], &[1, 0]),
+                (&[3, 37, 5, 41], &[2, 3, 0, 1]),
+            ] {
+                tally.graph(&moved(shape, order, add), lanes);
+            }
+            for few in 2..=7 {
+                tally.graph(&moved(&[5, few, 67], &[0, 2, 1], add), lanes);
+                tally.graph(&moved(&[5, 67, few], &[0, 2, 1], add), lanes);
+            }
+        }
+        assert!(tally.left.is_empty(), "{:?}", tally.left);
+        assert!(tally.used.iter().any(|used| used.starts_with(form)), "{:?}", tally.used);
+    }
+}

@@ -425,6 +425,44 @@ impl Wide {
         whole.map(Val::Lanes).ok_or_else(|| Unsupported("no lanes".into()))
     }
 
+    /// Numbers of lanes, in a register.
+    fn order(&mut self, order: [u8; 16]) -> VReg {
+        let key = (self.current, order);
+        if let Some(&known) = self.orders.get(&key) {
+            return known;
+        }
+        let args = [self.part(0, true), Arg::Order(order)];
+        let code = self.form(isa::MOVE, true);
+        let register = self.code.make(self.current, RegClass::Float, code, &args, &[]);
+        self.orders.insert(key, register);
+        register
+    }
+
+    /// Lanes of two values, those of the second counted after those of the first.
+    pub fn picked(&mut self, x: &Val, y: &Val, order: &[u8]) -> Emitted<Val> {
+        let lanes = self.level.lanes() as u8;
+        let numbers = |first: u8| -> [u8; 16] {
+            std::array::from_fn(|lane| order.get(lane).map_or(0, |o| o.wrapping_sub(first)))
+        };
+        let [x, y] = [self.vector(x)?, self.vector(y)?];
+        if self.level == Level::Avx512 {
+            let order = self.order(numbers(0));
+            let args = [self.part(0, true), self.part(2, true), self.part(3, true)];
+            let code = Code::EVEX_Vpermt2ps_zmm_k1z_zmm_zmmm512b32;
+            return Ok(Val::Lanes(self.code.change(self.current, code, &args, &[x, order, y], 1)));
+        }
+        let mask = order.iter().enumerate().filter(|o| *o.1 >= lanes).map(|o| 1 << o.0).sum();
+        let [x, y] = [(x, 0), (y, lanes)].map(|(from, first)| {
+            let order = self.order(numbers(first).map(|lane| lane % lanes));
+            let args = [self.part(0, true), self.part(1, true), self.part(2, true)];
+            let code = Code::VEX_Vpermps_ymm_ymm_ymmm256;
+            self.code.make(self.current, RegClass::Float, code, &args, &[order, from])
+        });
+        let args = [self.part(0, true), self.part(1, true), self.part(2, true), byte(mask)];
+        let code = Code::VEX_Vblendps_ymm_ymm_ymmm256_imm8;
+        Ok(Val::Lanes(self.code.make(self.current, RegClass::Float, code, &args, &[x, y])))
+    }
+
     /// All lanes of these, folded: lane i with lane i + n / 2, and so on.
     pub fn folded(&mut self, f: BinaryFn, values: &[Val]) -> Emitted<Val> {
         if values.is_empty() || values.iter().any(|v| !v.is_wide()) {

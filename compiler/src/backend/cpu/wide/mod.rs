@@ -84,6 +84,8 @@ struct Wide {
     products: HashMap<(VReg, i64), VReg>,
     /// Quotients by block, dividend and divisor.
     quotients: HashMap<(usize, VReg, usize), VReg>,
+    /// Registers that hold numbers of lanes, by block.
+    orders: HashMap<(usize, [u8; 16]), VReg>,
     /// Indices by block, terms and offset.
     indices: HashMap<IndexKey, Val>,
     /// Blocks in which indices are computed.
@@ -123,6 +125,7 @@ impl Wide {
             sums: HashMap::new(),
             products: HashMap::new(),
             quotients: HashMap::new(),
+            orders: HashMap::new(),
             indices: HashMap::new(),
             homes: HashMap::new(),
             limits: HashMap::new(),
@@ -517,6 +520,10 @@ impl Machine for Wide {
                 Err(Unsupported("lanes of another type than f32".into()))
             }
         }
+    }
+
+    fn pick(&mut self, x: &Val, y: &Val, order: &[u8]) -> Emitted<Val> {
+        self.picked(x, y, order)
     }
 
     fn fold(&mut self, f: ReduceFn, x: &[Val]) -> Emitted<Val> {

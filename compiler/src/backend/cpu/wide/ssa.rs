@@ -40,6 +40,8 @@ pub enum Arg {
     Pool(u32),
     /// The same, for instructions that put an element into every lane.
     Element(u32),
+    /// A vector of the pool: a number for each lane.
+    Order([u8; 16]),
     /// An immediate number, and how it is written.
     Imm(OpKind, i64),
 }

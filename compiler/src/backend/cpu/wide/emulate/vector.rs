@@ -347,6 +347,26 @@ impl Processor<'_> {
                 };
                 self.set_vector(i, std::array::from_fn(pick), lanes)?;
             }
+            Mnemonic::Vpermt2ps => {
+                let both = [self.lanes(i, 0, lanes)?, self.lanes(i, 2, lanes)?];
+                let order = self.lanes(i, 1, lanes)?;
+                let pick = |k: usize| {
+                    let at = order[k] as usize % (2 * lanes);
+                    both[at / lanes][at % lanes]
+                };
+                self.set_vector(i, std::array::from_fn(pick), lanes)?;
+            }
+            Mnemonic::Vpermps => {
+                let (order, from) = (self.lanes(i, 1, lanes)?, self.lanes(i, 2, lanes)?);
+                let pick = |k: usize| from[order[k] as usize % lanes];
+                self.set_vector(i, std::array::from_fn(pick), lanes)?;
+            }
+            Mnemonic::Vblendps => {
+                let (no, yes) = (self.lanes(i, 1, lanes)?, self.lanes(i, 2, lanes)?);
+                let pick =
+                    |k: usize| if i.immediate8() >> (k % 8) & 1 == 1 { yes[k] } else { no[k] };
+                self.set_vector(i, std::array::from_fn(pick), lanes)?;
+            }
             Mnemonic::Vcmpps => self.compared(i, lanes)?,
             Mnemonic::Vblendvps => self.blended(i, lanes, false)?,
             Mnemonic::Vblendmps => self.blended(i, lanes, true)?,
