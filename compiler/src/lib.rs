@@ -255,7 +255,7 @@ impl Compiler {
 
     /// The graph as kernels.
     pub fn optimise(&self, graph: &Graph) -> Result<Graph> {
-        Ok((*rules::optimise(graph, self.egraph)?.graph).clone())
+        Ok((*rules::optimise(graph, self.egraph, self.cpu().bytes())?.graph).clone())
     }
 
     /// The loops of a graph of kernels.
