@@ -16,7 +16,7 @@ use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
 use super::panels::{
     Panels, Strip, pack, packable, packed_len, panel_elements, panel_order, strips,
 };
-use super::{dots, nest, rewrite, winograd, words};
+use super::{dots, narrow, nest, rewrite, winograd, words};
 use crate::graph::op::{Affine, BinaryFn, Op};
 use crate::graph::used::iteration;
 
@@ -282,6 +282,9 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
         DType::F32 if lower.is_constant(source) && !roles.both => lower.target.weights,
         dtype => dtype,
     };
+    if narrow::fits(&lower, &product, roles) {
+        return narrow::lower(&lower, product, roles, (&summed, kept), lowered);
+    }
     let strips = strips(extent, lower.target.lanes, vectors);
     let scratch = roles.packed.then(|| {
         let len = packed_len(&lower, &product, affine) / extent * panel_elements(&strips);

@@ -15,6 +15,7 @@ pub mod ir;
 pub mod lanes;
 pub mod lower;
 pub mod moves;
+pub mod narrow;
 pub mod nest;
 pub mod panels;
 pub mod rewrite;
