@@ -20,7 +20,7 @@ use super::{dots, narrow, nest, rewrite, winograd, words};
 use crate::graph::op::{Affine, BinaryFn, Op};
 use crate::graph::used::iteration;
 
-/// A contraction while it is lowered: everything as functions of the loop variables.
+/// A contraction while it is lowered, as functions of the loop variables.
 #[derive(Clone)]
 pub struct Product {
     /// Variables of the result, outermost first.
@@ -37,8 +37,7 @@ pub struct Product {
     pub place: Place,
     /// What goes there.
     pub result: Arc<Expr>,
-    /// Where the sum runs over words: their parts, and how far apart those of a word lie in the
-    /// operand that is packed.
+    /// Where the sum runs over words: their parts, and how far apart these lie where it is packed.
     pub parts: Option<(Parts, i64)>,
 }
 
@@ -61,7 +60,6 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     if let Some(words) = words::in_words(&mut lower, &product)?
         && let Some(roles) = roles(&lower, &words)
     {
-        // Quads are faster than fewer products of pairs.
         if let Some((Parts::Pairs, _)) = words.parts {
             let bare = words::bare(&lower, product);
             few = winograd::lower(&lower, &bare, roles, &mut lowered)?;
@@ -187,8 +185,7 @@ pub fn operands(lower: &mut Lower, contract: usize) -> Lowering<([Arc<Expr>; 2],
     Ok((operands, if empty { Vec::new() } else { summed }))
 }
 
-/// The number 0.
-pub fn zero(dtype: DType) -> Expr {
+pub(super) fn zero(dtype: DType) -> Expr {
     let number = if dtype.is_float() { Number::Float(0.0) } else { Number::Int(0) };
     Expr::Const(dtype, number)
 }

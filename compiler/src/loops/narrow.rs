@@ -1,4 +1,4 @@
-//! Products of words whose last axis is a little shorter than a vector, such as the classes of a digit.
+//! Products of words whose last axis is a little shorter than a vector.
 //!
 //! Weights are packed with columns of zeros beside their own, so that the sums of a row are a
 //! vector. Sums lie in scratch memory: results are made of those that the axis has.
