@@ -255,7 +255,7 @@ impl Compiler {
 
     /// The graph as kernels.
     pub fn optimise(&self, graph: &Graph) -> Result<Graph> {
-        Ok((*rules::optimise(graph, self.egraph)?.graph).clone())
+        Ok((*rules::optimise(graph, self.egraph, self.cpu().bytes())?.graph).clone())
     }
 
     /// The loops of a graph of kernels.
@@ -324,7 +324,7 @@ impl Compiler {
 
     /// The same from a graph on.
     pub fn cuda_of(&self, graph: &Graph, gpu: Gpu) -> Result<Cuda> {
-        let kernels = self.optimise(graph)?;
+        let kernels = (*rules::optimise(graph, self.egraph, false)?.graph).clone();
         let program = program(&verify(kernels.clone())?, gpu.target())?;
         let module = cuda::emit_all(&program.kernels, gpu)?;
         Ok(Cuda { kernels, program, module })

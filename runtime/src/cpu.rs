@@ -28,6 +28,7 @@ fn table() -> Vec<(&'static str, bool)> {
         "avx512vl",
         "avx512cd",
         "avx512vnni",
+        "avxvnni",
         "avx512bf16"
     )
 }

@@ -71,7 +71,9 @@ fn check(name: &str, folder: &Path) -> Result<(usize, usize), String> {
     let graph = graph_of(case.model, folder)?;
     let compiler = Compiler::new();
     let fused = compiler.optimise(&graph).map_err(|e| e.to_string())?;
-    let portable = compiler.clone().wide(false).lower(&fused).map_err(|e| e.to_string())?;
+    let portable = compiler.clone().wide(false);
+    let portable = portable.optimise(&graph).and_then(|fused| portable.lower(&fused));
+    let portable = portable.map_err(|e| e.to_string())?;
     let executable = compiler.build(&fused).map_err(|e| e.to_string())?;
     let inputs = graph.inputs.iter().zip(&case.inputs);
     let inputs: Vec<_> = inputs.map(|(port, t)| (port.0.as_str(), t.view())).collect();

@@ -63,13 +63,51 @@ pub fn fma(dtype: DType, x: Number, y: Number, z: Number) -> Number {
     }
 }
 
-/// The products of the low and of the high halves of x and y, each an i16, and z, added as i32.
-pub fn dot(x: Number, y: Number, z: Number) -> Number {
+/// What an i32 is made of where its parts are numbers by themselves, the first one lowest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Parts {
+    /// Two i16.
+    Pairs,
+    /// Four bytes: those of the first factor are u8, those of the second one i8.
+    Quads,
+}
+
+impl Parts {
+    /// How many there are.
+    pub fn count(self) -> usize {
+        match self {
+            Parts::Pairs => 2,
+            Parts::Quads => 4,
+        }
+    }
+
+    /// Those that factors are made of, in this order or in the other one.
+    pub fn of(factors: [DType; 2]) -> Option<Parts> {
+        let [x, y] = factors;
+        let fits = |p: &Parts| p.dtypes() == factors || p.dtypes() == [y, x];
+        [Parts::Pairs, Parts::Quads].into_iter().find(fits)
+    }
+
+    /// What they are in the first and in the second factor.
+    pub fn dtypes(self) -> [DType; 2] {
+        match self {
+            Parts::Pairs => [DType::I16, DType::I16],
+            Parts::Quads => [DType::U8, DType::I8],
+        }
+    }
+}
+
+/// The products of the parts of x and y, and z, added as i32.
+pub fn dot(parts: Parts, x: Number, y: Number, z: Number) -> Number {
     let (Number::Int(x), Number::Int(y), Number::Int(z)) = (x, y, z) else {
-        unreachable!("pairs are integers")
+        unreachable!("parts are integers")
     };
-    let product = |shift: u32| wrap(DType::I16, x >> shift) * wrap(DType::I16, y >> shift);
-    Number::Int(wrap(DType::I32, product(0) + product(16) + z))
+    let [first, second] = parts.dtypes();
+    let products = (0..parts.count()).map(|k| {
+        let shift = 8 * first.bytes() * k;
+        wrap(first, x >> shift) * wrap(second, y >> shift)
+    });
+    Number::Int(wrap(DType::I32, products.sum::<i128>() + z))
 }
 
 /// x + y, or where it is inexact, that of its two neighbours whose last bit is 1.

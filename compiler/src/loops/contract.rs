@@ -11,16 +11,17 @@ use kiln_runtime::tensor::DType;
 
 use super::ahead::{Ahead, ahead};
 use super::index::{Index, add, flatten, scale, unflatten};
-use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
+use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Parts, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
 use super::panels::{
     Panels, Strip, pack, packable, packed_len, panel_elements, panel_order, strips,
 };
-use super::{dots, nest, pairs, rewrite, winograd};
+use super::{dots, narrow, nest, rewrite, winograd, words};
 use crate::graph::op::{Affine, BinaryFn, Op};
 use crate::graph::used::iteration;
 
-/// A contraction while it is lowered: everything as functions of the loop variables.
+/// A contraction while it is lowered, as functions of the loop variables.
+#[derive(Clone)]
 pub struct Product {
     /// Variables of the result, outermost first.
     pub vars: Vec<Var>,
@@ -36,9 +37,8 @@ pub struct Product {
     pub place: Place,
     /// What goes there.
     pub result: Arc<Expr>,
-    /// Where the sum runs over pairs of i16: how far apart those of a pair lie in the operand that
-    /// is packed.
-    pub halves: Option<i64>,
+    /// Where the sum runs over words: their parts, and how far apart these lie where it is packed.
+    pub parts: Option<(Parts, i64)>,
 }
 
 /// The kernels of a body with a contraction.
@@ -57,19 +57,21 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
         return Ok(Lowered { kernels: vec![kernel], ..lowered });
     }
     let mut few = false;
-    if let Some(pairs) = pairs::paired(&mut lower, &product)?
-        && let Some(roles) = roles(&lower, &pairs)
+    if let Some(words) = words::in_words(&mut lower, &product)?
+        && let Some(roles) = roles(&lower, &words)
     {
-        let bare = pairs::bare(&lower, product);
-        few = winograd::lower(&lower, &bare, roles, &mut lowered)?;
-        product = pairs;
+        if let Some((Parts::Pairs, _)) = words.parts {
+            let bare = words::bare(&lower, product);
+            few = winograd::lower(&lower, &bare, roles, &mut lowered)?;
+        }
+        product = words;
     }
     let in_lanes = dots::lower(&lower, &product, &mut lowered)?;
     match roles(&lower, &product) {
         _ if in_lanes.is_some() => lowered.kernels.extend(in_lanes),
         Some(roles) => {
             few |=
-                product.halves.is_none() && winograd::lower(&lower, &product, roles, &mut lowered)?;
+                product.parts.is_none() && winograd::lower(&lower, &product, roles, &mut lowered)?;
             if !few {
                 tiles(lower, product, roles, &mut lowered)?;
             }
@@ -109,7 +111,7 @@ pub fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Prod
     lower.bind_cell(contract, Expr::Load(cell, origin_place()));
     let result = lower.value(root, &index)?;
     let (operands, summed) = operands(lower, contract)?;
-    Ok(Product { vars, summed, operands, cell, out, place, result, halves: None })
+    Ok(Product { vars, summed, operands, cell, out, place, result, parts: None })
 }
 
 /// The operations from a contraction to the result, where an index of the result is affine in those
@@ -183,16 +185,16 @@ pub fn operands(lower: &mut Lower, contract: usize) -> Lowering<([Arc<Expr>; 2],
     Ok((operands, if empty { Vec::new() } else { summed }))
 }
 
-fn zero(dtype: DType) -> Expr {
+pub(super) fn zero(dtype: DType) -> Expr {
     let number = if dtype.is_float() { Number::Float(0.0) } else { Number::Int(0) };
     Expr::Const(dtype, number)
 }
 
-/// The affine place of a plain load, or of that of a pair.
+/// The affine place of a plain load, or of that of a word.
 pub fn plain_load(e: &Expr) -> Option<(BufferId, &Affine)> {
     match e {
         Expr::Load(buffer, Place { affine, dynamic: None })
-        | Expr::Pair(buffer, Place { affine, dynamic: None }) => Some((*buffer, affine)),
+        | Expr::Word(buffer, Place { affine, dynamic: None }) => Some((*buffer, affine)),
         _ => None,
     }
 }
@@ -219,7 +221,7 @@ pub struct Roles {
 fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
     let n = *product.vars.last()? as usize;
     let loads = [plain_load(&product.operands[0])?, plain_load(&product.operands[1])?];
-    let pairs = product.halves.is_some();
+    let words = product.parts.is_some();
     let float = loads.iter().all(|l| lower.buffers[l.0].dtype == DType::F32);
     let steps = loads.map(|l| l.1.coefficient(n));
     let constant = loads.map(|l| lower.is_constant(l.0));
@@ -232,12 +234,12 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
         _ => return None,
     };
     let packed =
-        steps[lanes] != 1 || constant[lanes] || pairs || is_read_often(lower, product, lanes);
+        steps[lanes] != 1 || constant[lanes] || words || is_read_often(lower, product, lanes);
     let (buffer, place) = (product.out, product.place.clone());
     let epilogue = Stmt::Store { buffer, place, value: (*product.result).clone() };
     let fits = (!packed || packable(lower, loads[lanes]))
         && nest::is_vector(&lower.buffers, &[epilogue], n as Var);
-    ((float || pairs) && fits && !product.summed.is_empty()).then_some(Roles {
+    ((float || words) && fits && !product.summed.is_empty()).then_some(Roles {
         both: steps[1 - lanes] != 0,
         lanes,
         packed,
@@ -272,12 +274,15 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
     let other = plain_load(&product.operands[1 - roles.lanes]).map(|l| l.1.clone());
     let step = |v: &Var| other.as_ref().map_or(0, |a| a.coefficient(*v as usize).abs());
     summed.sort_by_key(|v| std::cmp::Reverse(step(v)));
-    let strips = strips(extent, lower.target.lanes, vectors);
     // Weights may be kept in half the memory.
     let kept = match lower.buffers[source].dtype {
         DType::F32 if lower.is_constant(source) && !roles.both => lower.target.weights,
         dtype => dtype,
     };
+    if narrow::fits(&lower, &product, roles) {
+        return narrow::lower(&lower, product, roles, (&summed, kept), lowered);
+    }
+    let strips = strips(extent, lower.target.lanes, vectors);
     let scratch = roles.packed.then(|| {
         let len = packed_len(&lower, &product, affine) / extent * panel_elements(&strips);
         lowered.scratch.push((kept, len));
@@ -289,7 +294,7 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
             let order = panel_order(&product, affine, &summed, n);
             let axes = (&order[..], n);
             let to = (scratch.0, scratch.1, kept);
-            let (pack, place) = pack(&lower, source, affine, axes, strip, to, product.halves)?;
+            let (pack, place) = pack(&lower, source, affine, axes, strip, to, product.parts)?;
             lowered.kernels.push(pack);
             panel = Some(Panels { scratch, place, kept });
         }
@@ -334,8 +339,8 @@ pub fn tile(
     let mut operands = product.operands.clone();
     if let Some(panels) = panel {
         let (buffer, place) = element_of(&mut lower, &panels, tile, &element);
-        operands[roles.lanes] = Arc::new(match product.halves {
-            Some(_) => Expr::Pair(buffer, place),
+        operands[roles.lanes] = Arc::new(match product.parts {
+            Some(_) => Expr::Word(buffer, place),
             None if panels.kept == DType::BF16 => {
                 Expr::Cast(DType::F32, Arc::new(Expr::Load(buffer, place)))
             }
@@ -349,8 +354,8 @@ pub fn tile(
     let [x, y] = operands;
     let cell = Arc::new(Expr::Load(product.cell, origin_place()));
     let store = |buffer, place: Place, value| Stmt::Store { buffer, place, value };
-    let update = match product.halves {
-        Some(_) => Expr::Dot(x, y, cell),
+    let update = match product.parts {
+        Some((parts, _)) => Expr::Dot(parts, x, y, cell),
         None => Expr::Fma(x, y, cell),
     };
     let body = vec![
@@ -398,7 +403,7 @@ fn element_of(lower: &mut Lower, panels: &Panels, tile: Var, at: &Affine) -> (Bu
 /// What the update of the cell multiplies.
 pub fn factors(body: &[Stmt]) -> Option<[&Arc<Expr>; 2]> {
     match &body[0] {
-        Stmt::Store { value: Expr::Fma(x, y, _) | Expr::Dot(x, y, _), .. } => Some([x, y]),
+        Stmt::Store { value: Expr::Fma(x, y, _) | Expr::Dot(_, x, y, _), .. } => Some([x, y]),
         Stmt::Store { .. } | Stmt::For { .. } | Stmt::If { .. } | Stmt::Prefetch { .. } => None,
     }
 }

@@ -158,21 +158,26 @@ impl Run<'_> {
                 }
                 lanes[0]
             }
-            Expr::Pair(buffer, place) => {
-                let at = self.place(*buffer, place)?;
-                // The place was within the buffer; the next one may not be.
-                let next = at + 1;
-                if next >= self.buffers[*buffer].len() {
-                    let why = format!("a pair from element {at} of {next}");
+            Expr::Word(buffer, place) => {
+                let (at, elements) = (self.place(*buffer, place)?, &self.buffers[*buffer]);
+                let bytes = self.loops.buffers[*buffer].dtype.bytes();
+                // The place was within the buffer; the ones after it may not be.
+                if at + 4 / bytes > elements.len() {
+                    let why = format!("a word from element {at} of {}", elements.len());
                     return Err(Diagnostic::new("K0904", why).node(&self.loops.name));
                 }
-                let [low, high] = [at, next].map(|at| match self.buffers[*buffer].get(at) {
-                    Number::Int(v) => v,
-                    Number::Float(v) => v as i128,
+                let word = (0..4 / bytes).rev().fold(0, |word, k| {
+                    let part = match elements.get(at + k) {
+                        Number::Int(v) => v,
+                        Number::Float(v) => v as i128,
+                    };
+                    (word << (8 * bytes)) | (part & ((1 << (8 * bytes)) - 1))
                 });
-                Number::Int(scalar::wrap(DType::I32, (high << 16) | (low & 0xffff)))
+                Number::Int(scalar::wrap(DType::I32, word))
             }
-            Expr::Dot(x, y, z) => scalar::dot(self.value(x)?, self.value(y)?, self.value(z)?),
+            Expr::Dot(parts, x, y, z) => {
+                scalar::dot(*parts, self.value(x)?, self.value(y)?, self.value(z)?)
+            }
         })
     }
 }

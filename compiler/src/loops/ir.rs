@@ -3,7 +3,7 @@
 //! ```text
 //! kernel    = buffers, statements
 //! statement = For | Store | If | Prefetch
-//! value     = Load | Index | Const | Unary | Binary | Select | Cast | Fma | Fold | Pair | Dot
+//! value     = Load | Index | Const | Unary | Binary | Select | Cast | Fma | Fold | Word | Dot
 //! ```
 //! Loops run a constant number of times (at least once) and are serial, parallel (outermost only),
 //! vector (innermost only, one step of `lanes`) or unrolled. On a GPU, outermost loops may be
@@ -17,7 +17,7 @@ use kiln_runtime::tensor::DType;
 
 use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
 
-pub use crate::graph::scalar::Number;
+pub use crate::graph::scalar::{Number, Parts};
 
 /// Number of a loop variable; indices are [`Affine`] in these.
 pub type Var = u8;
@@ -196,12 +196,11 @@ pub enum Expr {
     /// All lanes of a register buffer (a power of two of them), folded as a tree: lane i with
     /// lane i + n/2, and so on with the half.
     Fold(ReduceFn, BufferId),
-    /// `buffer[place]` and the next element, of i16, as the halves of an i32: the first is the low
-    /// one.
-    Pair(BufferId, Place),
-    /// The products of the low halves and of the high halves of x and y, each half an i16, and z:
-    /// all three added as i32.
-    Dot(Arc<Expr>, Arc<Expr>, Arc<Expr>),
+    /// `buffer[place]` and the elements after it, two i16 or four bytes, as the parts of an i32:
+    /// the first is the lowest one.
+    Word(BufferId, Place),
+    /// The products of the parts of x and y, and z, all added as i32.
+    Dot(Parts, Arc<Expr>, Arc<Expr>, Arc<Expr>),
 }
 
 /// One kernel.
@@ -252,13 +251,13 @@ pub fn work(buffers: &[Buffer], body: &[Stmt]) -> u64 {
     const STORE: u64 = 16;
     fn expr(e: &Expr) -> u64 {
         1 + match e {
-            Expr::Load(..) | Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) | Expr::Pair(..) => {
+            Expr::Load(..) | Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) | Expr::Word(..) => {
                 0
             }
             Expr::Unary(_, x) => 8 + expr(x),
             Expr::Cast(_, x) => expr(x),
             Expr::Binary(_, x, y) => expr(x) + expr(y),
-            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
+            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(_, x, y, z) => {
                 expr(x) + expr(y) + expr(z)
             }
         }
@@ -285,6 +284,6 @@ pub fn dtype(buffers: &[Buffer], e: &Expr) -> DType {
         Expr::Unary(_, x) | Expr::Fma(x, _, _) | Expr::Select(_, x, _) => dtype(buffers, x),
         Expr::Binary(f, ..) if f.is_comparison() => DType::Bool,
         Expr::Binary(_, x, _) => dtype(buffers, x),
-        Expr::Pair(..) | Expr::Dot(..) => DType::I32,
+        Expr::Word(..) | Expr::Dot(..) => DType::I32,
     }
 }

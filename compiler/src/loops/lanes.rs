@@ -32,7 +32,7 @@ pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
                 let steps = [0, 1, p.affine.coefficient(var)];
                 is_lane(b.dtype) && place(p, var, if apart { &steps } else { &steps[..2] })
             }
-            Expr::Pair(_, p) => place(p, var, &[0, 2]),
+            Expr::Word(b, p) => place(p, var, &[0, 4 / buffers[*b].dtype.bytes() as i64]),
             Expr::Index(_) | Expr::Fold(..) => false,
             Expr::Cast(to, x) => is_lane_cast(dtype(buffers, x), *to) && value(buffers, x, var),
             Expr::Const(dtype, _) => is_lane(*dtype),
@@ -43,7 +43,7 @@ pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
                     && value(buffers, y, var)
             }
             Expr::Fma(x, y, z) => float(x) && [x, y, z].into_iter().all(|e| value(buffers, e, var)),
-            Expr::Dot(x, y, z) => [x, y, z].into_iter().all(|e| value(buffers, e, var)),
+            Expr::Dot(_, x, y, z) => [x, y, z].into_iter().all(|e| value(buffers, e, var)),
             Expr::Select(c, x, y) => {
                 let compared = matches!(&**c, Expr::Binary(f, ..) if f.is_comparison());
                 compared && [c, x, y].into_iter().all(|e| value(buffers, e, var))
@@ -160,14 +160,14 @@ pub fn writes(body: &[Stmt], buffer: BufferId) -> bool {
 pub fn reads_what_it_stores(lower: &Lower, body: &[Stmt]) -> bool {
     fn loads(e: &Expr, buffer: BufferId) -> bool {
         match e {
-            Expr::Load(b, p) | Expr::Pair(b, p) => {
+            Expr::Load(b, p) | Expr::Word(b, p) => {
                 *b == buffer || p.dynamic.as_ref().is_some_and(|d| loads(d, buffer))
             }
             Expr::Index(_) | Expr::Const(..) => false,
             Expr::Fold(_, b) => *b == buffer,
             Expr::Unary(_, x) | Expr::Cast(_, x) => loads(x, buffer),
             Expr::Binary(_, x, y) => loads(x, buffer) || loads(y, buffer),
-            Expr::Fma(x, y, z) | Expr::Dot(x, y, z) | Expr::Select(x, y, z) => {
+            Expr::Fma(x, y, z) | Expr::Dot(_, x, y, z) | Expr::Select(x, y, z) => {
                 [x, y, z].into_iter().any(|e| loads(e, buffer))
             }
         }
@@ -284,10 +284,10 @@ fn is_long(e: &Expr) -> bool {
         ) => true,
         Expr::Unary(_, x) | Expr::Cast(_, x) => is_long(x),
         Expr::Binary(_, x, y) => is_long(x) || is_long(y),
-        Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
+        Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(_, x, y, z) => {
             [x, y, z].into_iter().any(|e| is_long(e))
         }
-        Expr::Load(..) | Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) | Expr::Pair(..) => {
+        Expr::Load(..) | Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) | Expr::Word(..) => {
             false
         }
     }

@@ -130,7 +130,8 @@ pub fn is_inline(body: &Body, root: usize, reduce: usize) -> bool {
         let first = x.rank() - axes.len();
         let trailing = axes.iter().enumerate().all(|(i, &a)| a as usize == first + i);
         // A row is stored with the axes that it was folded with.
-        let same = x.rank() == body.nodes[root].ty.rank();
+        let to = &body.nodes[root].ty.shape;
+        let same = x.rank() == to.len() && x.shape[..first] == to[..first];
         empty || !(innermost && long && same) || window || !trailing
     }
 }
@@ -225,8 +226,8 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
     let shape: Vec<usize> = if reduced { vec![1; rank - first] } else { full[first..].to_vec() };
     let (inner, inner_vars) = lower.axes_in_use(&shape, &spans[first..])?;
     let index: Vec<Index> = outer.iter().chain(&inner).cloned().collect();
-    if root_ty.rank() != rank {
-        return Err(Refused("a row of another rank than its reductions".into()));
+    if root_ty.rank() != rank || root_ty.shape[..first] != full[..first] {
+        return Err(Refused("a row with other axes than its reductions".into()));
     }
     let value = lower.value(root, &index)?;
     let (buffer, place) = lower.result(root, &index);
@@ -392,4 +393,33 @@ pub fn reduce_lanes(
     let zero = Place::affine(Affine::default());
     out.push(Stmt::Store { buffer: cell, place: zero, value: folded });
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_runtime::tensor::{DType, Tensor};
+
+    use crate::Compiler;
+    use crate::graph::Graph;
+    use crate::graph::eval::{Value, eval};
+    use crate::graph::op::{BinaryFn, ReduceFn, Type};
+
+    #[test]
+    fn sums_of_rows_may_lie_along_another_axis() {
+        let (mut graph, o) = (Graph::default(), "sum".into());
+        let x = graph.input("x", Type::new(DType::F32, &[24, 10, 16]));
+        let y = graph.reduce(ReduceFn::Sum, x, &[1, 2], &o).expect("fits");
+        let y = graph.reshape(y, &[1, 24, 1], &o).expect("fits");
+        let y = graph.binary_number(BinaryFn::Mul, y, 2.0, &o).expect("fits");
+        graph.outputs.push(("y".into(), y));
+        let values: Vec<f32> = (0..24 * 160).map(|k| (k % 7) as f32).collect();
+        let given = Tensor::from_slice(&[24, 10, 16], &values);
+        let expected = eval(&graph, &[Value::from_tensor(&given)]);
+        for egraph in [false, true] {
+            let kernels = Compiler::new().egraph(egraph).optimise(&graph).expect("fits");
+            let executable = Compiler::new().build(&kernels).unwrap_or_else(|e| panic!("{e}"));
+            let got = executable.run(&[("x", given.view())]).unwrap_or_else(|e| panic!("{e}"));
+            assert!(Value::from_tensor(&got[0].1) == expected[0]);
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::contract::Product;
-use super::ir::{BufferId, Expr, Loops, Param, Place, Scope, Var};
+use super::ir::{BufferId, Expr, Loops, Param, Parts, Place, Scope, Var};
 use super::lower::{Lower, Lowering};
 use super::nest;
 use crate::graph::op::Affine;
@@ -77,9 +77,9 @@ pub fn packable(lower: &Lower, (buffer, affine): (BufferId, &Affine)) -> bool {
     picked.product::<usize>() <= lower.buffers[buffer].len
 }
 
-/// Elements that a place picks: two at each, where the sum runs over pairs.
+/// Elements that a place picks: as many at each as words have parts, where the sum runs over these.
 pub fn packed_len(lower: &Lower, product: &Product, affine: &Affine) -> usize {
-    let elements: usize = if product.halves.is_some() { 2 } else { 1 };
+    let elements = product.parts.map_or(1, |p| p.0.count());
     elements * affine.terms.iter().map(|t| lower.extents[t.0 as usize]).product::<usize>()
 }
 
@@ -97,7 +97,7 @@ pub fn panel_order(product: &Product, affine: &Affine, summed: &[Var], n: Var) -
 /// A kernel that copies a strip of an operand into panels `[tile][order..][width]`; and the place
 /// of an element in terms of the product's variables, with the tile as variable 255 and the
 /// element within the tile as variable 254.
-/// The two elements of a pair, which lie `halves` apart, come side by side. Where they go has a
+/// The elements of a word, which lie apart as `parts` says, come side by side. Where they go has a
 /// number, a length and a dtype.
 pub fn pack(
     lower: &Lower,
@@ -106,20 +106,21 @@ pub fn pack(
     (order, n): (&[Var], Var),
     strip: Strip,
     (scratch, len, kept): (usize, usize, DType),
-    halves: Option<i64>,
+    parts: Option<(Parts, i64)>,
 ) -> Lowering<(Loops, Affine)> {
     let mut packer = lower.fresh();
     let from = &lower.buffers[source];
     let dtype = from.dtype;
     let source = packer.buffer(dtype, from.len, Scope::Global, from.param);
-    let count = if halves.is_some() { 2 } else { 1 };
+    let count = parts.map_or(1, |p| p.0.count());
     let to = packer.buffer(kept, len, Scope::Global, Param::Scratch(scratch));
     // Outer axes of the result come before the tile in memory, as they do in the loops.
     let tile = packer.var(strip.tiles)?;
     let inner: Vec<Var> =
         order.iter().map(|&v| packer.var(lower.extents[v as usize])).collect::<Lowering<_>>()?;
-    let element = packer.var(strip.width)?;
-    let half = halves.map(|_| packer.var(2)).transpose()?;
+    // A strip may be wider than the axis is long.
+    let element = packer.var(strip.width.min(lower.extents[n as usize]))?;
+    let part = parts.map(|_| packer.var(count)).transpose()?;
     let mut packed = Affine::scaled(254, count as i64);
     let mut step = (strip.width * count) as i64;
     for &v in order.iter().rev() {
@@ -150,10 +151,10 @@ pub fn pack(
         _ => [tile].into_iter().chain(inner).collect(),
     };
     vars.push(element);
-    if let (Some(half), Some(step)) = (half, halves) {
-        vars.push(half);
-        place = place.plus(half as usize, 1);
-        read = read.plus(half as usize, step);
+    if let (Some(part), Some((_, step))) = (part, parts) {
+        vars.push(part);
+        place = place.plus(part as usize, 1);
+        read = read.plus(part as usize, step);
     }
     let mut value = Arc::new(Expr::Load(source, Place::affine(read)));
     if kept != dtype {

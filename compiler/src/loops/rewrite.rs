@@ -16,12 +16,12 @@ pub fn each_affine(body: &[Stmt], visit: &mut dyn FnMut(&Affine)) {
     }
     fn expr(e: &Expr, visit: &mut dyn FnMut(&Affine)) {
         match e {
-            Expr::Load(_, p) | Expr::Pair(_, p) => place(p, visit),
+            Expr::Load(_, p) | Expr::Word(_, p) => place(p, visit),
             Expr::Index(affine) => visit(affine),
             Expr::Const(..) | Expr::Fold(..) => {}
             Expr::Unary(_, x) | Expr::Cast(_, x) => expr(x, visit),
             Expr::Binary(_, x, y) => [x, y].into_iter().for_each(|e| expr(e, visit)),
-            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
+            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(_, x, y, z) => {
                 [x, y, z].into_iter().for_each(|e| expr(e, visit))
             }
         }
@@ -91,9 +91,9 @@ impl<'a> Rewrite<'a> {
                 let (buffer, place) = self.place(*buffer, p);
                 Expr::Load(buffer, place)
             }
-            Expr::Pair(buffer, p) => {
+            Expr::Word(buffer, p) => {
                 let (buffer, place) = self.place(*buffer, p);
-                Expr::Pair(buffer, place)
+                Expr::Word(buffer, place)
             }
             Expr::Index(affine) => Expr::Index((self.index)(affine)),
             Expr::Const(..) => e.clone(),
@@ -112,9 +112,9 @@ impl<'a> Rewrite<'a> {
                 let (x, y) = (self.shared(x), self.shared(y));
                 Expr::Fma(x, y, self.shared(z))
             }
-            Expr::Dot(x, y, z) => {
+            Expr::Dot(parts, x, y, z) => {
                 let (x, y) = (self.shared(x), self.shared(y));
-                Expr::Dot(x, y, self.shared(z))
+                Expr::Dot(*parts, x, y, self.shared(z))
             }
         }
     }

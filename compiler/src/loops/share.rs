@@ -229,7 +229,7 @@ impl Use {
 pub fn uses(buffers: usize, body: &[Stmt]) -> Vec<Use> {
     fn expr(e: &Expr, uses: &mut [Use]) {
         match e {
-            Expr::Load(buffer, place) | Expr::Pair(buffer, place) => {
+            Expr::Load(buffer, place) | Expr::Word(buffer, place) => {
                 uses[*buffer].read = true;
                 place.dynamic.iter().for_each(|e| expr(e, uses));
             }
@@ -237,7 +237,7 @@ pub fn uses(buffers: usize, body: &[Stmt]) -> Vec<Use> {
             Expr::Index(_) | Expr::Const(..) => {}
             Expr::Unary(_, x) | Expr::Cast(_, x) => expr(x, uses),
             Expr::Binary(_, x, y) => [x, y].into_iter().for_each(|e| expr(e, uses)),
-            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
+            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(_, x, y, z) => {
                 [x, y, z].into_iter().for_each(|e| expr(e, uses));
             }
         }
@@ -303,7 +303,7 @@ fn moves(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
 fn operands(body: &[Stmt]) -> Option<[(BufferId, &Affine); 2]> {
     let mut found = None;
     each_store(body, &mut |_, _, value| {
-        if let (None, Expr::Fma(x, y, _) | Expr::Dot(x, y, _)) = (found, value) {
+        if let (None, Expr::Fma(x, y, _) | Expr::Dot(_, x, y, _)) = (found, value) {
             found = plain_load(x).zip(plain_load(y));
         }
     });

@@ -18,7 +18,9 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::cursor::{Cursor, Parsed, digits};
-use super::ir::{Buffer, Count, Expr, Kind, Loops, Number, Param, Place, Range, Scope, Stmt, Var};
+use super::ir::{
+    Buffer, Count, Expr, Kind, Loops, Number, Param, Parts, Place, Range, Scope, Stmt, Var,
+};
 use super::verify::typed;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
@@ -117,8 +119,10 @@ fn expr(e: &Expr) -> String {
         Expr::Cast(dtype, x) => format!("{dtype}({})", expr(x)),
         Expr::Fma(x, y, z) => format!("fma({}, {}, {})", expr(x), expr(y), expr(z)),
         Expr::Fold(f, buffer) => format!("fold_{}(b{buffer})", f.name()),
-        Expr::Pair(buffer, place) => format!("pair(b{buffer}[{}])", place_text(place)),
-        Expr::Dot(x, y, z) => format!("dot({}, {}, {})", expr(x), expr(y), expr(z)),
+        Expr::Word(buffer, place) => format!("word(b{buffer}[{}])", place_text(place)),
+        Expr::Dot(parts, x, y, z) => {
+            format!("{}({}, {}, {})", dot_name(*parts), expr(x), expr(y), expr(z))
+        }
     }
 }
 
@@ -446,11 +450,18 @@ fn call(cursor: &mut Cursor, name: &str, buffers: &[Buffer]) -> Parsed<Expr> {
     Ok(e)
 }
 
+fn dot_name(parts: Parts) -> &'static str {
+    match parts {
+        Parts::Pairs => "dot2",
+        Parts::Quads => "dot4",
+    }
+}
+
 /// The function of that name and that many values.
 fn apply(name: &str, args: &[Arc<Expr>]) -> Option<Expr> {
     Some(match args {
-        [x] if name == "pair" => match &**x {
-            Expr::Load(buffer, place) => Expr::Pair(*buffer, place.clone()),
+        [x] if name == "word" => match &**x {
+            Expr::Load(buffer, place) => Expr::Word(*buffer, place.clone()),
             _ => return None,
         },
         [x] => match UnaryFn::ALL.iter().find(|f| f.1 == name) {
@@ -462,7 +473,10 @@ fn apply(name: &str, args: &[Arc<Expr>]) -> Option<Expr> {
             Expr::Binary(f, x.clone(), y.clone())
         }
         [x, y, z] if name == "select" => Expr::Select(x.clone(), y.clone(), z.clone()),
-        [x, y, z] if name == "dot" => Expr::Dot(x.clone(), y.clone(), z.clone()),
+        [x, y, z] if name.starts_with("dot") => {
+            let parts = [Parts::Pairs, Parts::Quads].into_iter().find(|p| dot_name(*p) == name)?;
+            Expr::Dot(parts, x.clone(), y.clone(), z.clone())
+        }
         [x, y, z] if name == "fma" => Expr::Fma(x.clone(), y.clone(), z.clone()),
         _ => return None,
     })
@@ -482,7 +496,7 @@ mod tests {
   parallel i0 in 128 {
     prefetch b0[8*i0 + 9000]
     vector i8 in 8 {
-      b5[i8] = dot(pair(b4[2*i8]), pair(b4[14]), b5[i8])
+      b5[i8] = dot2(word(b4[2*i8]), word(b4[14]), b5[i8])
       b2[i8] = fma(b0[8*i0 + i8], -0.0:f32, NaN:f32)
       b3[-8*i0 + i8 + 1016] = max(b0[i0 + -1 + index(8*i8)], inf:f32)
     }

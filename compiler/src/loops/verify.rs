@@ -138,12 +138,13 @@ fn dtype(loops: &Loops, e: &Expr) -> Result<DType, Unproven> {
             apply(Op::Binary(BinaryFn::Mul), &[x, y])?;
             apply(Op::Binary(BinaryFn::Add), &[x, z])?
         }
-        Expr::Pair(n, place) => {
+        Expr::Word(n, place) => {
             let found = dtype(loops, &Expr::Load(*n, place.clone()))?;
-            unless(found == DType::I16, || format!("a pair of {found}"))?;
+            let part = matches!(found, DType::I16 | DType::I8 | DType::U8);
+            unless(part, || format!("a word of {found}"))?;
             DType::I32
         }
-        Expr::Dot(x, y, z) => {
+        Expr::Dot(_, x, y, z) => {
             for e in [x, y, z] {
                 let found = dtype(loops, e)?;
                 unless(found == DType::I32, || format!("a dot product of {found}"))?;
@@ -336,16 +337,17 @@ impl Check<'_> {
     fn expr(&self, e: &Expr) -> Result<(), Unproven> {
         match e {
             Expr::Load(buffer, place) => self.place(*buffer, place, 0),
-            Expr::Pair(buffer, place) => {
+            Expr::Word(buffer, place) => {
                 let global = self.loops.buffers[*buffer].scope == Scope::Global;
-                unless(global, || format!("a pair of registers b{buffer}"))?;
-                self.place(*buffer, place, 1)
+                unless(global, || format!("a word of registers b{buffer}"))?;
+                let after = 4 / self.loops.buffers[*buffer].dtype.bytes() - 1;
+                self.place(*buffer, place, after as i128)
             }
             Expr::Index(index) => self.affine(index).map(|_| ()),
             Expr::Const(..) | Expr::Fold(..) => Ok(()),
             Expr::Unary(_, x) | Expr::Cast(_, x) => self.expr(x),
             Expr::Binary(_, x, y) => [x, y].into_iter().try_for_each(|e| self.expr(e)),
-            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
+            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(_, x, y, z) => {
                 [x, y, z].into_iter().try_for_each(|e| self.expr(e))
             }
         }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::contract::{Product, Roles, plain_load, tile};
-use super::ir::{BufferId, Expr, Loops, Param, Place, Scope, Stmt, Var};
+use super::ir::{BufferId, Expr, Loops, Param, Parts, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, origin_place};
 use super::panels::{Panels, Strip, pack};
 use super::straight::{Straight, inputs, results, weights};
@@ -418,11 +418,11 @@ fn products(
         .plus(255, (sizes.ic * sizes.width) as i64)
         .plus(point.into(), (sizes.ic * sizes.oc) as i64);
     let operand = |buffer, place| match sizes.whole {
-        true => Arc::new(Expr::Pair(buffer, place)),
+        true => Arc::new(Expr::Word(buffer, place)),
         false => Arc::new(Expr::Load(buffer, place)),
     };
     let product = Product {
-        halves: sizes.whole.then_some(sizes.oc as i64),
+        parts: sizes.whole.then_some((Parts::Pairs, sizes.oc as i64)),
         vars: vec![point, row, oc],
         summed: vec![ic],
         operands: [operand(x, left), operand(w, right)],

@@ -206,11 +206,16 @@ impl ChoiceGraph {
     }
 }
 
-/// Whether a class is a list of i16 as i32: kernels read the i16.
+/// Whether a class is a list of what is multiplied, i16 or bytes, as i32: kernels read these.
 fn widens(saturated: &Saturated, id: Id) -> bool {
     let egraph = &saturated.egraph;
+    let is_short = |dtype: DType| match dtype {
+        DType::I16 => true,
+        DType::I8 => egraph.analysis.bytes,
+        _ => false,
+    };
     let short =
-        |n: &ENode| n.op == Op::Cast(DType::I32) && egraph[n.args[0]].data.ty.dtype == DType::I16;
+        |n: &ENode| n.op == Op::Cast(DType::I32) && is_short(egraph[n.args[0]].data.ty.dtype);
     egraph[id].data.ty.numel() > 1 && egraph[id].nodes.iter().any(short)
 }
 

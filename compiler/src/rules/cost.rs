@@ -7,6 +7,7 @@ use super::attention;
 use super::contract::through_view;
 use super::reads;
 use crate::graph::op::{Affine, BinaryFn, Contract, Op, Type, UnaryFn};
+use crate::graph::scalar::Parts;
 use crate::graph::{Body, Graph, Node, NodeId};
 
 /// Microseconds to start a kernel.
@@ -68,8 +69,8 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
                         match rows {
                             Some(rows) => attention_us(&read, rows),
                             None if node.ty.dtype == DType::I32 => {
-                                let shorts = node.args.iter().all(|a| is_short(body, *a));
-                                integers_us(&read, [constant(0), constant(1)], shorts)
+                                let from = [0, 1].map(|k: usize| widened_from(body, node.args[k]));
+                                integers_us(&read, [constant(0), constant(1)], from)
                             }
                             None => contract_us(&read, [constant(0), constant(1)]),
                         }
@@ -116,14 +117,15 @@ fn widened(body: &Body, operand: NodeId) -> usize {
     }
 }
 
-/// Whether an operand of a contraction is an i16, moved or not, and widened.
-fn is_short(body: &Body, operand: NodeId) -> bool {
+/// What an operand of a contraction, moved or not, is widened from.
+fn widened_from(body: &Body, operand: NodeId) -> Option<DType> {
     let mut at = operand;
     loop {
         let node = &body.nodes[at.index()];
-        let Some(&x) = node.args.first() else { return false };
-        if node.op == Op::Cast(DType::I32) && body.nodes[x.index()].ty.dtype == DType::I16 {
-            return true;
+        let x = *node.args.first()?;
+        let from = body.nodes[x.index()].ty.dtype;
+        if node.op == Op::Cast(DType::I32) && from.bytes() <= 2 {
+            return Some(from);
         }
         at = x;
     }
@@ -257,10 +259,10 @@ fn attention_us(contract: &Contract, rows: usize) -> f64 {
     }
 }
 
-/// Whether a contraction of i16 can sum over pairs (`loops/pairs.rs`): one operand is constant and
-/// alone in moving along the last axis of the result, and the other one steps by one element along
-/// an axis of the sum that has an even extent.
-pub fn in_pairs(contract: &Contract, constant: [bool; 2]) -> bool {
+/// Whether a contraction can sum over words of so many parts (`loops/words.rs`): one operand is
+/// constant and alone in moving along the last axis of the result, and the other one steps by one
+/// element along an axis of the sum that has a multiple of these.
+pub fn in_words(contract: &Contract, constant: [bool; 2], parts: Parts) -> bool {
     let Some(weights) = constant.iter().position(|&c| c) else { return false };
     let Some(axis) = (0..contract.n_out).rev().find(|&a| contract.extents[a] > 1) else {
         return false;
@@ -268,25 +270,27 @@ pub fn in_pairs(contract: &Contract, constant: [bool; 2]) -> bool {
     let [x, w] = [1 - weights, weights].map(|k| &contract.maps[k]);
     let along = |map: &[Affine], axis: usize| map.iter().any(|i| i.coefficient(axis) != 0);
     let Some((last, others)) = x.split_last() else { return false };
-    let even = last.terms.iter().any(|&(k, step)| {
+    let whole = last.terms.iter().any(|&(k, step)| {
         let k = usize::from(k);
         let sum = k >= contract.n_out && step == 1 && !along(others, k) && along(w, k);
-        sum && contract.extents[k].is_multiple_of(2)
+        sum && contract.extents[k].is_multiple_of(parts.count())
     });
-    even && along(w, axis) && !along(x, axis)
+    whole && along(w, axis) && !along(x, axis)
 }
 
-/// Modelled time of a contraction to i32. Pairs of i16 (`shorts`: both operands are that) are
-/// summed 1.6 times as fast as numbers of f32; others go one by one.
-pub fn integers_us(contract: &Contract, constant: [bool; 2], shorts: bool) -> f64 {
+/// Modelled time of a contraction to i32 of what is widened from these. Pairs of i16 are summed 1.6
+/// times as fast as numbers of f32, quads of bytes twice as fast as these; others go one by one.
+pub fn integers_us(contract: &Contract, constant: [bool; 2], from: [Option<DType>; 2]) -> f64 {
     let products = contract.extents.iter().map(|&e| e as f64).product::<f64>();
     let lanes = (0..contract.n_out).rev().find(|&a| contract.extents[a] > 1);
     let extent = lanes.map_or(1, |a| contract.extents[a]);
     let filled = extent as f64 / extent.next_multiple_of(8) as f64;
-    let efficiency = match shorts && in_pairs(contract, constant) {
-        true if fewer_products(contract, constant).is_some() => 1.7,
-        true => 0.95 * filled,
-        false => 0.03,
+    let parts = from[0].zip(from[1]).and_then(|(x, y)| Parts::of([x, y]));
+    let efficiency = match parts.filter(|&parts| in_words(contract, constant, parts)) {
+        Some(Parts::Pairs) if fewer_products(contract, constant).is_some() => 1.7,
+        Some(Parts::Pairs) => 0.95 * filled,
+        Some(Parts::Quads) => 1.9 * filled,
+        None => 0.03,
     };
     2.0 * products / FLOPS_PER_US / efficiency
 }

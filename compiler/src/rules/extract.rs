@@ -44,24 +44,24 @@ fn node_us(saturated: &Saturated, class: Id, node: &ENode) -> f64 {
     };
     let work = match &node.op {
         Op::Contract(contract) if data.ty.dtype == DType::I32 => {
-            let shorts = node.args.iter().all(|a| is_short(saturated, *a));
-            integers_us(contract, constant, shorts)
+            let from = [0, 1].map(|k: usize| widened_from(saturated, node.args[k]));
+            integers_us(contract, constant, from)
         }
         op => op_us(op, data.ty.numel() as f64, constant),
     };
     0.01 + traffic / BYTES_PER_US + work
 }
 
-/// Whether a class is an i16 as an i32, moved or not.
-fn is_short(saturated: &Saturated, class: Id) -> bool {
-    let dtype = |id: Id| saturated.egraph[id].data.ty.dtype;
-    saturated.egraph[class].nodes.iter().any(|n| match &n.op {
-        Op::Cast(DType::I32) => dtype(n.args[0]) == DType::I16,
-        Op::Permute(_) | Op::Pad(_) => saturated.egraph[n.args[0]]
-            .nodes
-            .iter()
-            .any(|n| n.op == Op::Cast(DType::I32) && dtype(n.args[0]) == DType::I16),
-        _ => false,
+/// What a class, moved or not, is widened from.
+fn widened_from(saturated: &Saturated, class: Id) -> Option<DType> {
+    let egraph = &saturated.egraph;
+    let from = |n: &ENode| {
+        let dtype = egraph[*n.args.first()?].data.ty.dtype;
+        (n.op == Op::Cast(DType::I32) && dtype.bytes() <= 2).then_some(dtype)
+    };
+    egraph[class].nodes.iter().find_map(|n| match &n.op {
+        Op::Permute(_) | Op::Pad(_) => egraph[n.args[0]].nodes.iter().find_map(from),
+        _ => from(n),
     })
 }
 

@@ -1,52 +1,72 @@
 //! Rules of quantised models: products of numbers that stand for bytes are products of integers.
 //!
 //! A byte without its zero point is an i16 of at most 255 in magnitude. That is what kernels keep
-//! in memory and multiply (`loops/pairs.rs`), and what a border of zeros surrounds.
+//! in memory and multiply (`loops/words.rs`), and what a border of zeros surrounds. Where the
+//! target multiplies bytes (`bytes.rs`), they stay as they are: a border is then one of zero
+//! points, and what these add to a sum, the same for each column of weights, is taken from it.
 
 use egg::Id;
 use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use super::algebra::number;
-use super::cost::in_pairs;
+use super::bytes::{of_bytes, unsigned};
+use super::cost::in_words;
 use super::lang::{ENode, Egg};
 use super::table::{add, find, permuted, shape};
+use crate::graph::Constant;
 use crate::graph::eval::{Data, Value, int_range};
 use crate::graph::op::{Axes, BinaryFn, Contract, Op, ReduceFn, Shape};
+use crate::graph::scalar::Parts;
 
 /// Products of two such numbers that an i32 holds the sum of.
 const MOST_SUMMED: usize = 33_000;
 /// How far views of constants are looked through.
-const DEPTH: usize = 4;
+pub(super) const DEPTH: usize = 4;
+/// Elements of constants that are looked at.
+const FEW: usize = 1 << 16;
 
-fn dtype(egraph: &Egg, id: Id) -> DType {
+pub(super) fn dtype(egraph: &Egg, id: Id) -> DType {
     egraph[id].data.ty.dtype
 }
 
 /// What a class is cast from, of dtypes that `pick` takes.
-fn cast_from(egraph: &Egg, id: Id, pick: impl Fn(DType) -> bool) -> Option<Id> {
+pub(super) fn cast_from(egraph: &Egg, id: Id, pick: impl Fn(DType) -> bool) -> Option<Id> {
     let picked = |n: &ENode| matches!(n.op, Op::Cast(_)) && pick(dtype(egraph, n.args[0]));
     find(egraph, id, |n| picked(n).then(|| n.args[0]))
 }
 
-fn is_byte(dtype: DType) -> bool {
+pub(super) fn is_byte(dtype: DType) -> bool {
     matches!(dtype, DType::I8 | DType::U8)
 }
 
 /// Whether a class is the number 0.
-fn is_zero(egraph: &Egg, id: Id, depth: usize) -> bool {
+pub(super) fn is_zero(egraph: &Egg, id: Id, depth: usize) -> bool {
+    let is_zero = |constant: &Constant| constant.bytes.iter().all(|&b| b == 0);
+    egraph[id].data.ty.numel() == 1 && is_everywhere(egraph, id, &is_zero, depth)
+}
+
+/// Whether a class is a small constant that `holds` for, seen through what keeps its numbers.
+pub(super) fn is_everywhere(
+    egraph: &Egg,
+    id: Id,
+    holds: &dyn Fn(&Constant) -> bool,
+    depth: usize,
+) -> bool {
     egraph[id].nodes.iter().any(|n| match &n.op {
         Op::Const(i) => {
             let constant = &egraph.analysis.constants[*i as usize];
-            constant.ty.numel() == 1 && constant.bytes.iter().all(|&b| b == 0)
+            constant.ty.numel() <= FEW && holds(constant)
         }
-        Op::Cast(_) | Op::Reshape(_) => depth > 0 && is_zero(egraph, n.args[0], depth - 1),
+        Op::Cast(_) | Op::Reshape(_) | Op::Permute(_) | Op::Expand(_) => {
+            depth > 0 && is_everywhere(egraph, n.args[0], holds, depth - 1)
+        }
         _ => false,
     })
 }
 
 /// The bytes whose difference a node is, as classes of bytes or of constants with such values.
-fn difference(egraph: &Egg, node: &ENode) -> Option<[Id; 2]> {
+pub(super) fn difference(egraph: &Egg, node: &ENode) -> Option<[Id; 2]> {
     let Op::Binary(BinaryFn::Sub) = node.op else { return None };
     if dtype(egraph, node.args[0]) != DType::I32 {
         return None;
@@ -164,10 +184,10 @@ fn scale_of_result(egraph: &mut Egg, contract: &Contract, at: usize, scale: Id) 
     Some(if of == to { scale } else { add(egraph, Op::Reshape(to), &[scale]) })
 }
 
-/// A contraction whose sum can run over pairs, once an axis of both operands is the last one of the
-/// first and has an even extent.
-struct Paired {
-    contract: Contract,
+/// A contraction whose sum can run over words, once an axis of both operands is the last one of the
+/// first and has a whole number of them.
+pub(super) struct Worded {
+    pub(super) contract: Contract,
     /// The axis of each operand.
     axes: [usize; 2],
     /// The operand of which it becomes the last one, where it is not.
@@ -176,24 +196,36 @@ struct Paired {
     more: [usize; 2],
 }
 
-/// From so many channels on, pairs are of these, else of the taps of a window along a row.
+/// From so many channels on, words are of these, else of the taps of a window along a row.
 const MANY: usize = 8;
 
-impl Paired {
-    fn of(egraph: &Egg, contract: &Contract, args: &[Id], constant: [bool; 2]) -> Option<Paired> {
+impl Worded {
+    pub(super) fn of(
+        egraph: &Egg,
+        contract: &Contract,
+        args: &[Id],
+        constant: [bool; 2],
+        parts: Parts,
+    ) -> Option<Worded> {
         let x = constant.iter().position(|&c| !c)?;
-        let channels = Paired::of_channels(egraph, contract, args, x);
-        let few = |p: &Paired| shape(egraph, args[x])[p.axes[x]] < MANY;
-        let taps = || Paired::of_taps(egraph, contract, args, x);
+        let channels = Worded::of_channels(egraph, contract, args, x, parts);
+        let few = |p: &Worded| shape(egraph, args[x])[p.axes[x]] < MANY;
+        let taps = || Worded::of_taps(egraph, contract, args, x, parts);
         let made = match channels {
             Some(channels) if !few(&channels) => Some(channels),
             other => taps().or(other),
         };
-        made.filter(|p| in_pairs(&p.contract, constant))
+        made.filter(|p| in_words(&p.contract, constant, parts))
     }
 
-    /// Pairs along the last axis of the operand `x`, of which windows take an odd number.
-    fn of_taps(egraph: &Egg, contract: &Contract, args: &[Id], x: usize) -> Option<Paired> {
+    /// Words along the last axis of the operand `x`, of which windows take some.
+    fn of_taps(
+        egraph: &Egg,
+        contract: &Contract,
+        args: &[Id],
+        x: usize,
+        parts: Parts,
+    ) -> Option<Worded> {
         let weights = 1 - x;
         let last = contract.maps[x].last()?;
         let tap = |&(k, step): &(u8, i64)| {
@@ -201,24 +233,35 @@ impl Paired {
             let axis = contract.maps[weights].iter().position(|i| i.as_axis() == Some(k))?;
             let extent = contract.extents[k];
             let whole = shape(egraph, args[weights])[axis] == extent;
-            let fits = k >= contract.n_out && step == 1 && extent > 2 && extent % 2 == 1;
+            let fits = k >= contract.n_out
+                && step == 1
+                && extent > 2
+                && !extent.is_multiple_of(parts.count());
             (fits && whole).then_some((k, axis))
         };
         let (k, axis) = last.terms.iter().find_map(tap)?;
         let mut contract = contract.clone();
-        contract.extents[k] += 1;
+        let extent = contract.extents[k];
+        contract.extents[k] = extent.next_multiple_of(parts.count());
+        let added = contract.extents[k] - extent;
         let rank = contract.maps[x].len();
         let room = shape(egraph, args[x])[rank - 1] as i64;
         let reach = contract.maps[x][rank - 1].range(&contract.extents).1 + 1;
         let mut axes = [axis; 2];
         axes[x] = rank - 1;
-        let mut more = [1; 2];
+        let mut more = [added; 2];
         more[x] = usize::try_from(reach - room).unwrap_or(0);
-        Some(Paired { contract, axes, moved: None, more })
+        Some(Worded { contract, axes, moved: None, more })
     }
 
-    /// Pairs along an axis of both operands, the longest.
-    fn of_channels(egraph: &Egg, contract: &Contract, args: &[Id], moved: usize) -> Option<Paired> {
+    /// Words along an axis of both operands, the longest.
+    fn of_channels(
+        egraph: &Egg,
+        contract: &Contract,
+        args: &[Id],
+        moved: usize,
+        parts: Parts,
+    ) -> Option<Worded> {
         let axis_of = |at: usize, k: usize| {
             contract.maps[at].iter().position(|index| index.as_axis() == Some(k))
         };
@@ -232,21 +275,25 @@ impl Paired {
         let mut contract = contract.clone();
         let index = contract.maps[moved].remove(axes[moved]);
         contract.maps[moved].push(index);
-        contract.extents[longest] = extent.next_multiple_of(2);
-        let more = [extent % 2; 2];
-        (same && extent > 2).then_some(Paired { contract, axes, moved: Some(moved), more })
+        contract.extents[longest] = extent.next_multiple_of(parts.count());
+        let more = [contract.extents[longest] - extent; 2];
+        (same && extent > 2).then_some(Worded { contract, axes, moved: Some(moved), more })
     }
 
-    /// An operand, in i16, as it has to be; a border that it has is made with its new ones.
-    fn operand(&self, egraph: &mut Egg, at: usize, x: Id) -> Id {
+    /// An operand as it has to be; a border that it has, of zeros or of this number, is made with
+    /// its new ones.
+    pub(super) fn operand(&self, egraph: &mut Egg, at: usize, x: Id, number: Option<Id>) -> Id {
         let rank = shape(egraph, x).len();
         let axis = self.axes[at];
         let bordered = find(egraph, x, |n| match &n.op {
-            Op::Pad(borders) if is_zero(egraph, n.args[1], DEPTH) => {
-                Some((borders.clone(), n.args[0], n.args[1]))
+            Op::Pad(borders) => {
+                let of_number = number.is_some_and(|of| egraph.find(of) == egraph.find(n.args[1]));
+                let fits = of_number || is_zero(egraph, n.args[1], DEPTH);
+                fits.then(|| (borders.clone(), n.args[0], n.args[1]))
             }
             _ => None,
         });
+        let dtype = dtype(egraph, x);
         let (mut borders, x, fill) = match bordered {
             Some((borders, x, fill)) => (borders, x, Some(fill)),
             None => (SmallVec::from_elem((0, 0), rank), x, None),
@@ -264,7 +311,7 @@ impl Paired {
         let fill = fill.unwrap_or_else(|| {
             // The numbers from 0 on, one of them.
             let zero = add(egraph, Op::Iota(Shape::from_elem(1, 1), 0), &[]);
-            add(egraph, Op::Cast(DType::I16), &[zero])
+            add(egraph, Op::Cast(dtype), &[zero])
         });
         let borders = order.iter().map(|&a| borders[usize::from(a)]).collect();
         add(egraph, Op::Pad(borders), &[x, fill])
@@ -275,56 +322,78 @@ impl Paired {
 pub(super) fn contract_of_integers(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let Op::Contract(contract) = &node.op else { return None };
     let to = egraph[node.args[0]].data.ty.dtype;
-    let summed: usize = contract.extents[contract.n_out..].iter().product();
     let constant = [0, 1].map(|k: usize| egraph[node.args[k]].data.constant);
-    if !to.is_float() || summed > MOST_SUMMED {
+    if !to.is_float() || !sum_fits(contract) {
         return None;
     }
-    let pairs = match in_pairs(contract, constant) {
+    let pairs = match in_words(contract, constant, Parts::Pairs) {
         true => None,
-        false => Some(Paired::of(egraph, contract, &node.args, constant)?),
+        false => Some(Worded::of(egraph, contract, &node.args, constant, Parts::Pairs)?),
     };
     let mut wholes = Vec::new();
     let mut scales = Vec::new();
     for at in 0..2 {
         let (whole, scale) = scaled(egraph, node.args[at], DEPTH)?;
-        let mut short = short(egraph, whole, DEPTH)?;
-        if let Some(pairs) = &pairs {
-            short = pairs.operand(egraph, at, short);
-        }
-        wholes.push(add(egraph, Op::Cast(DType::I32), &[short]));
+        wholes.push(whole);
         scales.push(scale_of_result(egraph, contract, at, scale)?);
     }
-    let op = match pairs {
-        Some(pairs) => Op::Contract(Box::new(pairs.contract)),
-        None => node.op.clone(),
+    let sum = match of_bytes(egraph, contract, &wholes) {
+        Some(sum) => sum,
+        None => of_pairs(egraph, contract, &wholes, pairs)?,
     };
-    let sum = add(egraph, op, &wholes);
     let sum = add(egraph, Op::Cast(to), &[sum]);
     let scale = add(egraph, Op::Binary(BinaryFn::Mul), &scales);
     Some(add(egraph, Op::Binary(BinaryFn::Mul), &[sum, scale]))
 }
 
-/// contract(x, y) = contract(i32(i16(x)), i32(i16(y))) for bytes and differences of bytes.
-pub(super) fn contract_of_shorts(egraph: &mut Egg, node: &ENode) -> Option<Id> {
-    let Op::Contract(_) = &node.op else { return None };
+/// Whether an i32 holds every sum of products of bytes.
+pub(super) fn sum_fits(contract: &Contract) -> bool {
+    contract.extents[contract.n_out..].iter().product::<usize>() <= MOST_SUMMED
+}
+
+/// A contraction of bytes without their zero points, or of differences of them, as one of i16.
+fn of_pairs(
+    egraph: &mut Egg,
+    contract: &Contract,
+    wholes: &[Id],
+    pairs: Option<Worded>,
+) -> Option<Id> {
     let mut args = Vec::new();
-    for &arg in &node.args {
-        let short = short(egraph, arg, DEPTH)?;
+    for (at, &whole) in wholes.iter().enumerate() {
+        let mut short = short(egraph, whole, DEPTH)?;
+        if let Some(pairs) = &pairs {
+            short = pairs.operand(egraph, at, short, None);
+        }
         args.push(add(egraph, Op::Cast(DType::I32), &[short]));
     }
-    Some(add(egraph, node.op.clone(), &args))
+    let contract = pairs.map_or_else(|| contract.clone(), |pairs| pairs.contract);
+    Some(add(egraph, Op::Contract(Box::new(contract)), &args))
+}
+
+/// contract(x, y) = contract(i32(i16(x)), i32(i16(y))) for bytes and differences of bytes; or the
+/// same of bytes as they are.
+pub(super) fn contract_of_shorts(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    let Op::Contract(contract) = &node.op else { return None };
+    match of_bytes(egraph, contract, &node.args) {
+        Some(sum) => Some(sum),
+        None => of_pairs(egraph, contract, &node.args, None),
+    }
 }
 
 /// i32(x) - i32(y) = i32(i16(x) - i16(y)) for bytes: what a contraction reads is read by others.
 pub(super) fn difference_of_bytes(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let bytes = difference(egraph, node)?;
+    // Bytes without a zero point are not to be mixed up with what is multiplied in pairs.
+    if egraph.analysis.bytes && is_zero(egraph, bytes[1], DEPTH) {
+        return None;
+    }
     let difference = short_difference(egraph, bytes);
     Some(add(egraph, Op::Cast(DType::I32), &[difference]))
 }
 
-/// max over windows of i * s = (max over windows of i) * s for a number s above 0, in i16. A border
-/// that is below all numbers is one of the least i16, where every window has an element inside.
+/// max over windows of i * s = (max over windows of i) * s for a number s above 0, in i16 or in u8.
+/// A border that is below all numbers is one of the least, where every window has an element
+/// inside.
 pub(super) fn pool_of_integers(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let Op::Reduce(ReduceFn::Max, _) = node.op else { return None };
     let window = find(egraph, node.args[0], |n| match &n.op {
@@ -344,7 +413,10 @@ pub(super) fn pool_of_integers(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     if egraph[scale].data.ty.numel() != 1 || !positive {
         return None;
     }
-    let mut short = short(egraph, whole, 0)?;
+    let (mut shorts, zero) = match egraph.analysis.bytes {
+        true => unsigned(egraph, whole, 0)?,
+        false => (short(egraph, whole, 0)?, None),
+    };
     if let Some((borders, _, fill)) = padded {
         let below = number(egraph, fill).is_some_and(|v| v <= f64::from(f32::MIN));
         let (outer, along) = borders.split_at(lead);
@@ -353,14 +425,18 @@ pub(super) fn pool_of_integers(egraph: &mut Egg, node: &ENode) -> Option<Id> {
             return None;
         }
         // What is below all numbers becomes the least one.
-        let fill = add(egraph, Op::Cast(DType::I16), &[fill]);
-        short = add(egraph, Op::Pad(borders), &[short, fill]);
+        let fill = add(egraph, Op::Cast(dtype(egraph, shorts)), &[fill]);
+        shorts = add(egraph, Op::Pad(borders), &[shorts, fill]);
     }
-    let windows = add(egraph, window, &[short]);
+    let windows = add(egraph, window, &[shorts]);
     let most = add(egraph, node.op.clone(), &[windows]);
-    let most = add(egraph, Op::Cast(DType::I32), &[most]);
-    let most = add(egraph, Op::Cast(to), &[most]);
+    let mut most = add(egraph, Op::Cast(DType::I32), &[most]);
     let unit = Shape::from_elem(1, shape(egraph, most).len());
+    if let Some(zero) = zero {
+        let zero = add(egraph, Op::Reshape(unit.clone()), &[zero]);
+        most = add(egraph, Op::Binary(BinaryFn::Sub), &[most, zero]);
+    }
+    let most = add(egraph, Op::Cast(to), &[most]);
     let scale = add(egraph, Op::Reshape(unit), &[scale]);
     Some(add(egraph, Op::Binary(BinaryFn::Mul), &[most, scale]))
 }

@@ -5,6 +5,7 @@ use kiln_runtime::tensor::DType;
 use super::attention;
 use crate::graph::Node;
 use crate::graph::op::{BinaryFn, Op, Type, UnaryFn};
+use crate::graph::scalar::Parts;
 use crate::graph::used::span;
 
 /// Operations of a body at most.
@@ -274,36 +275,37 @@ impl Body<'_> {
         let above = self.above(contract);
         // Everything else only moves elements, into the contraction or beside it; or it is what
         // makes integers of bytes, and numbers of them.
-        let (shorts, below) = (self.of_shorts(contract), self.below(contract));
+        let (shorts, below) = (self.is_of_parts(contract), self.below(contract));
         let whole = self.ty(contract).dtype == DType::I32;
         let size = self.ty(contract).numel();
         let mut beside = self.members().filter(|n| !above.contains(n));
         let fits = |n: usize| {
             let once = !below[n] && is_pointwise(self.op(n)) && self.ty(n).numel() == size;
-            self.is_move(n) || whole && (self.widens(n) || once && self.is_vector_op(n))
+            self.is_move(n)
+                || whole && (self.widened_from(n).is_some() || once && self.is_vector_op(n))
         };
         beside.all(fits)
             && self.is_epilogue(contract, Lanes::OfNode)
             && self.is_vector(contract, &above, shorts)
     }
 
-    /// Whether a node is an i16 as an i32.
-    fn widens(&self, node: usize) -> bool {
-        *self.op(node) == Op::Cast(DType::I32)
-            && self.args(node).all(|a| self.ty(a).dtype == DType::I16)
+    /// The short integer that a node is as an i32.
+    fn widened_from(&self, node: usize) -> Option<DType> {
+        let is_cast = *self.op(node) == Op::Cast(DType::I32);
+        let from = self.args(node).next().map(|a| self.ty(a).dtype).filter(|_| is_cast)?;
+        matches!(from, DType::I16 | DType::I8 | DType::U8).then_some(from)
     }
 
-    /// Whether a contraction has operands that are i16, moved or not.
-    fn of_shorts(&self, contract: usize) -> bool {
-        self.args(contract).all(|mut n| {
-            while !self.widens(n) {
-                match self.args(n).next() {
-                    Some(arg) if self.is_move(n) => n = arg,
-                    _ => return false,
-                }
+    /// Whether the operands of a contraction, moved or not, are parts of words.
+    fn is_of_parts(&self, contract: usize) -> bool {
+        let from = |mut n: usize| loop {
+            match (self.widened_from(n), self.args(n).next()) {
+                (None, Some(arg)) if self.is_move(n) => n = arg,
+                (from, _) => return from,
             }
-            true
-        })
+        };
+        let found: Vec<DType> = self.args(contract).filter_map(from).collect();
+        matches!(found[..], [x, y] if Parts::of([x, y]).is_some())
     }
 
     /// Whether a node is an argument or only moves elements, at affine indices.

@@ -66,6 +66,8 @@ pub struct Infer {
     pub constants: Arc<Vec<Constant>>,
     /// Bodies of kernels, once there are any.
     pub bodies: Vec<Arc<Body>>,
+    /// Whether products are of bytes where they can be, else of short integers.
+    pub bytes: bool,
     /// Origin of the node that a rule looks at, and so of what the rule makes.
     pub origin: Option<Origin>,
 }

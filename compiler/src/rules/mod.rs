@@ -3,6 +3,7 @@
 mod algebra;
 pub mod attention;
 pub mod bodies;
+mod bytes;
 #[cfg(test)]
 mod checks;
 pub mod choices;
@@ -74,7 +75,8 @@ pub struct Optimised {
 }
 
 /// The graph as kernels. Without the e-graph, the greedy fuser works on the graph as it is.
-pub fn optimise(graph: &Graph, egraph: bool) -> Result<Optimised> {
+/// `bytes`: whether the target multiplies bytes faster than short integers.
+pub fn optimise(graph: &Graph, egraph: bool, bytes: bool) -> Result<Optimised> {
     let plain = fuse::expand(graph)?;
     let greedy = fuse::fuse(&plain);
     let greedy_us = cost::kernels_us(&greedy);
@@ -85,6 +87,7 @@ pub fn optimise(graph: &Graph, egraph: bool) -> Result<Optimised> {
     // A: algebra and layout.
     let gathered = constants::gather(&plain);
     let mut saturated = lang::build(&gathered);
+    saturated.egraph.analysis.bytes = bytes;
     report.fired = table::saturate(&mut saturated.egraph, Budget::default());
     report.nodes = saturated.egraph.total_size();
     report.classes = saturated.egraph.number_of_classes();

@@ -438,13 +438,13 @@ impl<M: Machine> Emit<'_, M> {
                 let dtype = self.loops.buffers[*buffer].dtype;
                 (self.load(*buffer, place, dtype)?, self.hangs(*buffer))
             }
-            // Two i16 side by side are the bytes of an i32.
-            Expr::Pair(buffer, place) => {
+            // Elements side by side are the bytes of an i32.
+            Expr::Word(buffer, place) => {
                 (self.load(*buffer, place, DType::I32)?, self.hangs(*buffer))
             }
-            Expr::Dot(x, y, z) => {
+            Expr::Dot(parts, x, y, z) => {
                 let ([x, y, z], hangs) = self.three([x, y, z])?;
-                (self.machine.dot(&x, &y, &z)?, hangs)
+                (self.machine.dot(*parts, [&x, &y, &z], wide)?, hangs)
             }
             Expr::Index(index) => {
                 let (index, _) = self.resolve(index);
@@ -560,7 +560,7 @@ impl<M: Machine> Emit<'_, M> {
         let access = match (wide, along) {
             (false, _) => Access::One,
             (true, 0) => Access::Splat,
-            // A pair of short elements is one that is read.
+            // The elements of a word are one that is read.
             (true, step) => Access::Lanes(step * b.dtype.bytes() as i64 / dtype.bytes() as i64),
         };
         if dtype != DType::F32 && matches!(access, Access::Lanes(step) if step != 1) {

@@ -66,12 +66,12 @@ const ZMM: u32 = 0xe6;
 pub const OSXSAVE: Bit = Bit { leaf: 1, subleaf: 0, register: Register::Ecx, bit: 27 };
 
 macro_rules! features {
-    ($($name:tt $leaf:literal $register:ident $bit:literal $state:expr, $clif:expr,
+    ($($name:tt $leaf:literal $subleaf:literal $register:ident $bit:literal $state:expr, $clif:expr,
         [$($needs:literal),*];)*) => {
         /// Every feature, those first that others build on.
         pub const FEATURES: &[Feature] = &[$(Feature {
             name: $name,
-            bit: Bit { leaf: $leaf, subleaf: 0, register: Register::$register, bit: $bit },
+            bit: Bit { leaf: $leaf, subleaf: $subleaf, register: Register::$register, bit: $bit },
             state: $state,
             clif: $clif,
             needs: &[$($needs),*],
@@ -80,31 +80,36 @@ macro_rules! features {
 }
 
 features! {
-    "sse3" 1 Ecx 0 0, Some("has_sse3"), [];
-    "ssse3" 1 Ecx 9 0, Some("has_ssse3"), ["sse3"];
-    "cmpxchg16b" 1 Ecx 13 0, None, [];
-    "sse4.1" 1 Ecx 19 0, Some("has_sse41"), ["ssse3"];
-    "sse4.2" 1 Ecx 20 0, Some("has_sse42"), ["sse4.1"];
-    "movbe" 1 Ecx 22 0, None, [];
-    "popcnt" 1 Ecx 23 0, Some("has_popcnt"), [];
-    "avx" 1 Ecx 28 YMM, Some("has_avx"), ["sse4.2"];
-    "fma" 1 Ecx 12 YMM, Some("has_fma"), ["avx"];
-    "f16c" 1 Ecx 29 YMM, None, ["avx"];
-    "lzcnt" 0x8000_0001 Ecx 5 0, Some("has_lzcnt"), [];
-    "bmi1" 7 Ebx 3 0, Some("has_bmi1"), [];
-    "avx2" 7 Ebx 5 YMM, Some("has_avx2"), ["avx"];
-    "bmi2" 7 Ebx 8 0, Some("has_bmi2"), [];
-    "avx512f" 7 Ebx 16 ZMM, None, ["avx2", "fma"];
-    "avx512dq" 7 Ebx 17 ZMM, None, ["avx512f"];
-    "avx512cd" 7 Ebx 28 ZMM, None, ["avx512f"];
-    "avx512bw" 7 Ebx 30 ZMM, None, ["avx512f"];
-    "avx512vl" 7 Ebx 31 ZMM, None, ["avx512f"];
+    "sse3" 1 0 Ecx 0 0, Some("has_sse3"), [];
+    "ssse3" 1 0 Ecx 9 0, Some("has_ssse3"), ["sse3"];
+    "cmpxchg16b" 1 0 Ecx 13 0, None, [];
+    "sse4.1" 1 0 Ecx 19 0, Some("has_sse41"), ["ssse3"];
+    "sse4.2" 1 0 Ecx 20 0, Some("has_sse42"), ["sse4.1"];
+    "movbe" 1 0 Ecx 22 0, None, [];
+    "popcnt" 1 0 Ecx 23 0, Some("has_popcnt"), [];
+    "avx" 1 0 Ecx 28 YMM, Some("has_avx"), ["sse4.2"];
+    "fma" 1 0 Ecx 12 YMM, Some("has_fma"), ["avx"];
+    "f16c" 1 0 Ecx 29 YMM, None, ["avx"];
+    "lzcnt" 0x8000_0001 0 Ecx 5 0, Some("has_lzcnt"), [];
+    "bmi1" 7 0 Ebx 3 0, Some("has_bmi1"), [];
+    "avx2" 7 0 Ebx 5 YMM, Some("has_avx2"), ["avx"];
+    "bmi2" 7 0 Ebx 8 0, Some("has_bmi2"), [];
+    "avx512f" 7 0 Ebx 16 ZMM, None, ["avx2", "fma"];
+    "avx512dq" 7 0 Ebx 17 ZMM, None, ["avx512f"];
+    "avx512cd" 7 0 Ebx 28 ZMM, None, ["avx512f"];
+    "avx512bw" 7 0 Ebx 30 ZMM, None, ["avx512f"];
+    "avx512vl" 7 0 Ebx 31 ZMM, None, ["avx512f"];
+    "avx512vnni" 7 0 Ecx 11 ZMM, None, ["avx512f"];
+    "avxvnni" 7 1 Eax 4 YMM, None, ["avx2"];
 }
 
 /// What vectors of 256 bits need.
 pub const AVX2: &[&str] = &["avx2", "fma"];
 /// What vectors of 512 bits need.
 pub const AVX512: &[&str] = &["avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"];
+
+/// What vectors of 256 bits need for dot products of words, and what those of 512 bits need.
+pub const DOTS: [&str; 2] = ["avxvnni", "avx512vnni"];
 
 /// Names of the psABI for what CPUs of a time have: each level adds to the one before it. LAHF is
 /// left out, which no code here uses and which the standard library does not know.

@@ -48,10 +48,10 @@ impl Search<'_> {
     fn operands(&mut self, e: &Expr, wide: bool) {
         match e {
             Expr::Load(..) | Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) => {}
-            Expr::Pair(..) => {}
+            Expr::Word(..) => {}
             Expr::Unary(_, x) | Expr::Cast(_, x) => self.visit(x, wide),
             Expr::Binary(_, x, y) => [x, y].into_iter().for_each(|e| self.visit(e, wide)),
-            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
+            Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(_, x, y, z) => {
                 [x, y, z].into_iter().for_each(|e| self.visit(e, wide));
             }
         }
@@ -91,7 +91,7 @@ impl Search<'_> {
             Expr::Binary(_, x, y) => all(self, &[x, y]),
             Expr::Select(x, y, z) | Expr::Fma(x, y, z) => all(self, &[x, y, z]),
             Expr::Load(..) | Expr::Index(_) | Expr::Fold(..) => None,
-            Expr::Pair(..) | Expr::Dot(..) | Expr::Cast(..) => None,
+            Expr::Word(..) | Expr::Dot(..) | Expr::Cast(..) => None,
         };
         self.fixed.insert(Arc::as_ptr(e), fixed);
         fixed
@@ -128,13 +128,13 @@ fn reads_apart(
         of.iter().all(|e| seen.insert(Arc::as_ptr(e), ()).is_some() || reads_apart(e, stores, seen))
     };
     match e {
-        Expr::Load(buffer, place) | Expr::Pair(buffer, place) => {
+        Expr::Load(buffer, place) | Expr::Word(buffer, place) => {
             place.dynamic.is_none() && stores.iter().all(|s| s.0 != *buffer || s.1 == place)
         }
         Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) => true,
         Expr::Unary(_, x) | Expr::Cast(_, x) => all(&[x]),
         Expr::Binary(_, x, y) => all(&[x, y]),
-        Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => all(&[x, y, z]),
+        Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(_, x, y, z) => all(&[x, y, z]),
     }
 }
 

@@ -3,7 +3,7 @@
 use kiln_runtime::tensor::DType;
 
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
-use crate::loops::ir::{BufferId, Count, Number};
+use crate::loops::ir::{BufferId, Count, Number, Parts};
 
 /// How an element is read.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -139,8 +139,8 @@ pub trait Machine {
         y: &Self::Value,
         z: &Self::Value,
     ) -> Emitted<Self::Value>;
-    /// The products of the low and of the high i16 of x and y, and z, added as i32.
-    fn dot(&mut self, x: &Self::Value, y: &Self::Value, z: &Self::Value) -> Emitted<Self::Value>;
+    /// The products of the parts of x and y, and z, added as i32.
+    fn dot(&mut self, parts: Parts, xyz: [&Self::Value; 3], wide: bool) -> Emitted<Self::Value>;
     /// x * y + z of a sum of products, which may be rounded twice where once would cost much.
     fn accumulate(
         &mut self,

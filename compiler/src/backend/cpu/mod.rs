@@ -3,6 +3,7 @@
 
 pub mod clif;
 pub mod cpuid;
+pub mod dot;
 pub mod emit;
 pub mod features;
 mod invariant;
@@ -49,7 +50,7 @@ pub fn emit_all(kernels: &[Loops], cpu: &Cpu, verify: bool, texts: bool) -> Resu
     for kernel in kernels {
         let compiled = match cpu.wide_lanes {
             0 => clif::compile(kernel, &*isa, lanes, texts),
-            wide => wide::compile(kernel, wide, texts)
+            wide => wide::compile(kernel, wide, cpu.dots(), texts)
                 .or_else(|_| clif::compile(kernel, &*isa, lanes, texts)),
         };
         match compiled {

@@ -1,6 +1,6 @@
 //! CPUs that code is made for: the one that this runs on, or one that is named.
 
-use super::features::{AVX2, AVX512, FEATURES, Feature, LEVELS, closure, feature, level};
+use super::features::{AVX2, AVX512, DOTS, FEATURES, Feature, LEVELS, closure, feature, level};
 use super::wide::isa::Level;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::loops::lower::Target;
@@ -83,7 +83,9 @@ impl Cpu {
     /// The CPU that this runs on. `wide` allows vectors of more than 128 bits.
     pub fn host(wide: bool) -> Cpu {
         // What code never uses must not keep it from running.
-        let used = |f: &&Feature| f.clif.is_some() || (wide && AVX512.contains(&f.name));
+        let is_512 = AVX512.iter().all(|n| kiln_runtime::cpu::has(n));
+        let of_lanes = |name: &str| AVX512.contains(&name) || name == DOTS[usize::from(is_512)];
+        let used = |f: &&Feature| f.clif.is_some() || (wide && of_lanes(f.name));
         let features = FEATURES.iter().filter(used).filter(|f| f.here()).collect();
         Cpu::new(host_triple(), features, wide)
     }
@@ -115,7 +117,10 @@ impl Cpu {
 
     /// The same without vectors of more than 128 bits.
     pub fn narrow(self) -> Cpu {
-        let features = self.features.into_iter().filter(|f| !f.name.starts_with("avx512"));
+        let features = self
+            .features
+            .into_iter()
+            .filter(|f| !f.name.starts_with("avx512") && !DOTS.contains(&f.name));
         Cpu::new(self.triple, features.collect(), false)
     }
 
@@ -145,6 +150,21 @@ impl Cpu {
         };
         let weights = kiln_runtime::tensor::DType::F32;
         Target { lanes, registers, exact: false, weights, threads: 0 }
+    }
+
+    /// Whether wide code has instructions for dot products of words.
+    pub fn dots(&self) -> bool {
+        let name = match Level::of(self.wide_lanes) {
+            Some(Level::Avx2) => DOTS[0],
+            Some(Level::Avx512) => DOTS[1],
+            None => return false,
+        };
+        self.features.iter().any(|f| f.name == name)
+    }
+
+    /// Whether kernels should multiply bytes rather than short integers.
+    pub fn bytes(&self) -> bool {
+        self.faster.first().unwrap_or(self).dots()
     }
 
     /// Cranelift's names of the features.

@@ -4,9 +4,10 @@ use kiln_runtime::tensor::DType;
 
 use super::isa::{Class, Cmp, Inst, Op, Operand, Reg, Round, Space, Ty};
 use super::kernel::{Address, Open, Ptx, Val, align, stored, ty};
+use crate::backend::cpu::dot;
 use crate::backend::cpu::emit::{Access, Bits, Emitted, Machine, Unsupported};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
-use crate::loops::ir::{BufferId, Count, Number};
+use crate::loops::ir::{BufferId, Count, Number, Parts};
 
 impl Machine for Ptx {
     type Value = Val;
@@ -242,7 +243,10 @@ impl Machine for Ptx {
         Ok(x.like(all))
     }
 
-    fn dot(&mut self, x: &Val, y: &Val, z: &Val) -> Emitted<Val> {
+    fn dot(&mut self, parts: Parts, [x, y, z]: [&Val; 3], wide: bool) -> Emitted<Val> {
+        if parts == Parts::Quads {
+            return dot::of_bytes(self, [x, y, z], wide);
+        }
         let half = |this: &mut Self, x: Operand, left: i64| {
             let x = match left {
                 0 => x,

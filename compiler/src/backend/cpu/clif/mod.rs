@@ -21,9 +21,10 @@ use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use self::cast::mask;
+use super::dot;
 use super::emit::{Access, Bits, Emitted, Machine, Unsupported, compute_dtype, emit};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
-use crate::loops::ir::{BufferId, Count, Loops, Number};
+use crate::loops::ir::{BufferId, Count, Loops, Number, Parts};
 
 /// Bytes and texts of one function.
 #[derive(Clone, Debug, Default)]
@@ -523,7 +524,10 @@ impl Machine for Clif<'_> {
         Ok(like(std::slice::from_ref(x), &results).swap_remove(0))
     }
 
-    fn dot(&mut self, x: &Val, y: &Val, z: &Val) -> Emitted<Val> {
+    fn dot(&mut self, parts: Parts, [x, y, z]: [&Val; 3], wide: bool) -> Emitted<Val> {
+        if parts == Parts::Quads {
+            return dot::of_bytes(self, [x, y, z], wide);
+        }
         let sum = self.lift2(x, y, Self::pairs);
         Ok(self.lift2(&sum, z, |this, x, y| this.b.ins().iadd(x, y)))
     }

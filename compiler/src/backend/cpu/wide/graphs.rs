@@ -66,7 +66,7 @@ impl Tally {
     }
 
     fn graph(&mut self, graph: &Graph, lanes: usize) {
-        let optimised = optimise(graph, true).unwrap().graph;
+        let optimised = optimise(graph, true, false).unwrap().graph;
         let registers = Level::of(lanes).unwrap().registers();
         let program = program(
             &optimised,
@@ -239,7 +239,7 @@ fn innermost(asm: &str) -> Vec<String> {
 fn tiles_fill_the_registers() {
     for (lanes, rows) in [(8, 5), (16, 12)] {
         let registers = Level::of(lanes).unwrap().registers();
-        let optimised = optimise(&product(60, 48, 64, false), true).unwrap().graph;
+        let optimised = optimise(&product(60, 48, 64, false), true, false).unwrap().graph;
         let program = program(
             &optimised,
             Target { lanes, registers, exact: false, weights: DType::F32, threads: 0 },
@@ -251,7 +251,7 @@ fn tiles_fill_the_registers() {
         };
         assert_eq!(program.kernels.iter().map(tile).max(), Some(rows * 2 * lanes));
         for kernel in &program.kernels {
-            let asm = compile(kernel, lanes, true).unwrap().asm;
+            let asm = compile(kernel, lanes, false, true).unwrap().asm;
             let sums = innermost(&asm);
             assert!(sums.iter().any(|l| l.matches("vfmadd231ps").count() == rows * 2), "{asm}");
             assert!(sums.iter().all(|l| !l.contains("[rsp")), "a loop spills\n{asm}");

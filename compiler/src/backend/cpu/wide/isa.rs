@@ -163,6 +163,11 @@ table! { WHOLE "Instructions of integers, of every width.":
     MIN_INT: VEX_Vpminsd_xmm_xmm_xmmm128, EVEX_Vpminsd_xmm_k1z_xmm_xmmm128b32;
     /// Products of 16-bit integers, those of both halves of 32 bits added.
     PAIRS: VEX_Vpmaddwd_xmm_xmm_xmmm128, EVEX_Vpmaddwd_xmm_k1z_xmm_xmmm128;
+    /// result + the products of 16-bit integers in 32 bits.
+    DOT_PAIRS: VEX_Vpdpwssd_xmm_xmm_xmmm128, EVEX_Vpdpwssd_xmm_k1z_xmm_xmmm128b32;
+    /// result + the products of the four bytes in 32 bits, those of x without and those of y with
+    /// a sign.
+    DOT_QUADS: VEX_Vpdpbusd_xmm_xmm_xmmm128, EVEX_Vpdpbusd_xmm_k1z_xmm_xmmm128b32;
     /// 16-bit integers as 32-bit ones.
     WIDEN_I16: VEX_Vpmovsxwd_xmm_xmmm64, EVEX_Vpmovsxwd_xmm_k1z_xmmm64;
     /// 16-bit numbers without sign as 32-bit ones.

@@ -392,6 +392,15 @@ impl Wide {
         Ok(wide_or_one(wide, result))
     }
 
+    /// `op z, x, y`, which adds to z.
+    pub fn added(&mut self, op: Op, z: &Val, x: &Val, y: &Val) -> Emitted<Val> {
+        let wide = x.is_wide() || y.is_wide();
+        let uses = [self.vector(z)?, self.vector(x)?, self.vector(y)?];
+        let args = [self.part(0, wide), self.part(2, wide), self.part(3, wide)];
+        let code = self.form(op, wide);
+        Ok(wide_or_one(wide, self.code.change(self.current, code, &args, &uses, 1)))
+    }
+
     /// An element in each lane, so many elements apart: four by four, and then side by side.
     pub fn apart(&mut self, address: &Address, step: i64) -> Emitted<Val> {
         let (code, count) = match self.level {

@@ -31,14 +31,16 @@ use self::isa::Level;
 use self::lanes::Val;
 use self::ssa::{Arg, Ask, Builder, Test};
 use super::clif::Compiled;
+use super::dot;
 use super::emit::{Access, Bits, Emitted, Machine, Unsupported, emit};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
-use crate::loops::ir::{BufferId, Count, Loops, Number, Scope};
+use crate::loops::ir::{BufferId, Count, Loops, Number, Parts, Scope};
 
 /// Compiles a kernel for AVX2 (8 lanes) or AVX-512 (16).
-pub fn compile(loops: &Loops, lanes: usize, texts: bool) -> Emitted<Compiled> {
+/// `dots`: whether there are instructions for the dot products of words (VNNI).
+pub fn compile(loops: &Loops, lanes: usize, dots: bool, texts: bool) -> Emitted<Compiled> {
     let level = Level::of(lanes).ok_or_else(|| Unsupported(format!("vectors of {lanes} lanes")))?;
-    let mut wide = Wide::new(loops, level);
+    let mut wide = Wide { dots, ..Wide::new(loops, level) };
     emit(loops, &mut wide)?;
     wide.code.ret(wide.current);
     let flat = wide.code.finish(level);
@@ -66,6 +68,8 @@ type SumKey = (BufferId, Vec<(Int, i64)>, usize);
 /// Code in the making.
 struct Wide {
     level: Level,
+    /// Whether there are instructions for dot products of words.
+    dots: bool,
     code: Builder,
     /// Where instructions go.
     current: usize,
@@ -114,6 +118,7 @@ impl Wide {
         }
         Wide {
             level,
+            dots: false,
             code,
             current: entry,
             head: entry,
@@ -474,7 +479,13 @@ impl Machine for Wide {
         }
     }
 
-    fn dot(&mut self, x: &Val, y: &Val, z: &Val) -> Emitted<Val> {
+    fn dot(&mut self, parts: Parts, [x, y, z]: [&Val; 3], wide: bool) -> Emitted<Val> {
+        match parts {
+            Parts::Pairs if self.dots => return self.added(isa::DOT_PAIRS, z, x, y),
+            Parts::Quads if self.dots => return self.added(isa::DOT_QUADS, z, x, y),
+            Parts::Quads => return dot::of_bytes(self, [x, y, z], wide),
+            Parts::Pairs => {}
+        }
         // There is no form of this with a literal in memory.
         let wide = x.is_wide() || y.is_wide();
         let uses = [self.vector(x)?, self.vector(y)?];

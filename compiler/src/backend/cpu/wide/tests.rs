@@ -106,9 +106,22 @@ pub struct Agreed {
 
 /// Runs a kernel on its global buffers, in pieces of the first turns of its parallel loop: as
 /// Cranelift's code, as wide code in the model, and as wide code here if this CPU has the level.
-/// Results are the same. `None` where the kernel is not for wide code.
+/// Results are the same, with and without instructions for dot products. `None` where the kernel is
+/// not for wide code.
 pub fn try_agree(loops: &Loops, lanes: usize, before: &[Vec<f32>], turns: i64) -> Option<Agreed> {
-    let wide = compile(loops, lanes, true).ok()?;
+    let plain = agreed(loops, (lanes, false), before, turns)?;
+    let dots = agreed(loops, (lanes, true), before, turns)?;
+    assert!(bits(&plain.buffers) == bits(&dots.buffers), "{}, {lanes} lanes", loops.name);
+    Some(Agreed { used: plain.used.union(&dots.used).cloned().collect(), ..plain })
+}
+
+fn agreed(
+    loops: &Loops,
+    (lanes, dots): (usize, bool),
+    before: &[Vec<f32>],
+    turns: i64,
+) -> Option<Agreed> {
+    let wide = compile(loops, lanes, dots, true).ok()?;
     assert!(!wide.asm.contains("(bad)"), "{}", wide.asm);
     let cpu = Cpu::host(true);
     let isa = clif::target_isa(cpu.triple.name, &cpu.flags(), true).unwrap();
@@ -127,7 +140,8 @@ pub fn try_agree(loops: &Loops, lanes: usize, before: &[Vec<f32>], turns: i64) -
         used.append(&mut model(loops, &wide.code, buffers, (begin, end)));
     });
     assert!(bits(&buffers) == bits(&expected), "{}, {lanes} lanes\n{}", loops.name, wide.asm);
-    if cpu.wide_lanes >= lanes {
+    let has_dots = crate::backend::cpu::features::DOTS[usize::from(lanes == 16)];
+    if cpu.wide_lanes >= lanes && (!dots || kiln_runtime::cpu::has(has_dots)) {
         let here = in_pieces(&mut |buffers, begin, end| run(&wide.code, buffers, begin, end));
         assert!(bits(&here) == bits(&expected), "{}, {lanes} lanes, here", loops.name);
     }
@@ -336,7 +350,7 @@ fn conditions_on_indices_choose_lanes() {
         let size = 9 * lanes;
         let loops = kernel([size, size], nest(&axes, body));
         // Cranelift's emitter has no such choice, so that there is nothing to compare with.
-        let wide = compile(&loops, lanes, false).unwrap();
+        let wide = compile(&loops, lanes, false, false).unwrap();
         let mut buffers = [(1..=size).map(|k| k as f32).collect(), vec![0.0; size]];
         model(&loops, &wide.code, &mut buffers, (0, 1));
         let [x, y] = buffers;
@@ -402,7 +416,7 @@ fn values_that_do_not_fit_into_registers() {
             assert_eq!(found, x[from] + x[0] + x[lanes], "{count} values, element {k}");
         }
         let registers = 2 * lanes;
-        let asm = compile(&loops, lanes, true).unwrap().asm;
+        let asm = compile(&loops, lanes, false, true).unwrap().asm;
         let spills = asm.contains("[rsp");
         assert!(count.abs_diff(registers) < 2 || spills == (count > registers), "{asm}");
     }
@@ -469,7 +483,7 @@ fn the_model_finds_faults() {
         value: Expr::Load(0, at(&[(0, 1)], 1)),
     }];
     let loops = kernel([10, 10], nest(&[(0, 10, Kind::Serial)], body));
-    let wide = compile(&loops, 16, false).unwrap();
+    let wide = compile(&loops, 16, false, false).unwrap();
     let (x, mut y) = (vec![0u8; 40], vec![0u8; 40]);
     let lent = vec![Lent::Read(&x), Lent::Write(&mut y)];
     let fault = emulate::run(&wide.code, lent, 0, 1).unwrap_err();

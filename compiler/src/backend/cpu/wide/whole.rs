@@ -311,15 +311,17 @@ mod tests {
     }
 
     #[test]
-    fn pairs_of_short_integers() {
-        let buffers =
-            format!("b0 : i16[{0}] arg 0 b1 : i16[{0}] arg 1 b2 : i32[{COUNT}] arg 2", 2 * COUNT);
-        for (x, y) in [("2*@", "2*@"), ("6", "2*@"), ("2*@", "7")] {
-            let value = format!("dot(pair(b0[{x}]), pair(b1[{y}]), b2[@])");
-            for lanes in LEVELS {
-                for kind in ["vector", "for"] {
+    fn dot_products_of_words() {
+        for (dot, [first, second], count) in [("dot2", ["i16"; 2], 2), ("dot4", ["u8", "i8"], 4)] {
+            let len = count * COUNT;
+            let buffers = format!(
+                "b0 : {first}[{len}] arg 0 b1 : {second}[{len}] arg 1 b2 : i32[{COUNT}] arg 2"
+            );
+            for (x, y) in [("#", "#"), ("6", "#"), ("#", "7")] {
+                let value = format!("{dot}(word(b0[{x}]), word(b1[{y}]), b2[@])");
+                for (lanes, kind) in LEVELS.into_iter().flat_map(|l| [(l, "vector"), (l, "for")]) {
                     let value = value
-                        .replace("2*@", &format!("{}*i0 + 2*i1", 2 * lanes))
+                        .replace('#', &format!("{}*i0 + {count}*i1", count * lanes))
                         .replace('@', &format!("{lanes}*i0 + i1"));
                     let text = format!(
                         "kernel \"dot\" {{ {buffers} b3 : i32[{COUNT}] out \

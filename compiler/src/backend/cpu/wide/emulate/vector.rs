@@ -224,6 +224,22 @@ impl Processor<'_> {
         self.set_vector(i, result, lanes)
     }
 
+    /// The products of the parts of 32 bits, and what the result held, added without saturation.
+    fn dotted(&mut self, i: &Instruction, lanes: usize) -> Result<(), Fault> {
+        let sum = self.vector_register(i.op_register(0))?;
+        let (x, y) = (self.lanes(i, 1, lanes)?, self.lanes(i, 2, lanes)?);
+        let bytes = i.mnemonic() == Mnemonic::Vpdpbusd;
+        let product = |x: u32, y: u32, k: u32| match bytes {
+            true => i32::from((x >> (8 * k)) as u8) * i32::from((y >> (8 * k)) as i8),
+            false => i32::from((x >> (16 * k)) as i16).wrapping_mul((y >> (16 * k)) as i16 as i32),
+        };
+        let result = std::array::from_fn(|lane| {
+            let products = (0..if bytes { 4 } else { 2 }).map(|k| product(x[lane], y[lane], k));
+            products.fold(sum[lane], |sum, p| sum.wrapping_add(p as u32))
+        });
+        self.set_vector(i, result, lanes)
+    }
+
     fn extracted(&mut self, i: &Instruction) -> Result<(), Fault> {
         let (from, lanes) = (self.vector_register(i.op_register(1))?, width(i).unwrap_or(4));
         let at = lanes * usize::from(i.immediate8());
@@ -371,6 +387,7 @@ impl Processor<'_> {
             Mnemonic::Vblendvps => self.blended(i, lanes, false)?,
             Mnemonic::Vblendmps => self.blended(i, lanes, true)?,
             Mnemonic::Vfmadd213ps | Mnemonic::Vfmadd231ps => self.fused(i, lanes)?,
+            Mnemonic::Vpdpwssd | Mnemonic::Vpdpbusd => self.dotted(i, lanes)?,
             Mnemonic::Vextractf128 | Mnemonic::Vextractf32x4 | Mnemonic::Vextractf32x8 => {
                 self.extracted(i)?;
             }

@@ -1,25 +1,26 @@
-//! Sums of products of short integers, two products at a time.
+//! Sums of products of short integers, two or four products at a time.
 //!
-//! Both operands are i16 that the contraction widens. The one that is broadcast has neighbours
-//! along the sum side by side in memory, so that a pair of them is read as one i32; the other one
-//! is packed with its pairs side by side. Products and sums are i32, as those that they stand for.
+//! Both operands are integers that the contraction widens: two i16, or one u8 and one i8 where the
+//! target has instructions for these. The one that is broadcast has neighbours along the sum side
+//! by side in memory, so that a word of them is read as one i32; the other one is packed with the
+//! parts of its words side by side. Products and sums are i32, as those that they stand for.
 
 use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
 use super::contract::{Product, plain_load};
-use super::ir::{Expr, Place, Var};
+use super::ir::{Expr, Parts, Place, Var};
 use super::lower::{Lower, Lowering};
 use crate::graph::op::Affine;
 
-/// The i16 that an i32 is widened from.
+/// The load of short integers that an i32 is widened from.
 fn short<'e>(lower: &Lower, e: &'e Expr) -> Option<(usize, &'e Affine)> {
     let Expr::Cast(DType::I32, x) = e else { return None };
-    plain_load(x).filter(|l| lower.buffers[l.0].dtype == DType::I16)
+    plain_load(x).filter(|l| lower.buffers[l.0].dtype.bytes() <= 2)
 }
 
-/// A product of i16 with its operands as they are before they are widened.
+/// A product of short integers with its operands as they are before they are widened.
 pub fn bare(lower: &Lower, product: Product) -> Product {
     let operand = |e: &Arc<Expr>| match (short(lower, e), &**e) {
         (Some(_), Expr::Cast(_, x)) => x.clone(),
@@ -29,37 +30,44 @@ pub fn bare(lower: &Lower, product: Product) -> Product {
     Product { operands, ..product }
 }
 
-/// The product as a sum over pairs, where it is one: the innermost axis of the sum along which the
-/// operand that is broadcast steps by one element has half as many turns.
-pub fn paired(lower: &mut Lower, product: &Product) -> Lowering<Option<Product>> {
+/// The product as a sum over words, where it is one: the innermost axis of the sum along which the
+/// operand that is broadcast steps by one element has as many times fewer turns. That operand comes
+/// first where the parts of the two are not the same.
+pub fn in_words(lower: &mut Lower, product: &Product) -> Lowering<Option<Product>> {
     let loads = [0, 1].map(|k: usize| short(lower, &product.operands[k]));
     let ([Some(x), Some(y)], Some(&n)) = (loads, product.vars.last()) else { return Ok(None) };
     let along = |load: (usize, &Affine), var: Var| load.1.coefficient(var as usize);
-    let lanes = match [along(x, n), along(y, n)] {
-        [0, s] if s != 0 => 1,
-        [s, 0] if s != 0 => 0,
+    let (panel, other) = match [along(x, n), along(y, n)] {
+        [0, s] if s != 0 => (y, x),
+        [s, 0] if s != 0 => (x, y),
         _ => return Ok(None),
     };
-    let (panel, other) = if lanes == 1 { (y, x) } else { (x, y) };
+    let dtypes = [other, panel].map(|load| lower.buffers[load.0].dtype);
+    let known = [Parts::Pairs, Parts::Quads].into_iter().find(|p| p.dtypes() == dtypes);
+    let Some(parts) = known else { return Ok(None) };
+    let count = parts.count();
     let fits = |&&var: &&Var| {
         along(other, var) == 1
             && along(panel, var) != 0
-            && lower.extents[var as usize].is_multiple_of(2)
+            && lower.extents[var as usize].is_multiple_of(count)
             && lower.span(var).is_none()
     };
     let Some(&whole) = product.summed.iter().find(fits) else { return Ok(None) };
-    let halves = along(panel, whole);
-    let extent = lower.extents[whole as usize] / 2;
-    let half = lower.var(extent)?;
-    let twice = |affine: &Affine| {
+    let apart = along(panel, whole);
+    let extent = lower.extents[whole as usize] / count;
+    let word = lower.var(extent)?;
+    let spread = |affine: &Affine| {
         affine.substitute(&|v| match v == whole as usize {
-            true => Affine::scaled(half as usize, 2),
+            true => Affine::scaled(word as usize, count as i64),
             false => Affine::axis(v),
         })
     };
-    let pair = |load: (usize, &Affine)| Arc::new(Expr::Pair(load.0, Place::affine(twice(load.1))));
-    let operands = [pair(x), pair(y)];
-    let summed = product.summed.iter().map(|&v| if v == whole { half } else { v });
+    let read = |l: (usize, &Affine)| Arc::new(Expr::Word(l.0, Place::affine(spread(l.1))));
+    let operands = match parts {
+        Parts::Pairs => [read(x), read(y)],
+        Parts::Quads => [read(other), read(panel)],
+    };
+    let summed = product.summed.iter().map(|&v| if v == whole { word } else { v });
     Ok(Some(Product {
         vars: product.vars.clone(),
         summed: summed.collect(),
@@ -68,7 +76,7 @@ pub fn paired(lower: &mut Lower, product: &Product) -> Lowering<Option<Product>>
         out: product.out,
         place: product.place.clone(),
         result: product.result.clone(),
-        halves: Some(halves),
+        parts: Some((parts, apart)),
     }))
 }
 
@@ -84,7 +92,12 @@ mod tests {
     use crate::graph::{Args, Graph};
 
     /// A convolution between quantisations, of numbers that f32 holds: of 3 by 3 or of 1 by 1.
-    fn quantised([ic, oc, size, stride]: [usize; 4], image: [usize; 2]) -> (Graph, Tensor) {
+    /// Either the weights are i8 or the other factor.
+    fn quantised(
+        [ic, oc, size, stride]: [usize; 4],
+        image: [usize; 2],
+        signed_weights: bool,
+    ) -> (Graph, Tensor) {
         let (mut graph, o) = (Graph::default(), "conv".into());
         let shape = [2, ic, image[0], image[1]];
         let mut state = 7u32;
@@ -99,10 +112,11 @@ mod tests {
         let mut whole = |x| {
             let y = graph.binary_number(BinaryFn::Mul, x, 4.0, &o)?;
             let y = graph.unary(UnaryFn::Round, y, &o)?;
-            let y = graph.binary_number(BinaryFn::Add, y, 117.0, &o)?;
-            let y = graph.cast(y, DType::U8, &o)?;
+            let (dtype, zero) = if signed_weights { (DType::U8, 117) } else { (DType::I8, -9) };
+            let y = graph.binary_number(BinaryFn::Add, y, f64::from(zero), &o)?;
+            let y = graph.cast(y, dtype, &o)?;
             let y = graph.cast(y, DType::I32, &o)?;
-            let zero = graph.tensor(&Tensor::from_slice(&[], &[117i32]), &o);
+            let zero = graph.tensor(&Tensor::from_slice(&[], &[zero]), &o);
             let y = graph.binary(BinaryFn::Sub, y, zero, &o)?;
             let y = graph.cast(y, DType::F32, &o)?;
             graph.binary_number(BinaryFn::Mul, y, 0.25, &o)
@@ -110,14 +124,22 @@ mod tests {
         let x = whole(x).expect("fits");
         let weights: Vec<i8> = (0..oc * ic * size * size).map(|_| next() as i8).collect();
         let of = [oc, ic, size, size];
-        let w = graph.tensor(&Tensor::from_slice(&of, &weights), &o);
+        let raised: Vec<u8> = weights.iter().map(|&w| w as u8 ^ 0x80).collect();
+        let w = match signed_weights {
+            true => graph.tensor(&Tensor::from_slice(&of, &weights), &o),
+            false => graph.tensor(&Tensor::from_slice(&of, &raised), &o),
+        };
+        let middle = graph.tensor(&Tensor::from_slice(&[oc, 1, 1, 1], &vec![128i32; oc]), &o);
         let scales: Vec<f32> = (0..oc).map(|k| 0.5f32.powi(k as i32 % 5)).collect();
         let scales = graph.tensor(&Tensor::from_slice(&[oc, 1, 1, 1], &scales), &o);
         // As if they were too large to be folded while the graph is built.
         let mut unfolded = |op, args: &[_], dtype| {
             graph.push(op, Args::from_slice(args), Type::new(dtype, &of), &o)
         };
-        let w = unfolded(Op::Cast(DType::I32), &[w], DType::I32);
+        let mut w = unfolded(Op::Cast(DType::I32), &[w], DType::I32);
+        if !signed_weights {
+            w = unfolded(Op::Binary(BinaryFn::Sub), &[w, middle], DType::I32);
+        }
         let w = unfolded(Op::Cast(DType::F32), &[w], DType::F32);
         let w = unfolded(Op::Binary(BinaryFn::Mul), &[w, scales], DType::F32);
         let fill = graph.scalar(DType::F32, 0, 0.0, &o);
@@ -141,15 +163,20 @@ mod tests {
             ([3, 24, 7, 2], [19, 22], false),
             ([256, 64, 1, 1], [12, 10], false),
         ] {
-            let (graph, given) = quantised(sizes, image);
-            let expected = eval(&graph, &[Value::from_tensor(&given)]);
-            for wide in [false, true] {
+            for (wide, signed_weights) in
+                [(false, true), (true, true), (false, false), (true, false)]
+            {
+                let (graph, given) = quantised(sizes, image, signed_weights);
+                let expected = eval(&graph, &[Value::from_tensor(&given)]);
                 let compiler = Compiler::new().wide(wide);
                 let kernels = compiler.optimise(&graph).unwrap_or_else(|e| panic!("{e}"));
                 let program = compiler.lower(&kernels).unwrap_or_else(|e| panic!("{e}"));
                 let text: String = program.kernels.iter().map(crate::loops::text::print).collect();
-                assert!(text.contains("dot("), "{sizes:?}\n{text}");
-                assert_eq!(text.contains(".products"), few, "{sizes:?}");
+                assert!(text.contains("dot"), "{sizes:?}\n{text}");
+                // Bytes are multiplied directly.
+                let bytes = compiler.cpu().bytes();
+                assert_eq!(text.contains("dot4("), bytes, "{sizes:?}\n{text}");
+                assert_eq!(text.contains(".products"), few && !bytes, "{sizes:?}");
                 let inputs = [Value::from_tensor(&given)];
                 crate::tests::check_loops(&kernels, &program, &inputs, (&expected, 0.0));
                 let executable = compiler.build(&kernels).unwrap_or_else(|e| panic!("{e}"));
