@@ -56,10 +56,10 @@ fn loads(e: &Expr, found: &mut Vec<(BufferId, Place)>) -> Option<()> {
             Some(())
         }
         Expr::Const(..) => Some(()),
-        Expr::Index(_) | Expr::Fold(..) | Expr::Pair(..) => None,
+        Expr::Index(_) | Expr::Fold(..) | Expr::Word(..) => None,
         Expr::Unary(_, x) | Expr::Cast(_, x) => loads(x, found),
         Expr::Binary(_, x, y) => [x, y].into_iter().try_for_each(|e| loads(e, found)),
-        Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(x, y, z) => {
+        Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(_, x, y, z) => {
             [x, y, z].into_iter().try_for_each(|e| loads(e, found))
         }
     }
@@ -102,7 +102,8 @@ fn find<'a>(lower: &mut Lower, vars: &[Var], inner: Var, body: &'a [Stmt]) -> Op
     let turn = |how, near| Some(Turn { store: body, how, inner, near });
     let close = |v: Var| read.iter().all(|l| matches!(step(l, v), 0 | 1));
     let width = |lower: &Lower, v: Var| lower.extents[v as usize];
-    if !whole(lower, inner) {
+    // A thread of a GPU has no lanes to exchange.
+    if !whole(lower, inner) || lower.target.threads > 0 {
         return None;
     }
     if extent < lanes && NARROW.contains(&extent) {
