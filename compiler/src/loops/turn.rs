@@ -17,8 +17,8 @@ const NARROW: std::ops::RangeInclusive<usize> = 2..=8;
 const PIECES: usize = 16;
 /// Pieces of an axis at most.
 const MOST: usize = 64;
-/// Bytes of a way of the nearest cache, and of a line of it; and lines that a place keeps, with some
-/// to spare.
+/// Bytes of a way of the nearest cache, and of a line of it; and lines that a place keeps, with
+/// some to spare.
 const WAY: usize = 4096;
 const LINE: usize = 64;
 const WAYS: usize = 8;
@@ -40,7 +40,7 @@ enum How {
 struct Turn<'a> {
     store: &'a [Stmt],
     how: How,
-    /// The axis along which elements are stored side by side, and the one along which they are read.
+    /// The axis along which elements are stored side by side, and that along which they are read.
     inner: Var,
     near: Var,
 }

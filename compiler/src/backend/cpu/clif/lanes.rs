@@ -230,6 +230,25 @@ impl Clif<'_> {
         Ok(Val::One(self.b.ins().extractlane(value, 0)))
     }
 
+    /// A scalar in all lanes.
+    pub fn splatted(&mut self, x: &Val) -> Emitted<Val> {
+        match x {
+            Val::Lanes(_) => Ok(x.clone()),
+            Val::One(v) if self.b.func.dfg.value_type(*v) == types::F32 => {
+                let lanes = match self.piece.is_vector() {
+                    true => self.b.ins().splat(self.piece, *v),
+                    false => *v,
+                };
+                Ok(Val::Lanes(std::iter::repeat_n(lanes, self.pieces()).collect()))
+            }
+            // What a register holds: an i32, as in lanes.
+            Val::One(v) if self.b.func.dfg.value_type(*v) == types::I32 => {
+                self.spread(DType::I32, x)
+            }
+            Val::One(_) => Err(Unsupported("lanes of another type than f32 or i32".into())),
+        }
+    }
+
     /// Lanes of two values, those of the second counted after those of the first.
     pub(super) fn picked(&mut self, x: &Val, y: &Val, order: &[u8]) -> Emitted<Val> {
         let (Val::Lanes(x), Val::Lanes(y)) = (x, y) else {

@@ -355,6 +355,29 @@ impl Processor<'_> {
             Mnemonic::Vpackssdw | Mnemonic::Vpackuswb | Mnemonic::Vpacksswb => {
                 self.packed(i, lanes)?;
             }
+            Mnemonic::Vcmpps => self.compared(i, lanes)?,
+            Mnemonic::Vblendvps => self.blended(i, lanes, false)?,
+            Mnemonic::Vblendmps => self.blended(i, lanes, true)?,
+            Mnemonic::Vfmadd213ps | Mnemonic::Vfmadd231ps => self.fused(i, lanes)?,
+            Mnemonic::Vpdpwssd | Mnemonic::Vpdpbusd => self.dotted(i, lanes)?,
+            Mnemonic::Vextractf128 | Mnemonic::Vextractf32x4 | Mnemonic::Vextractf32x8 => {
+                self.extracted(i)?;
+            }
+            Mnemonic::Vinsertps | Mnemonic::Vinsertf128 | Mnemonic::Vinsertf32x4 => {
+                self.inserted(i)?;
+            }
+            // Clears a register, whatever it holds.
+            Mnemonic::Vxorps if i.op_register(1) == i.op_register(2) && !is_memory(i, 2) => {
+                self.set_vector(i, [0; 16], lanes)?;
+            }
+            _ => return Ok(self.ordered(i, lanes)? || self.each(i, lanes)?),
+        }
+        Ok(true)
+    }
+
+    /// Instructions that change the order of lanes.
+    fn ordered(&mut self, i: &Instruction, lanes: usize) -> Result<bool, Fault> {
+        match i.mnemonic() {
             Mnemonic::Vpermq => {
                 let (from, order) = (self.lanes(i, 1, lanes)?, i.immediate8());
                 let pick = |k: usize| {
@@ -383,27 +406,12 @@ impl Processor<'_> {
                     |k: usize| if i.immediate8() >> (k % 8) & 1 == 1 { yes[k] } else { no[k] };
                 self.set_vector(i, std::array::from_fn(pick), lanes)?;
             }
-            Mnemonic::Vcmpps => self.compared(i, lanes)?,
-            Mnemonic::Vblendvps => self.blended(i, lanes, false)?,
-            Mnemonic::Vblendmps => self.blended(i, lanes, true)?,
-            Mnemonic::Vfmadd213ps | Mnemonic::Vfmadd231ps => self.fused(i, lanes)?,
-            Mnemonic::Vpdpwssd | Mnemonic::Vpdpbusd => self.dotted(i, lanes)?,
-            Mnemonic::Vextractf128 | Mnemonic::Vextractf32x4 | Mnemonic::Vextractf32x8 => {
-                self.extracted(i)?;
-            }
-            Mnemonic::Vinsertps | Mnemonic::Vinsertf128 | Mnemonic::Vinsertf32x4 => {
-                self.inserted(i)?;
-            }
             Mnemonic::Vpermilps => {
                 let (from, order) = (self.lanes(i, 1, lanes)?, i.immediate8());
                 let pick = |k: usize| from[k / 4 * 4 + usize::from(order >> (k % 4 * 2) & 3)];
                 self.set_vector(i, std::array::from_fn(pick), lanes)?;
             }
-            // Clears a register, whatever it holds.
-            Mnemonic::Vxorps if i.op_register(1) == i.op_register(2) && !is_memory(i, 2) => {
-                self.set_vector(i, [0; 16], lanes)?;
-            }
-            _ => return self.each(i, lanes),
+            _ => return Ok(false),
         }
         Ok(true)
     }
