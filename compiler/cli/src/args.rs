@@ -220,8 +220,9 @@ pub struct CompileArgs {
     /// What the model is compiled for; for cuda there is text so far: --emit ptx, loops, fused
     #[arg(long, value_name = "DEVICE", value_enum, default_value_t = Device::Cpu)]
     pub device: Device,
-    /// Versions of the GPU's instruction set, one text each: 80 runs on all later ones too
-    #[arg(long, value_name = "SM", value_delimiter = ',', default_value = "80")]
+    /// Versions of the GPU's instruction set, one text each: 80 (the default) runs on all later
+    /// ones too
+    #[arg(long, value_name = "SM", value_delimiter = ',')]
     pub sm: Vec<u32>,
     /// Target to compile for, such as aarch64-unknown-linux-gnu (default: this machine)
     #[arg(long, value_name = "TRIPLE")]

@@ -119,7 +119,12 @@ fn compile_writes_every_stage_and_equal_bytes() {
     }
     assert_eq!(expect(0, &cuda).0, out, "PTX differs from run to run");
     expect(2, &["compile", &model, "--emit", "ptx"]);
-    expect(2, &["compile", &model, "--device", "cuda", "--emit", "so", "-o", "x.so"]);
+    for wrong in [&["--device", "cuda", "--emit", "so"][..], &["--device", "cuda"], &["--sm", "80"]]
+    {
+        let path = folder.path("x.so");
+        expect(2, &[&["compile", &model, "-o", &path], wrong].concat());
+        assert!(!std::path::Path::new(&path).exists(), "{wrong:?} left a file");
+    }
     let (_, err) = expect(2, &["compile", &model, "--device", "cuda", "--sm", "12"]);
     assert!(err.contains("80"), "{err}");
     let objects = ["a.o", "b.o"].map(|name| {

@@ -66,17 +66,20 @@ fn what(args: &CompileArgs) -> Result<Emit, Failure> {
     let emit = match (args.emit, ending) {
         (Some(emit), _) => emit,
         (None, Some("ptx")) => Emit::Ptx,
-        (None, _) if args.device == Device::Cuda => Emit::Ptx,
         (None, Some("so")) => Emit::So,
         (None, Some("o" | "obj")) => Emit::Obj,
         (None, Some("a" | "lib")) => Emit::Staticlib,
         (None, Some("h")) => Emit::Header,
+        (None, _) if args.device == Device::Cuda => Emit::Ptx,
         (None, _) if args.output.is_none() => Emit::Plan,
         (None, _) => {
             return Err(Failure::usage("the ending of the output does not say what to write")
                 .help("end it with .so, .o, .a or .h, or say --emit"));
         }
     };
+    if !args.sm.is_empty() && args.device != Device::Cuda {
+        return Err(Failure::usage("--sm is for GPUs").help("say --device cuda as well"));
+    }
     if (emit == Emit::Ptx) != (args.device == Device::Cuda)
         && !matches!(emit, Emit::Graph | Emit::Fused | Emit::Loops)
     {
@@ -119,7 +122,8 @@ fn cuda(
     term: &Term,
 ) -> Result<Vec<u8>, Failure> {
     let mut texts = Vec::new();
-    for &sm in &args.sm {
+    let versions = if args.sm.is_empty() { &[80][..] } else { &args.sm };
+    for &sm in versions {
         let gpu = Gpu::of(sm).ok_or_else(|| {
             let known: Vec<String> = Gpu::known().iter().map(u32::to_string).collect();
             Failure::usage(format!("--sm {sm} is not known"))
