@@ -25,7 +25,7 @@ fn ramp(ty: &Type, seed: u64) -> Value {
 }
 
 /// Compiles a graph unfused, runs it, and compares with the interpreter.
-fn check(graph: &Graph, tolerance: f64) {
+pub fn check(graph: &Graph, tolerance: f64) {
     check_kernels(graph, &unfused(graph).unwrap(), tolerance);
 }
 
@@ -83,7 +83,7 @@ pub fn check_loops(
     }
 }
 
-fn graph_of(shapes: &[&[usize]], make: impl Fn(&mut Graph, &[crate::graph::NodeId])) -> Graph {
+pub fn graph_of(shapes: &[&[usize]], make: impl Fn(&mut Graph, &[crate::graph::NodeId])) -> Graph {
     let mut graph = Graph::default();
     let inputs: Vec<_> = shapes
         .iter()

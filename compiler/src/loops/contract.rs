@@ -67,6 +67,9 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
         product = words;
     }
     let in_lanes = dots::lower(&lower, &product, &mut lowered)?;
+    if let (Some(&n), None) = (product.vars.last(), product.parts) {
+        lower.target = lower.target.for_axis(lower.extents[usize::from(n)]);
+    }
     match roles(&lower, &product) {
         _ if in_lanes.is_some() => lowered.kernels.extend(in_lanes),
         Some(roles) => {
@@ -81,16 +84,7 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
             lowered.kernels.push(kernel);
         }
     }
-    for (i, kernel) in lowered.kernels.iter_mut().enumerate() {
-        let pack = kernel.buffers.iter().all(|b| b.param != Param::Out);
-        kernel.name = match (pack, i, kernel.name.as_str()) {
-            (true, _, "") => format!("{name}.pack{i}"),
-            (false, 0, "") => name.to_string(),
-            (false, _, "") => format!("{name}.{i}"),
-            (_, _, part) => format!("{name}.{part}"),
-        };
-    }
-    Ok(lowered)
+    Ok(lowered.named(name))
 }
 
 /// A contraction of a body whose result is `root`, as functions of loop variables.

@@ -235,6 +235,19 @@ impl Loops {
         extent
     }
 
+    /// How many lanes its vector loops have; none where there are no such loops.
+    pub fn lanes(&self) -> Option<usize> {
+        fn of(body: &[Stmt]) -> Option<usize> {
+            body.iter().find_map(|stmt| match stmt {
+                Stmt::For { extent, kind: Kind::Vector, .. } => Some(*extent),
+                Stmt::For { body, .. } => of(body),
+                Stmt::If { then, other, .. } => of(then).or_else(|| of(other)),
+                Stmt::Store { .. } | Stmt::Prefetch { .. } => None,
+            })
+        }
+        of(&self.body)
+    }
+
     /// Floating point operations and other work of one run, counted roughly.
     pub fn work(&self) -> u64 {
         work(&self.buffers, &self.body)

@@ -20,20 +20,7 @@ use crate::graph::used::{Span, span};
 use crate::graph::{Body, Constant};
 use crate::rules::attention;
 
-/// What a machine can do, as far as loops need to know.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Target {
-    /// Lanes of f32 in a vector register.
-    pub lanes: usize,
-    /// Vector registers.
-    pub registers: usize,
-    /// Whether a sum is that of the products that the model writes down, and not of fewer others.
-    pub exact: bool,
-    /// What weights that are packed are kept as, F32 or BF16.
-    pub weights: DType,
-    /// Threads of a block of a GPU; 0 for a CPU.
-    pub threads: usize,
-}
+pub use super::target::Target;
 
 /// Kernels of one node, in order, and the scratch memory between them.
 #[derive(Clone, Debug, Default)]
@@ -42,6 +29,22 @@ pub struct Lowered {
     pub kernels: Vec<Loops>,
     /// Type and element count of each scratch buffer.
     pub scratch: Vec<(DType, usize)>,
+}
+
+impl Lowered {
+    /// With names for the kernels of a contraction: those that write no result pack operands.
+    pub fn named(mut self, name: &str) -> Lowered {
+        for (i, kernel) in self.kernels.iter_mut().enumerate() {
+            let pack = kernel.buffers.iter().all(|b| b.param != Param::Out);
+            kernel.name = match (pack, i, kernel.name.as_str()) {
+                (true, _, "") => format!("{name}.pack{i}"),
+                (false, 0, "") => name.to_string(),
+                (false, _, "") => format!("{name}.{i}"),
+                (_, _, part) => format!("{name}.{part}"),
+            };
+        }
+        self
+    }
 }
 
 /// Why a body has no loops: the operation and what is missing.

@@ -21,6 +21,7 @@ pub mod panels;
 pub mod rewrite;
 pub mod share;
 pub mod straight;
+pub mod target;
 pub mod text;
 pub mod turn;
 pub mod verify;

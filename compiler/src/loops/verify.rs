@@ -179,6 +179,9 @@ impl Check<'_> {
                     if *extent == 0 {
                         return Err(Unproven(format!("loop i{var} has no turns")));
                     }
+                    // Emitters are told of one number of lanes.
+                    let lanes = *kind != Kind::Vector || self.loops.lanes() == Some(*extent);
+                    unless(lanes, || format!("vector loop i{var} has lanes of its own"))?;
                     let pieces = matches!(kind, Kind::Parallel | Kind::Block);
                     if pieces && !(outermost && alone) {
                         return Err(Unproven(format!("{kind:?} loop i{var} is not outermost")));

@@ -44,13 +44,14 @@ pub fn emit_all(kernels: &[Loops], cpu: &Cpu, verify: bool, texts: bool) -> Resu
     };
     let isa = clif::target_isa(cpu.triple.name, &cpu.flags(), verify)
         .map_err(|why| Error::new(ErrorKind::Incompatible, refuse(cpu.triple.name, &why)))?;
-    let lanes = cpu.lanes;
     let mut out = Emitted::default();
     let mut problems = Vec::new();
     for kernel in kernels {
+        // A kernel of short rows may have half the lanes.
+        let lanes = kernel.lanes().unwrap_or(cpu.lanes);
         let compiled = match cpu.wide_lanes {
             0 => clif::compile(kernel, &*isa, lanes, texts),
-            wide => wide::compile(kernel, wide, cpu.dots(), texts)
+            wide => wide::compile(kernel, lanes.min(wide), cpu.dots(), texts)
                 .or_else(|_| clif::compile(kernel, &*isa, lanes, texts)),
         };
         match compiled {

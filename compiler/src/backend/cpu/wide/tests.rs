@@ -109,6 +109,7 @@ pub struct Agreed {
 /// Results are the same, with and without instructions for dot products. `None` where the kernel is
 /// not for wide code.
 pub fn try_agree(loops: &Loops, lanes: usize, before: &[Vec<f32>], turns: i64) -> Option<Agreed> {
+    let lanes = loops.lanes().unwrap_or(lanes);
     let plain = agreed(loops, (lanes, false), before, turns)?;
     let dots = agreed(loops, (lanes, true), before, turns)?;
     assert!(bits(&plain.buffers) == bits(&dots.buffers), "{}, {lanes} lanes", loops.name);
