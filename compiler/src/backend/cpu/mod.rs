@@ -75,3 +75,38 @@ pub fn emit_all(kernels: &[Loops], cpu: &Cpu, verify: bool, texts: bool) -> Resu
         false => Err(Error { kind: ErrorKind::Model, diagnostics: problems }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Cpu;
+    use crate::Compiler;
+    use crate::graph::op::Type;
+    use crate::tests::{check, graph_of};
+    use kiln_runtime::tensor::{DType, Tensor};
+
+    #[test]
+    fn rows_of_half_a_vector_are_no_single_elements() {
+        for width in [7, 8, 11, 14, 15, 16] {
+            // A depthwise convolution that nothing moves: rows of the image are in lanes.
+            let graph = graph_of(&[&[1, 3, 9, width + 2]], |g, x| {
+                let w = Tensor::from_slice(&[3, 1, 3, 3], &[0.25f32; 27]);
+                let w = g.tensor(&w, &"w".into());
+                g.conv([x[0], w], (&[1, 1], &[1, 1]), 3, &"conv".into()).expect("fits");
+            });
+            assert_eq!(graph.ty(graph.outputs[0].1), &Type::new(DType::F32, &[1, 3, 7, width]));
+            check(&graph, 2e-6);
+            let v4 = Cpu::named(None, Some("x86-64-v4")).expect("a level of x86-64");
+            let program = Compiler::new()
+                .target(v4)
+                .lower(&crate::rules::optimise(&graph, true, false).expect("a sound graph").graph);
+            let program = program.expect("kernels");
+            let lanes = program.kernels.last().and_then(|k| k.lanes());
+            let want = match width {
+                ..8 => None,
+                8..16 => Some(8),
+                _ => Some(16),
+            };
+            assert_eq!(lanes, want, "{width} columns");
+        }
+    }
+}
