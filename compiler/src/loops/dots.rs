@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::contract::{Product, plain_load, repacked};
-use super::ir::{Expr, Kind, Loops, Number, Place, Stmt, Var};
+use super::contract::{Product, plain_load, repacked, zero};
+use super::ir::{Expr, Kind, Loops, Place, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, origin_place};
 use super::panels::packable;
 use super::{nest, rewrite};
@@ -33,7 +33,6 @@ pub fn lower(parent: &Lower, product: &Product, lowered: &mut Lowered) -> Loweri
     let in_lanes = Affine::scaled(step.into(), lanes as i64).plus(lane.into(), 1);
     let one_by_one = Affine { offset: (steps * lanes) as i64, ..Affine::axis(last.into()) };
     let store = |buffer, place, value| Stmt::Store { buffer, place, value };
-    let zero = || Expr::Const(DType::F32, Number::Float(0.0));
     let load = |buffer, place| Arc::new(Expr::Load(buffer, place));
     // Of each result: the start of its sum, its steps in lanes and one by one, and its end.
     let [mut wide, mut wide_steps, mut starts, mut single_steps, mut ends] =
@@ -47,9 +46,9 @@ pub fn lower(parent: &Lower, product: &Product, lowered: &mut Lowered) -> Loweri
             let before = load(to, place.clone());
             here(store(to, place, Expr::Fma(x.clone(), y.clone(), before)))
         };
-        wide.push(store(vector, at.clone(), zero()));
+        wide.push(store(vector, at.clone(), zero(DType::F32)));
         wide_steps.extend(add(vector, at));
-        starts.push(store(cell, origin_place(), zero()));
+        starts.push(store(cell, origin_place(), zero(DType::F32)));
         single_steps.extend(add(cell, origin_place()));
         let folded = Arc::new(Expr::Fold(ReduceFn::Sum, vector));
         let all = Expr::Binary(BinaryFn::Add, load(cell, origin_place()), folded);

@@ -16,8 +16,8 @@ use crate::graph::op::{Axes, BinaryFn, Contract, Op, ReduceFn, Shape};
 use crate::graph::scalar::Parts;
 
 /// A contraction of bytes without their zero points, of which one operand is constant, as one of
-/// bytes as they are: what the zero point of
-/// the other one adds to a sum, itself times the sum of the weights, is taken from it.
+/// bytes as they are: what the zero point of the other one adds to a sum, itself times the sum of
+/// the weights, is taken from it.
 pub(super) fn of_bytes(egraph: &mut Egg, contract: &Contract, wholes: &[Id]) -> Option<Id> {
     let constant = [0, 1].map(|k: usize| egraph[wholes[k]].data.constant);
     let [w, x] = match constant {

@@ -50,8 +50,9 @@ pub fn emit_all(kernels: &[Loops], cpu: &Cpu, verify: bool, texts: bool) -> Resu
         // A kernel of short rows may have half the lanes.
         let lanes = kernel.lanes().unwrap_or(cpu.lanes);
         let compiled = match cpu.wide_lanes {
-            0 => clif::compile(kernel, &*isa, lanes, texts),
-            wide => wide::compile(kernel, lanes.min(wide), cpu.dots(), texts)
+            wide if wide < lanes => clif::compile(kernel, &*isa, lanes, texts),
+            // Instructions for dot products are those of the whole width.
+            wide => wide::compile(kernel, lanes, cpu.dots() && lanes == wide, texts)
                 .or_else(|_| clif::compile(kernel, &*isa, lanes, texts)),
         };
         match compiled {

@@ -138,7 +138,7 @@ fn symbol(number: usize, name: &str) -> String {
 /// Writes one kernel.
 fn entry(kernel: &Loops, number: usize, gpu: Gpu, text: &mut String) -> emit::Emitted<Entry> {
     let layout = layout(kernel)?;
-    let mut ptx = Ptx::new(kernel, layout, lanes(&kernel.body));
+    let mut ptx = Ptx::new(kernel, layout, kernel.lanes().unwrap_or(1));
     emit::emit(kernel, &mut ptx)?;
     ptx.code.push(Inst::Return);
     if ptx.shared > gpu.shared {
@@ -169,15 +169,4 @@ fn entry(kernel: &Loops, number: usize, gpu: Gpu, text: &mut String) -> emit::Em
         false => layout.turns.div_ceil(layout.threads),
     };
     Ok(Entry { name, blocks, threads: layout.threads, shared: ptx.shared })
-}
-
-/// Lanes of the vector loops of a kernel.
-fn lanes(body: &[Stmt]) -> usize {
-    let of = |stmt: &Stmt| match stmt {
-        Stmt::For { extent, kind: Kind::Vector, .. } => *extent,
-        Stmt::For { body, .. } => lanes(body),
-        Stmt::Store { .. } | Stmt::Prefetch { .. } => 1,
-        Stmt::If { then, other, .. } => lanes(then).max(lanes(other)),
-    };
-    body.iter().map(of).max().unwrap_or(1)
 }
