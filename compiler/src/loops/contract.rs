@@ -292,11 +292,7 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
             lowered.kernels.push(pack);
             panel = Some(Panels { scratch, place, kept });
         }
-        let mut copy = lower.fresh();
-        copy.buffers = lower.buffers.clone();
-        copy.extents = lower.extents.clone();
-        copy.share_ranges(&lower);
-        lowered.kernels.push(tile(copy, &product, roles, &summed, strip, panel)?);
+        lowered.kernels.push(tile(lower.copy(), &product, roles, &summed, strip, panel)?);
     }
     Ok(())
 }

@@ -20,9 +20,7 @@ const VECTORS: usize = 2;
 pub fn lower(parent: &Lower, product: &Product, lowered: &mut Lowered) -> Lowering<Option<Loops>> {
     let Some((&n, rows)) = product.vars.split_last() else { return Ok(None) };
     let Some(sum) = sum_in_lanes(parent, product, n) else { return Ok(None) };
-    let mut lower = parent.fresh();
-    lower.buffers = parent.buffers.clone();
-    lower.extents = parent.extents.clone();
+    let mut lower = parent.copy();
     let [mut x, mut y] = product.operands.clone();
     for operand in [&mut x, &mut y] {
         *operand = repacked(&mut lower, operand, product, sum, lowered)?;

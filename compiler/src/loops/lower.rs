@@ -216,10 +216,11 @@ impl<'a> Lower<'a> {
         Lower { inside: self.inside.clone(), ..fresh }
     }
 
-    /// Takes over which turns of loops the run decides.
-    pub fn share_ranges(&mut self, other: &Lower) {
-        self.spans = other.spans.clone();
-        self.ranges = other.ranges.clone();
+    /// The same variables and buffers, for one more kernel.
+    pub fn copy(&self) -> Lower<'a> {
+        let (buffers, extents) = (self.buffers.clone(), self.extents.clone());
+        let (spans, ranges) = (self.spans.clone(), self.ranges.clone());
+        Lower { buffers, extents, spans, ranges, ..self.fresh() }
     }
 
     /// The node that is written. A reshape of a dense result changes no byte of it.

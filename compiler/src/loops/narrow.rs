@@ -64,7 +64,7 @@ pub fn lower(
     let dtype = parent.buffers[product.cell].dtype;
     let sums = lowered.scratch.len();
     lowered.scratch.push((dtype, step));
-    let mut copy = copy_of(parent);
+    let mut copy = parent.copy();
     copy.extents[usize::from(n)] = lanes;
     let out = copy.buffer(dtype, step, Scope::Global, Param::Scratch(sums));
     let whole = Product {
@@ -75,7 +75,7 @@ pub fn lower(
     };
     let panels = Panels { scratch: (panels, len), place, kept };
     lowered.kernels.push(tile(copy, &whole, roles, summed, strip, Some(panels))?);
-    let mut copy = copy_of(parent);
+    let mut copy = parent.copy();
     let from = copy.buffer(dtype, step, Scope::Global, Param::Scratch(sums));
     let (buffer, place, value) = (product.out, product.place, (*product.result).clone());
     let store = [Stmt::Store { buffer, place, value }];
@@ -86,13 +86,6 @@ pub fn lower(
     let value = Arc::new(value.clone());
     lowered.kernels.push(nest::store_nest(copy, product.vars, *buffer, place.clone(), value));
     Ok(())
-}
-
-fn copy_of<'a>(parent: &Lower<'a>) -> Lower<'a> {
-    let mut copy = parent.fresh();
-    copy.buffers = parent.buffers.clone();
-    copy.extents = parent.extents.clone();
-    copy
 }
 
 #[cfg(test)]

@@ -227,21 +227,17 @@ fn blocks(lower: &mut Lower, vars: &mut Vec<Var>, turn: &Turn) -> Lowering<Vec<S
         let body = square(lower, &at.plus(var as usize, lanes as i64), from)?;
         Ok(vec![Stmt::For { var, extent: count, kind: Kind::Serial, body }])
     };
-    if let Some((start, length)) = shared(lower, vars, turn.near, width)? {
-        return over(lower, (length, width), &mut |lower, at| {
-            let at = sum(&start, &at);
-            over(lower, (columns, lanes), &mut |lower, from| piece(lower, at.clone(), &from))
-        });
+    let [mut near, mut inner] = [rows, columns].map(|extent| (Affine::default(), extent));
+    if let Some(part) = shared(lower, vars, turn.near, width)? {
+        near = part;
+    } else if let Some(part) = shared(lower, vars, turn.inner, lanes)? {
+        inner = part;
     }
-    if let Some((start, length)) = shared(lower, vars, turn.inner, lanes)? {
-        return over(lower, (rows, width), &mut |lower, at| {
-            over(lower, (length, lanes), &mut |lower, from| {
-                piece(lower, at.clone(), &sum(&start, &from))
-            })
-        });
-    }
-    over(lower, (rows, width), &mut |lower, at| {
-        over(lower, (columns, lanes), &mut |lower, from| piece(lower, at.clone(), &from))
+    over(lower, (near.1, width), &mut |lower, at| {
+        let at = sum(&near.0, &at);
+        over(lower, (inner.1, lanes), &mut |lower, from| {
+            piece(lower, at.clone(), &sum(&inner.0, &from))
+        })
     })
 }
 
@@ -259,7 +255,7 @@ fn strips(lower: &mut Lower, vars: &mut Vec<Var>, turn: &Turn) -> Lowering<Vec<S
         _ => (turn.inner, turn.near),
     };
     let (extent, count) = (lower.extents[long as usize], lower.extents[few as usize]);
-    let mut strip = |lower: &mut Lower, at: Affine| -> Lowering<Vec<Stmt>> {
+    let strip = |lower: &mut Lower, at: Affine| -> Lowering<Vec<Stmt>> {
         let (copy, lane) = (lower.var(count)?, lower.var(lanes)?);
         let row = at.clone().plus(lane as usize, 1);
         let each = turn.along(long, row, few, Affine::axis(copy as usize));
@@ -273,12 +269,9 @@ fn strips(lower: &mut Lower, vars: &mut Vec<Var>, turn: &Turn) -> Lowering<Vec<S
         };
         Ok(turn.stages(lower, (count, copy, lane), (&first, &second), places))
     };
-    match shared(lower, vars, long, lanes)? {
-        Some((start, length)) => {
-            over(lower, (length, lanes), &mut |lower, at| strip(lower, sum(&start, &at)))
-        }
-        None => over(lower, (extent, lanes), &mut strip),
-    }
+    let part = shared(lower, vars, long, lanes)?;
+    let (start, length) = part.unwrap_or((Affine::default(), extent));
+    over(lower, (length, lanes), &mut |lower, at| strip(lower, sum(&start, &at)))
 }
 
 /// What an index becomes.
