@@ -11,7 +11,7 @@ use super::index::{Index, add};
 use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
 use super::panels::{self, Strip};
-use super::{nest, rewrite};
+use super::{nest, rewrite, turn};
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, UnaryFn};
 use crate::rules::attention::{Attention, FEW, MANY};
 
@@ -19,8 +19,10 @@ use crate::rules::attention::{Attention, FEW, MANY};
 const ROWS: usize = 24;
 /// Scores of a block at most: they share a cache of the second level with keys and values.
 const SCORES: usize = 1 << 16;
-/// Pieces for threads, where there are so many blocks.
-const PIECES: usize = 64;
+/// Pieces for threads, where there are so many blocks: each packs keys and values for itself.
+const PIECES: usize = 16;
+/// Rows of values that are read as they lie: more of them drive each other out of the cache.
+const CLOSE: usize = 512;
 /// How rows are shared out: `pieces` times `blocks` blocks of `rows` rows, and the rows left over.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Shares {
@@ -36,8 +38,9 @@ fn shares(total: usize, keys: usize, outer: usize) -> Shares {
     let whole = (most / 2 + 1..=most).rev().find(|&rows| total.is_multiple_of(rows));
     let rows = whole.unwrap_or(most);
     let blocks = total / rows;
-    let wanted = PIECES.div_ceil(outer).min((total / MANY).max(1));
-    let pieces = (1..=blocks).rev().find(|p| *p <= wanted && blocks.is_multiple_of(*p));
+    let most = (total / MANY).clamp(1, 2 * PIECES.div_ceil(outer));
+    let wanted = PIECES.div_ceil(outer).min(most);
+    let pieces = (wanted..=most).chain((1..wanted).rev()).find(|p| blocks.is_multiple_of(*p));
     let pieces = pieces.unwrap_or(1);
     Shares { rows, blocks: blocks / pieces, pieces, left: total % rows }
 }
@@ -78,7 +81,8 @@ struct Block {
     /// The variable of a row within its block.
     line: Var,
     scores: Tiles,
-    softmax: Vec<Stmt>,
+    /// What is done for each row between the two contractions, for all rows one after another.
+    passes: [Vec<Stmt>; 2],
     mixed: Tiles,
 }
 
@@ -106,8 +110,9 @@ pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lo
         pieces.count *= lower.extents[v as usize];
     }
     // Rows are not a power of two apart, so that they do not fight for the same lines of a cache.
-    // Behind its scores a row has a place for what all its weights are multiplied with.
-    let step = (keys + 1).next_multiple_of(16);
+    // Behind its scores a row has places for what all its weights are multiplied with, and for its
+    // maximum.
+    let step = (keys + 2).next_multiple_of(16);
     let step = if step.is_multiple_of(512) { step + 16 } else { step };
     let (scratch, start) = pieces.buffer(&mut lower, shares.rows * step);
     let line = lower.var(shares.rows)?;
@@ -115,12 +120,13 @@ pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lo
     let mut scores = scores(&mut lower, parts, (&row, keys), &line_of)?;
     let rows = shares.blocks * shares.rows;
     scores.way = way(&mut lower, &scores, (rows, query), &mut pieces);
+    let most = most(&mut lower, parts, (&row, keys), &line_of)?;
     let (softmax, scale) = softmax(&mut lower, parts, (&row, keys), &line_of)?;
     let mut mixed = mixed(product, parts.side, (key, scale), &line_of)?;
     mixed.way = way(&mut lower, &mixed, (rows, query), &mut pieces);
     let mut inside = scores.pack(&mut lower)?;
     inside.extend(mixed.pack(&mut lower)?);
-    let block = Block { query, line, scores, softmax, mixed };
+    let block = Block { query, line, scores, passes: [most, softmax], mixed };
     inside.extend(block.all(&mut lower, shares, (piece, turn))?);
     let loops = outer.into_iter().chain([piece]);
     let (loops, single): (Vec<Var>, Vec<Var>) = loops.partition(|&v| lower.extents[v as usize] > 1);
@@ -210,7 +216,25 @@ pub fn scores(
     Ok(Tiles { cell, lanes: key, summed, operands, end: vec![store], way: Way::Single })
 }
 
-/// The softmax of a row in place: its maximum; powers and their sum; weights. Where these are
+/// The maximum of a row, which is kept at a place behind its scores: rows follow one another
+/// without waiting for what comes of it.
+fn most(
+    lower: &mut Lower,
+    parts: &Attention,
+    (row, keys): (&[Index], usize),
+    (buffer, start): &(BufferId, Index),
+) -> Lowering<Vec<Stmt>> {
+    let mut body = nest::reduce_pass(lower, parts.most, row, (&[keys], &[None]), None)?;
+    let mut index = row.to_vec();
+    index.push(origin_place());
+    let value = (*lower.value(parts.most, &index)?).clone();
+    let place = add(start, &Place::affine(Affine::constant(keys as i64 + 1)));
+    body.push(Stmt::Store { buffer: *buffer, place: place.clone(), value });
+    lower.bind_cell(parts.most, Expr::Load(*buffer, place));
+    Ok(body)
+}
+
+/// The softmax of a row in place, given its maximum: powers and their sum; weights. Where these are
 /// powers times one number of the row, the powers stay and the number is stored behind them: its
 /// place is returned, since sums of fewer elements can be multiplied with it later.
 pub fn softmax(
@@ -219,10 +243,8 @@ pub fn softmax(
     (row, keys): (&[Index], usize),
     (buffer, start): &(BufferId, Index),
 ) -> Lowering<(Vec<Stmt>, Option<Place>)> {
-    let whole: (&[usize], _) = (&[keys], &[None][..]);
-    let mut body = nest::reduce_pass(lower, parts.most, row, whole, None)?;
     let keep = Some((parts.powers, *buffer, start.clone()));
-    body.extend(nest::reduce_pass(lower, parts.sum, row, whole, keep)?);
+    let mut body = nest::reduce_pass(lower, parts.sum, row, (&[keys], &[None]), keep)?;
     let store = |place, value| Stmt::Store { buffer: *buffer, place, value };
     let mut index = row.to_vec();
     if let Some((node, divides)) = scale_of(lower, parts) {
@@ -307,12 +329,12 @@ fn way(
             return Way::Across;
         }
     }
+    let sums: usize = tiles.summed.iter().map(|&v| lower.extents[v as usize]).product();
     let shared = query.is_none_or(|q| load.1.coefficient(q as usize) == 0);
     match (vector && alone, step) {
         (false, _) | (true, 0) => Way::Single,
-        (true, 1) if rows < MANY || !shared => Way::Lanes,
+        (true, 1) if rows < MANY || !shared || sums <= CLOSE => Way::Lanes,
         (true, _) if shared => {
-            let sums: usize = tiles.summed.iter().map(|&v| lower.extents[v as usize]).product();
             let strips = panels::strips(lower.extents[n as usize], lower.target.lanes, 2);
             let each = sums * panels::panel_elements(&strips);
             let (buffer, start) = pieces.buffer(lower, each);
@@ -370,12 +392,12 @@ impl Block {
         };
         let rows = (height > 1).then_some(row);
         let mut out = self.scores.lower(lower, rows, &here)?;
-        let softmax = here(&self.softmax);
-        match rows {
-            Some(var) => {
-                out.push(Stmt::For { var, extent: height, kind: Kind::Serial, body: softmax })
+        for pass in &self.passes {
+            let body = here(pass);
+            match rows {
+                Some(var) => out.push(Stmt::For { var, extent: height, kind: Kind::Serial, body }),
+                None => out.extend(body),
             }
-            None => out.extend(softmax),
         }
         out.extend(self.mixed.lower(lower, rows, &here)?);
         Ok(out)
@@ -436,12 +458,13 @@ impl Tiles {
             let read =
                 affine.substitute(&|v| if v == lanes { index.clone() } else { Affine::axis(v) });
             let value = Expr::Load(from, Place::affine(read));
-            let store = Stmt::Store { buffer: *buffer, place: Place::affine(place), value };
-            let kind = if whole { Kind::Vector } else { Kind::Unroll };
-            let body = vec![Stmt::For { var: at, extent: width, kind, body: vec![store] }];
-            let loops: Vec<Var> = [tile].into_iter().chain(self.summed.iter().copied()).collect();
-            let extent = strip.width / width;
-            let body = vec![Stmt::For { var: step, extent, kind: Kind::Unroll, body }];
+            let store = vec![Stmt::Store { buffer: *buffer, place: Place::affine(place), value }];
+            let loops = [tile].into_iter().chain(self.summed.iter().copied());
+            let mut loops: Vec<Var> = loops.chain([step]).collect();
+            let body = turn::turned(lower, &mut loops, at, &store).unwrap_or_else(|| {
+                let kind = if whole { Kind::Vector } else { Kind::Unroll };
+                vec![Stmt::For { var: at, extent: width, kind, body: store }]
+            });
             out.extend(nest::wrap(&lower.extents, &loops, body, 0));
         }
         Ok(out)
@@ -542,7 +565,7 @@ mod tests {
             assert_eq!(s.pieces * s.blocks * s.rows + s.left, total, "{s:?}");
             assert!(s.rows <= ROWS && s.left < s.rows.max(1) && s.rows * keys <= SCORES, "{s:?}");
         }
-        let even = Shares { rows: 20, blocks: 15, pieces: 5, left: 0 };
+        let even = Shares { rows: 20, blocks: 25, pieces: 3, left: 0 };
         assert_eq!(shares(1500, 1500, 8), even);
     }
 }

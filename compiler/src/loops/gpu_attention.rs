@@ -6,7 +6,7 @@ use super::contract;
 use super::gpu;
 use super::ir::{Buffer, Expr, Loops, Number, Param, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, origin_place};
-use super::nest::wrap;
+use super::nest::{self, wrap};
 use crate::rules::attention::Attention;
 use kiln_runtime::tensor::DType;
 
@@ -39,9 +39,11 @@ pub fn lower(
     lower.buffers.push(Buffer { dtype, len, scope, param });
     let line = (lower.buffers.len() - 1, origin_place());
     let scores = scores(&mut lower, parts, (&row, keys), &line)?;
+    let most = nest::reduce_pass(&mut lower, parts.most, &row, (&[keys], &[None]), None)?;
     let (softmax, scale) = softmax(&mut lower, parts, (&row, keys), &line)?;
     let mixed = mixed(product, parts.side, (key, scale), &line)?;
     let mut body = each(&mut lower, &scores)?;
+    body.extend(most);
     body.extend(softmax);
     body.extend(each(&mut lower, &mixed)?);
     let body = gpu::blocks(&mut lower, &outer, body)?;

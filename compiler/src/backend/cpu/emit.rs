@@ -403,6 +403,12 @@ impl<M: Machine> Emit<'_, M> {
         let address = self.address(buffer, place)?;
         self.machine.store(dtype, &address, &result)?;
         self.loads.retain(|k, _| k.0 != buffer);
+        // What is read there next is what was stored, as these lose nothing.
+        let (index, along) = self.resolve(&place.affine);
+        let access = if self.lane.is_some() { Access::Lanes(along) } else { Access::One };
+        if dtype == DType::F32 && place.dynamic.is_none() && self.lane.is_some() == (along == 1) {
+            self.loads.insert((buffer, index, access, dtype), result);
+        }
         self.known.retain(|_, v| v.1 & bit(buffer) == 0);
         Ok(())
     }

@@ -157,6 +157,10 @@ pub trait Machine {
     fn shift(&mut self, x: &Self::Value, left: i32) -> Emitted<Self::Value>;
     /// The bits of an f32, an i32, as an f32.
     fn int_to_float(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
+    /// x * 2^n of f32, rounded once, n a whole number; nothing where no instruction does that.
+    fn scaled(&mut self, _x: &Self::Value, _n: &Self::Value) -> Emitted<Option<Self::Value>> {
+        Ok(None)
+    }
     /// A scalar in all lanes.
     fn splat(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
     /// Lanes of two values: those of the second are counted after those of the first.

@@ -107,9 +107,9 @@ const ROUNDS: f64 = 12_582_912.0;
 /// What the exponent of 2^0 is stored as.
 const BIAS: f64 = 127.0;
 
-/// e^x = p * 2^n: p by a polynomial of degree 6 on |r| <= ln 2 / 2, and an f32 that holds n + bias
-/// in its low bits.
-fn exp_parts<M: Machine>(calc: &mut Calc<M>, x: &V<M>, bias: f64) -> Emitted<[V<M>; 2]> {
+/// e^x = p * 2^n: p by a polynomial of degree 6 on |r| <= ln 2 / 2, an f32 that holds n + bias in
+/// its low bits, and n.
+fn exp_parts<M: Machine>(calc: &mut Calc<M>, x: &V<M>, bias: f64) -> Emitted<[V<M>; 3]> {
     let (log2, rounds) = (calc.c(std::f64::consts::LOG2_E)?, calc.c(ROUNDS + bias)?);
     let held = calc.fma(x, &log2, &rounds)?;
     let n = calc.op(BinaryFn::Sub, &held, &rounds)?;
@@ -123,15 +123,18 @@ fn exp_parts<M: Machine>(calc: &mut Calc<M>, x: &V<M>, bias: f64) -> Emitted<[V<
     let square = calc.op(BinaryFn::Mul, &r, &r)?;
     let p = calc.fma(&p, &square, &r)?;
     let p = calc.opc(BinaryFn::Add, &p, 1.0)?;
-    Ok([p, held])
+    Ok([p, held, n])
 }
 
 /// e^x within 1 ulp.
 fn exp<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
     let x = calc.opc(BinaryFn::Max, x, -104.0)?;
     let x = calc.opc(BinaryFn::Min, &x, 89.0)?;
+    let [p, held, n] = exp_parts(calc, &x, 2.0 * BIAS)?;
+    if let Some(scaled) = calc.machine.scaled(&p, &n)? {
+        return Ok(scaled);
+    }
     // In two steps: 2^n itself may lie outside of the normal numbers.
-    let [p, held] = exp_parts(calc, &x, 2.0 * BIAS)?;
     let half = calc.machine.shift(&held, -1)?;
     let rest = calc.machine.bits(Bits::Sub, &held, &half)?;
     let (a, b) = (calc.machine.shift(&half, 23)?, calc.machine.shift(&rest, 23)?);
@@ -141,7 +144,10 @@ fn exp<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
 
 /// e^x within 1 ulp, for x in -87..=88.
 fn exp_inside<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
-    let [p, held] = exp_parts(calc, x, BIAS)?;
+    let [p, held, n] = exp_parts(calc, x, BIAS)?;
+    if let Some(scaled) = calc.machine.scaled(&p, &n)? {
+        return Ok(scaled);
+    }
     let power = calc.machine.shift(&held, 23)?;
     calc.op(BinaryFn::Mul, &p, &power)
 }
@@ -151,7 +157,10 @@ fn exp_beside<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
     // 2^(n-1) is 0 for the least n; for the largest one the product is infinite.
     let x = calc.opc(BinaryFn::Max, x, -87.2)?;
     let x = calc.opc(BinaryFn::Min, &x, 88.9)?;
-    let [p, held] = exp_parts(calc, &x, BIAS - 1.0)?;
+    let [p, held, n] = exp_parts(calc, &x, BIAS - 1.0)?;
+    if let Some(scaled) = calc.machine.scaled(&p, &n)? {
+        return Ok(scaled);
+    }
     let p = calc.op(BinaryFn::Add, &p, &p)?;
     let power = calc.machine.shift(&held, 23)?;
     calc.op(BinaryFn::Mul, &p, &power)

@@ -484,21 +484,60 @@ impl Wide {
                 .map(|i| self.float_binary(f, &values[i], &values[i + half]))
                 .collect::<Emitted<_>>()?;
         }
-        let mut value = values[0];
+        let value = values[0];
+        // The larger or smaller of lanes may lose one that is NaN: that is asked once for all.
+        let (step, nan) = match f {
+            BinaryFn::Max => (Some(isa::MAX), Some(self.unordered(&value)?)),
+            BinaryFn::Min => (Some(isa::MIN), Some(self.unordered(&value)?)),
+            _ => (None, None),
+        };
+        let folded = self.folded_lanes(&value, &mut |wide, x, y| match step {
+            Some(op) => wide.two(op, x, y),
+            None => wide.float_binary(f, x, y),
+        })?;
+        let Some(nan) = nan else { return Ok(folded) };
+        let any = self.any(&nan)?;
+        let mask = self.mask(any, false);
+        self.blend(&mask, &Val::Literal(f32::NAN.to_bits(), false), &folded)
+    }
+
+    /// Whether a mask holds for a lane, as 1 or 0.
+    fn any(&mut self, mask: &Val) -> Emitted<VReg> {
+        let code = match self.level {
+            Level::Avx2 => Code::VEX_Vmovmskps_r32_ymm,
+            Level::Avx512 => Code::VEX_Kmovw_r32_kr,
+        };
+        let from = match self.level {
+            Level::Avx2 => self.part(1, true),
+            Level::Avx512 => Arg::Mask(1),
+        };
+        let (mask, block) = (self.register(mask), self.current);
+        let lanes = self.code.make(block, RegClass::Int, code, &[Arg::Gpr32(0), from], &[mask]);
+        let none = self.int(block, 0);
+        Ok(self.code.ask(block, Ask::Ne, lanes, none))
+    }
+
+    /// All lanes of a value in lane 0.
+    fn folded_lanes(
+        &mut self,
+        value: &Val,
+        step: &mut dyn FnMut(&mut Wide, &Val, &Val) -> Emitted<Val>,
+    ) -> Emitted<Val> {
+        let mut value = *value;
         if self.level == Level::Avx512 {
             let args = [Arg::Vector(0, Width::Ymm), self.part(1, true), byte(1)];
             let code = Code::EVEX_Vextractf32x8_ymmm256_k1z_zmm_imm8;
             let high = self.moved_lanes(code, &args, &value)?;
             // Lanes 8 and on do not matter any more.
-            value = self.float_binary(f, &value, &Val::Lanes(high))?;
+            value = step(self, &value, &Val::Lanes(high))?;
         }
         let args = [Arg::Vector(0, Width::Xmm), self.part(1, true), byte(1)];
         let high = self.moved_lanes(self.form(isa::UPPER, false), &args, &value)?;
         let low = self.vector(&value)?;
-        value = self.float_binary(f, &Val::One(low), &Val::One(high))?;
+        value = step(self, &Val::One(low), &Val::One(high))?;
         for order in [0x4e, 0xb1] {
             let moved = self.one(isa::PERMUTE, &value, Some(order))?;
-            value = self.float_binary(f, &value, &moved)?;
+            value = step(self, &value, &moved)?;
         }
         Ok(value)
     }

@@ -15,6 +15,7 @@ mod graphs;
 mod interleave;
 pub mod isa;
 mod lanes;
+mod literals;
 mod ssa;
 #[cfg(test)]
 mod tests;
@@ -517,6 +518,17 @@ impl Machine for Wide {
 
     fn int_to_float(&mut self, x: &Val) -> Emitted<Val> {
         self.one(isa::FROM_INT, x, None)
+    }
+
+    fn scaled(&mut self, x: &Val, n: &Val) -> Emitted<Option<Val>> {
+        let code = match (self.level, x.is_wide()) {
+            (Level::Avx2, _) => return Ok(None),
+            (Level::Avx512, true) => Code::EVEX_Vscalefps_zmm_k1z_zmm_zmmm512b32_er,
+            (Level::Avx512, false) => Code::EVEX_Vscalefps_xmm_k1z_xmm_xmmm128b32,
+        };
+        let uses = [self.vector(x)?, self.vector(n)?];
+        let args = [0, 1, 2].map(|place| self.part(place, x.is_wide()));
+        Ok(Some(x.like(self.code.make(self.current, RegClass::Float, code, &args, &uses))))
     }
 
     fn splat(&mut self, x: &Val) -> Emitted<Val> {

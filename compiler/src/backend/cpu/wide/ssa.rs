@@ -8,10 +8,10 @@ use regalloc2::{
     Block, Inst, InstRange, MachineEnv, Operand, Output, PReg, PRegSet, RegClass, RegallocOptions,
     VReg,
 };
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 
-use super::interleave;
 use super::isa::{Level, Width};
+use super::{interleave, literals};
 use crate::backend::cpu::emit::{Emitted, Unsupported};
 
 /// A general register that holds an argument, by hardware number: rdi, rsi, rdx.
@@ -96,12 +96,31 @@ pub struct Step {
     pub operands: SmallVec<[Operand; 4]>,
 }
 
+/// A block.
 #[derive(Default)]
-struct Piece {
-    params: Vec<VReg>,
-    steps: Vec<Step>,
+pub struct Piece {
+    /// Registers that jumps give it.
+    pub params: Vec<VReg>,
+    /// Its steps; the last one leaves it.
+    pub steps: Vec<Step>,
     /// Arguments of the jump at the end.
-    args: Vec<VReg>,
+    pub args: Vec<VReg>,
+}
+
+impl Piece {
+    /// The blocks that may come after it.
+    pub fn next(&self) -> SmallVec<[usize; 2]> {
+        match self.steps.last().map(|s| &s.what) {
+            Some(&What::Jump(to)) => smallvec![to],
+            Some(&What::Branch(_, yes, no)) => smallvec![yes, no],
+            _ => SmallVec::new(),
+        }
+    }
+
+    /// Adds a step before the one that leaves it.
+    pub fn insert_last(&mut self, what: What, operands: SmallVec<[Operand; 4]>) {
+        self.steps.insert(self.steps.len() - 1, Step { what, operands });
+    }
 }
 
 /// A function under construction.
@@ -232,20 +251,22 @@ impl Builder {
     }
 
     /// The finished function.
-    pub fn finish(self, level: Level) -> Flat {
+    pub fn finish(mut self, level: Level) -> Flat {
+        let mut registers = self.registers;
+        literals::keep(&mut self.pieces, level, || {
+            registers += 1;
+            VReg::new(registers - 1, RegClass::Float)
+        });
+        self.registers = registers;
         let mut flat = Flat::new(level, self.registers);
         for piece in self.pieces {
             let start = flat.steps.len();
+            flat.next.push(piece.next().into_iter().map(Block::new).collect());
             flat.steps.extend(piece.steps);
             let end = Inst::new(flat.steps.len());
             flat.ranges.push(InstRange::new(Inst::new(start), end));
             flat.params.push(piece.params);
             flat.args.push(piece.args);
-            flat.next.push(match flat.steps.last().map(|s| &s.what) {
-                Some(What::Jump(to)) => vec![Block::new(*to)],
-                Some(What::Branch(_, yes, no)) => vec![Block::new(*yes), Block::new(*no)],
-                _ => Vec::new(),
-            });
         }
         flat.previous = vec![Vec::new(); flat.next.len()];
         for (from, next) in flat.next.iter().enumerate() {

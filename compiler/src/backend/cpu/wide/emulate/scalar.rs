@@ -12,7 +12,7 @@ impl Processor<'_> {
         value.map(|v| v & mask).ok_or_else(|| format!("{register:?} has no value yet"))
     }
 
-    fn set(&mut self, register: Register, value: u64) -> Result<(), Fault> {
+    pub fn set(&mut self, register: Register, value: u64) -> Result<(), Fault> {
         let (number, mask) = place(register)?;
         let kept = match mask {
             0xff => self.general[number].unwrap_or(0) & !0xff,

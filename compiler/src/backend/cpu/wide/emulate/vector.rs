@@ -34,6 +34,8 @@ fn two(mnemonic: Mnemonic, a: u32, b: u32) -> Option<u32> {
         Mnemonic::Vsubps => float(x - y),
         Mnemonic::Vmulps => float(x * y),
         Mnemonic::Vdivps => float(x / y),
+        // Exact as f64, for what is neither infinite nor NaN.
+        Mnemonic::Vscalefps => float((f64::from(x) * f64::from(y.floor()).exp2()) as f32),
         Mnemonic::Vmaxps => Some(if x > y { a } else { b }),
         Mnemonic::Vminps => Some(if x < y { a } else { b }),
         Mnemonic::Vandps => Some(a & b),
@@ -337,6 +339,15 @@ impl Processor<'_> {
                 self.set_vector(i, std::array::from_fn(|k| if k == 0 { low } else { 0 }), 4)?;
             }
             Mnemonic::Kmovd | Mnemonic::Kmovq => self.moved_mask(i)?,
+            Mnemonic::Kmovw => {
+                let mask = self.mask(i.op_register(1))? & 0xffff;
+                self.set(i.op_register(0), mask)?;
+            }
+            Mnemonic::Vmovmskps => {
+                let lanes = self.vector_register(i.op_register(1))?;
+                let signs = lanes.iter().take(8).enumerate().map(|(k, v)| u64::from(v >> 31) << k);
+                self.set(i.op_register(0), signs.sum())?;
+            }
             Mnemonic::Vbroadcastss => {
                 let lane = self.lanes(i, 1, 1)?[0];
                 self.set_vector(i, [lane; 16], lanes)?;
