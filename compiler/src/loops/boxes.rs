@@ -76,6 +76,13 @@ pub fn store(mut lower: Lower, node: usize) -> Lowering<Loops> {
     let (outer, mut vars) = lower.axes_in_use(&shape[..shared], &spans[..shared])?;
     let mut body = Vec::new();
     let single = boxes.len() == 1;
+    // Rows of the largest box, where they are cut and so do not follow one another.
+    let largest = boxes.iter().max_by_key(|b| b.iter().map(|r| r.1).product::<usize>());
+    if let (Some(&(_, extent)), Some(&row)) = (largest.and_then(|b| b.last()), shape.last())
+        && extent < row
+    {
+        lower.target = lower.target.for_axis(extent);
+    }
     for ranges in boxes {
         let (inner, own) = axes(&mut lower, &ranges[shared..], &spans[shared..])?;
         let index: Vec<Index> = outer.iter().cloned().chain(inner).collect();

@@ -405,14 +405,17 @@ fn panel_moves(body: &[Stmt], roles: Roles, var: Var) -> bool {
 }
 
 /// After coalescing: the innermost axis along which the broadcast operand moves and the lanes do
-/// not. `body[0]` is the update of the cell.
+/// not, or else the other way round. `body[0]` is the update of the cell.
 fn rows_of(body: &[Stmt], vars: &[Var], roles: Roles) -> Option<Var> {
     let operands = factors(body)?;
     let panel = widened(operands[roles.lanes])?.1;
     let other = plain_load(operands[1 - roles.lanes])?.1;
-    let free =
-        |v: &&Var| panel.coefficient(**v as usize) == 0 && other.coefficient(**v as usize) != 0;
-    vars.iter().rev().find(free).copied()
+    let alone = |moves: &Affine, stays: &Affine| {
+        let alone =
+            |v: &&Var| moves.coefficient(**v as usize) != 0 && stays.coefficient(**v as usize) == 0;
+        vars.iter().rev().find(alone).copied()
+    };
+    alone(other, panel).or_else(|| alone(panel, other))
 }
 
 /// Rows of a tile, whole tiles, and rows that are left.

@@ -32,6 +32,7 @@ impl Lower<'_> {
         let (mut index, outer) = self.axes(&ty.shape[..last])?;
         let (before, after) = borders[last];
         let source = self.ty(x).shape.clone();
+        self.target = self.target.for_axis(source[last]);
         let mut from: Vec<Index> =
             (0..last).map(|d| scale(&index[d], 1, -(borders[d].0 as i64))).collect();
         let mut piece = |this: &mut Self, start: usize, extent: usize, copy: bool| {

@@ -88,6 +88,7 @@ fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
         }
     }
     let Some(inner) = vars.pop() else { return body };
+    lower.target = lower.target.for_axis(lower.extents[inner as usize]);
     if let Some(body) = turned(lower, &mut vars, inner, &body) {
         let parallel = parallel_prefix(&lower.extents, &vars);
         return wrap(&lower.extents, &vars, body, parallel);

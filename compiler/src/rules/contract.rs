@@ -162,6 +162,43 @@ pub(super) fn contract_channels_last(egraph: &mut Egg, node: &ENode) -> Option<I
     Some(permuted(egraph, &inverse(&order), y))
 }
 
+/// An input of the model that a convolution reads, with or without a border, may have its channels
+/// last: in a network, operands have them so since they were computed.
+pub(super) fn contract_of_channels_last(egraph: &mut Egg, node: &ENode) -> Option<Id> {
+    const CHANNELS: usize = 4;
+    let Op::Contract(contract) = &node.op else { return None };
+    let at = (0..2).find(|&k| egraph[node.args[1 - k]].data.constant)?;
+    let map = &contract.maps[at];
+    let summed = |i: &Affine| {
+        i.as_axis().is_some_and(|a| a >= contract.n_out && contract.extents[a] >= CHANNELS)
+    };
+    let channels = map.iter().position(summed)?;
+    if map.len() < 3 || channels + 1 == map.len() {
+        return None;
+    }
+    let dims = (0..map.len()).filter(|&d| d != channels);
+    let order: Axes = dims.chain([channels]).map(|d| d as u8).collect();
+    let is_input = |egraph: &Egg, id: Id| {
+        find(egraph, id, |n| matches!(n.op, Op::Input(_)).then_some(())).is_some()
+    };
+    let moved = if is_input(egraph, node.args[at]) {
+        permuted(egraph, &order, node.args[at])
+    } else {
+        let (borders, x, fill) = find(egraph, node.args[at], |n| match &n.op {
+            Op::Pad(borders) => Some((borders.clone(), n.args[0], n.args[1])),
+            _ => None,
+        })?;
+        if !is_input(egraph, x) {
+            return None;
+        }
+        let borders = order.iter().map(|&d| borders[d as usize]).collect();
+        let x = permuted(egraph, &order, x);
+        add(egraph, Op::Pad(borders), &[x, fill])
+    };
+    let map = order.iter().map(|&d| map[d as usize].clone()).collect();
+    with_operand(egraph, node, at, moved, map)
+}
+
 /// The parts that one axis of an operand is joined of, where it is the only one that is, and an
 /// axis of the iteration space by itself: the operand's axis, that axis, and the parts.
 fn joined_axis(

@@ -15,7 +15,7 @@ use super::algebra::{
 use super::contract::{
     contract_absorbs_expand, contract_absorbs_join, contract_absorbs_permute,
     contract_absorbs_split, contract_channels_last, contract_drops_unit_axes, contract_is_dots,
-    contract_shares_heads, scale_out_of_contract,
+    contract_of_channels_last, contract_shares_heads, scale_out_of_contract,
 };
 use super::integers::{
     contract_of_integers, contract_of_shorts, difference_of_bytes, pool_of_integers,
@@ -108,6 +108,8 @@ pub static RULES: &[Rule] = rules! {
     "contract-drops-unit-axes" Exact contract_drops_unit_axes;
     // A contraction with constant weights may have its channels last.
     "contract-channels-last" Exact contract_channels_last;
+    // contract(x, w) = contract'(p(x), w) for an input x of a convolution
+    "contract-of-channels-last" Exact contract_of_channels_last;
     // s * contract(x, w) = contract(x, s * w): batch norms and scales go into weights.
     "scale-into-contract" Reassociating scale_into_contract;
     // contract(s * x, y) = s * contract(x, y) for a number s, where neither is constant
