@@ -7,7 +7,7 @@ use super::shape::pad_constant;
 use crate::error::Diagnostic;
 use crate::graph::NodeId;
 use crate::graph::build::Added;
-use crate::graph::op::{BinaryFn, Op, ReduceFn, Shape, UnaryFn};
+use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Shape, UnaryFn};
 
 pub(super) fn matmul(call: &mut Call) -> Outputs {
     let (x, y) = (call.input(0)?, call.input(1)?);
@@ -186,6 +186,41 @@ pub(super) fn conv_of(call: &mut Call, x: NodeId, weight: NodeId, bias: Option<N
         Some(bias) => add_bias(call, y, bias),
         None => Ok(y),
     }
+}
+
+/// Each channel convolved with its own weights along time, what came before it in front: that is a
+/// state, or zeros. The last elements are the next state.
+pub(super) fn causal_conv(call: &mut Call) -> Outputs {
+    let activation = call.string_or("activation", "none");
+    let (x, weight) = (call.input(0)?, call.input(1)?);
+    let (xs, ws) = (call.shape(x), call.shape(weight));
+    let (batch, channels, length, taps) = match (&xs[..], &ws[..]) {
+        (&[n, c, l], &[o, 1, taps]) if o == c && taps > 0 => (n, c, l, taps),
+        _ => return Err(not_supported(format!("a causal convolution of {xs:?} with {ws:?}"))),
+    };
+    let (before, dtype) = (taps - 1, call.ty(x).dtype);
+    let state = match call.optional(3) {
+        Some(state) => state,
+        None => {
+            let zero = call.number(dtype, 3, 0.0);
+            call.graph.expand(zero, &[batch, channels, before], &call.origin)?
+        }
+    };
+    let all = match before {
+        0 => x,
+        _ => call.graph.add(Op::Concat(2), &[state, x], &call.origin)?,
+    };
+    let mut y = call.graph.conv([all, weight], (&[1], &[1]), channels, &call.origin)?;
+    if let Some(bias) = call.optional(2) {
+        y = add_bias(call, y, bias)?;
+    }
+    y = match activation.as_str() {
+        "none" => y,
+        "silu" | "swish" => call.graph.composite(Composite::Silu, y, &call.origin)?,
+        other => return Err(not_supported(format!("the activation {other:?}"))),
+    };
+    let next = call.cut(all, 2, (length as i64, 1, before))?;
+    Ok(vec![Some(y), Some(next)])
 }
 
 /// Borders that a transposed convolution takes off its result, per spatial axis.

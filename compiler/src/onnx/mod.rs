@@ -4,6 +4,7 @@
 pub mod attention;
 pub mod call;
 pub mod contraction;
+pub mod grid;
 pub mod loss;
 pub mod norm;
 mod place;
@@ -16,6 +17,7 @@ pub mod reduce;
 pub mod resize;
 pub mod shape;
 pub mod special;
+pub mod spectrum;
 pub mod table;
 pub mod tensor;
 

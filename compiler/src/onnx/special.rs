@@ -20,6 +20,113 @@ pub(super) fn tan(call: &mut Call) -> Outputs {
     one(g.binary(BinaryFn::Div, sin, cos, o)?)
 }
 
+/// arctan x of what is not negative, on three ranges by a rational function after Moshier's Cephes
+/// `atan`, within 2 ulp of f64.
+fn arctan(call: &mut Call, x: NodeId) -> Added {
+    const P: [f64; 5] = [
+        -8.750608600031904122785e-1,
+        -1.615753718733365076637e1,
+        -7.500855792314704667340e1,
+        -1.228866684490136173410e2,
+        -6.485021904942025371773e1,
+    ];
+    const Q: [f64; 6] = [
+        1.0,
+        2.485846490142306297962e1,
+        1.650270098316988542046e2,
+        4.328810604912902668951e2,
+        4.853903996359136964868e2,
+        1.945506571482613964425e2,
+    ];
+    // tan(3 pi / 8)
+    const FAR: f64 = 2.414_213_562_373_095;
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let dtype = g.ty(x).dtype;
+    let number = |g: &mut crate::graph::Graph, v| g.scalar(dtype, 0, v, o);
+    let (far, near) = (number(g, FAR), number(g, 0.66));
+    let far = g.binary(BinaryFn::Lt, far, x, o)?;
+    let middle = g.binary(BinaryFn::Lt, near, x, o)?;
+    let less = g.binary_number(BinaryFn::Sub, x, 1.0, o)?;
+    let more = g.binary_number(BinaryFn::Add, x, 1.0, o)?;
+    let between = g.binary(BinaryFn::Div, less, more, o)?;
+    let beyond = g.unary(UnaryFn::Recip, x, o)?;
+    let beyond = g.unary(UnaryFn::Neg, beyond, o)?;
+    let r = g.select(middle, between, x, o)?;
+    let r = g.select(far, beyond, r, o)?;
+    let [zero, quarter, half] = [0.0, 0.5, 1.0].map(|v| number(g, v * std::f64::consts::FRAC_PI_2));
+    let angle = g.select(middle, quarter, zero, o)?;
+    let angle = g.select(far, half, angle, o)?;
+    let square = g.binary(BinaryFn::Mul, r, r, o)?;
+    let mut poly = |coefficients: &[f64]| -> Added {
+        let first = g.scalar(dtype, 0, coefficients[0], o);
+        coefficients[1..].iter().try_fold(first, |sum, &c| {
+            let product = g.binary(BinaryFn::Mul, sum, square, o)?;
+            g.binary_number(BinaryFn::Add, product, c, o)
+        })
+    };
+    let (p, q) = (poly(&P)?, poly(&Q)?);
+    let ratio = g.binary(BinaryFn::Div, p, q, o)?;
+    let ratio = g.binary(BinaryFn::Mul, ratio, square, o)?;
+    let ratio = g.binary(BinaryFn::Mul, ratio, r, o)?;
+    let sum = g.binary(BinaryFn::Add, ratio, r, o)?;
+    g.binary(BinaryFn::Add, angle, sum, o)
+}
+
+/// A function of floats, computed in f32 where they are shorter.
+fn at_least_f32(call: &mut Call, f: impl Fn(&mut Call, NodeId) -> Added) -> Outputs {
+    let x = call.input(0)?;
+    let dtype = call.ty(x).dtype;
+    let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let x = call.graph.cast(x, wide, &call.origin)?;
+    let y = f(call, x)?;
+    one(call.graph.cast(y, dtype, &call.origin)?)
+}
+
+/// arctan x with the sign of x.
+fn signed_arctan(call: &mut Call, x: NodeId) -> Added {
+    let magnitude = call.graph.unary(UnaryFn::Abs, x, &call.origin)?;
+    let y = arctan(call, magnitude)?;
+    let minus = call.graph.unary(UnaryFn::Neg, y, &call.origin)?;
+    let negative = call.graph.binary_number(BinaryFn::Lt, x, 0.0, &call.origin)?;
+    call.graph.select(negative, minus, y, &call.origin)
+}
+
+pub(super) fn atan(call: &mut Call) -> Outputs {
+    at_least_f32(call, signed_arctan)
+}
+
+/// 1 - x and 1 + x
+fn apart_from_one(call: &mut Call, x: NodeId) -> Result<[NodeId; 2], Diagnostic> {
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let minus = g.unary(UnaryFn::Neg, x, o)?;
+    let down = g.binary_number(BinaryFn::Add, minus, 1.0, o)?;
+    Ok([down, g.binary_number(BinaryFn::Add, x, 1.0, o)?])
+}
+
+/// arctan(x / sqrt((1 - x) * (1 + x)))
+pub(super) fn asin(call: &mut Call) -> Outputs {
+    at_least_f32(call, |call, x| {
+        let [down, up] = apart_from_one(call, x)?;
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let product = g.binary(BinaryFn::Mul, down, up, o)?;
+        let root = g.unary(UnaryFn::Sqrt, product, o)?;
+        let ratio = g.binary(BinaryFn::Div, x, root, o)?;
+        signed_arctan(call, ratio)
+    })
+}
+
+/// 2 * arctan(sqrt((1 - x) / (1 + x)))
+pub(super) fn acos(call: &mut Call) -> Outputs {
+    at_least_f32(call, |call, x| {
+        let [down, up] = apart_from_one(call, x)?;
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let ratio = g.binary(BinaryFn::Div, down, up, o)?;
+        let root = g.unary(UnaryFn::Sqrt, ratio, o)?;
+        let half = arctan(call, root)?;
+        call.graph.binary(BinaryFn::Add, half, half, &call.origin)
+    })
+}
+
 /// (e^x + sign * e^-x) / 2
 fn hyperbolic(call: &mut Call, sign: f64) -> Outputs {
     let x = call.input(0)?;

@@ -3,7 +3,8 @@
 
 use super::call::{Call, Outputs};
 use super::{
-    attention, contraction, loss, norm, pointwise, quant, recurrent, reduce, resize, shape, special,
+    attention, contraction, grid, loss, norm, pointwise, quant, recurrent, reduce, resize, shape,
+    special, spectrum,
 };
 use crate::error::Diagnostic;
 
@@ -29,12 +30,16 @@ macro_rules! operators {
 /// All operators.
 pub static OPERATORS: &[Operator] = operators! {
     "Abs" 6 => pointwise::abs;
+    "Acos" 7 => special::acos;
     "Acosh" 9 => special::acosh;
     "Add" 6 => pointwise::add;
+    "AffineGrid" 20 => grid::affine_grid;
     "And" 6 => pointwise::and;
     "ArgMax" 6 => reduce::arg_max;
     "ArgMin" 6 => reduce::arg_min;
+    "Asin" 7 => special::asin;
     "Asinh" 9 => special::asinh;
+    "Atan" 7 => special::atan;
     "Atanh" 9 => special::atanh;
     "Attention" 23 => attention::attention;
     "AveragePool" 6 => contraction::average_pool;
@@ -44,12 +49,15 @@ pub static OPERATORS: &[Operator] = operators! {
     "BitwiseNot" 18 => pointwise::not;
     "BitwiseOr" 18 => pointwise::or;
     "BitwiseXor" 18 => pointwise::xor;
+    "BlackmanWindow" 17 => spectrum::blackman;
     "Cast" 6 => pointwise::cast;
     "CastLike" 15 => pointwise::cast_like;
+    "CausalConvWithState" 27 => contraction::causal_conv;
     "Ceil" 6 => pointwise::ceil;
     "Celu" 12 => pointwise::celu;
     "CenterCropPad" 18 => special::center_crop_pad;
     "Clip" 6 => pointwise::clip;
+    "Col2Im" 18 => grid::col2im;
     "Concat" 4 => shape::concat;
     "Constant" 1 => shape::constant;
     "ConstantOfShape" 9 => shape::constant_of_shape;
@@ -60,6 +68,7 @@ pub static OPERATORS: &[Operator] = operators! {
     "Cosh" 9 => special::cosh;
     "CumProd" 26 => reduce::cum_prod;
     "CumSum" 11 => reduce::cum_sum;
+    "DFT" 17 => spectrum::dft;
     "DepthToSpace" 1 => shape::depth_to_space;
     "DequantizeLinear" 10 => quant::dequantize;
     "Div" 6 => pointwise::div;
@@ -85,7 +94,10 @@ pub static OPERATORS: &[Operator] = operators! {
     "GlobalMaxPool" 1 => contraction::global_max_pool;
     "Greater" 6 => pointwise::greater;
     "GreaterOrEqual" 12 => pointwise::greater_equal;
+    "GridSample" 16 => grid::grid_sample;
     "GroupNormalization" 18 => norm::group_norm;
+    "HammingWindow" 17 => spectrum::hamming;
+    "HannWindow" 17 => spectrum::hann;
     "HardSigmoid" 6 => pointwise::hard_sigmoid;
     "HardSwish" 14 => pointwise::hard_swish;
     "Hardmax" 1 => reduce::hardmax;
@@ -141,8 +153,10 @@ pub static OPERATORS: &[Operator] = operators! {
     "Relu" 6 => pointwise::relu;
     "Reshape" 1 => shape::reshape;
     "Resize" 10 => resize::resize;
+    "ReverseSequence" 10 => grid::reverse_sequence;
     "RotaryEmbedding" 23 => attention::rotary;
     "Round" 11 => pointwise::round;
+    "STFT" 17 => spectrum::stft;
     "Scatter" 9 => shape::scatter_elements;
     "ScatterElements" 11 => shape::scatter_elements;
     "ScatterND" 11 => shape::scatter_nd;
