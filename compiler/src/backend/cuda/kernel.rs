@@ -4,7 +4,7 @@
 use kiln_runtime::tensor::DType;
 
 use super::isa::{Class, Cmp, Inst, Op, Operand, Reg, Round, Space, Ty};
-use crate::backend::cpu::emit::{Emitted, Unsupported};
+use crate::backend::emit::{Emitted, Unsupported};
 use crate::graph::op::BinaryFn;
 use crate::loops::ir::{Loops, Scope};
 

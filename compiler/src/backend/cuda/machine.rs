@@ -4,8 +4,8 @@ use kiln_runtime::tensor::DType;
 
 use super::isa::{Class, Cmp, Inst, Op, Operand, Reg, Round, Space, Ty};
 use super::kernel::{Address, Open, Ptx, Val, align, stored, ty};
-use crate::backend::cpu::dot;
-use crate::backend::cpu::emit::{Access, Bits, Emitted, Machine, Unsupported};
+use crate::backend::dot;
+use crate::backend::emit::{Access, Bits, Emitted, Machine, Unsupported};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Number, Parts};
 

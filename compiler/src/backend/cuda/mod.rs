@@ -1,4 +1,4 @@
-//! Code for GPUs: PTX text of the same loops as for CPUs, by the same walk (`backend/cpu/emit.rs`).
+//! Code for GPUs: PTX text of the same loops as for CPUs, by the same walk (`backend/emit.rs`).
 //!
 //! Parallel loops have a thread for each turn. A schedule that wants more says so in the loops:
 //! blocks, threads in them, shared memory (`loops/gpu.rs`).
@@ -14,7 +14,7 @@ use kiln_runtime::tensor::DType;
 
 use self::isa::{CLASSES, Inst};
 use self::kernel::{Layout, Ptx};
-use crate::backend::cpu::emit;
+use crate::backend::emit;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::loops::ir::{Kind, Loops, Scope, Stmt};
 use crate::loops::lower::Target;

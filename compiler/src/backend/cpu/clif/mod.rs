@@ -21,8 +21,8 @@ use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use self::cast::mask;
-use super::dot;
-use super::emit::{Access, Bits, Emitted, Machine, Unsupported, compute_dtype, emit};
+use crate::backend::dot;
+use crate::backend::emit::{Access, Bits, Emitted, Machine, Unsupported, compute_dtype, emit};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Loops, Number, Parts};
 

@@ -32,8 +32,8 @@ use self::isa::Level;
 use self::lanes::Val;
 use self::ssa::{Arg, Ask, Builder, Test};
 use super::clif::Compiled;
-use super::dot;
-use super::emit::{Access, Bits, Emitted, Machine, Unsupported, emit};
+use crate::backend::dot;
+use crate::backend::emit::{Access, Bits, Emitted, Machine, Unsupported, emit};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Loops, Number, Parts, Scope};
 

@@ -1,4 +1,4 @@
-//! One walk over loops for every CPU emitter: it unrolls, keeps register buffers in values, and
+//! One walk over loops for every emitter: it unrolls, keeps register buffers in values, and
 //! reuses what it has loaded; a [`Machine`] turns each step into instructions.
 //!
 //! A kernel is `fn(buffers: *const *mut u8, begin: i64, end: i64)`: the collapsed parallel loops
