@@ -9,7 +9,7 @@ use kiln::loops::ir::DIMS;
 use kiln::plan::kernels::{Program, Source};
 use kiln::tensor::Tensor;
 use kiln::{Compiler, Cuda};
-use kiln_ptx::{Memory, Module, launch, parse};
+use kiln_ptx::{Copies, Memory, Module, launch, parse};
 
 /// The outputs of a graph that was compiled for a GPU.
 pub fn run(graph: &Graph, inputs: &[Tensor], compiler: &Compiler) -> Result<Vec<Tensor>, String> {
@@ -18,8 +18,27 @@ pub fn run(graph: &Graph, inputs: &[Tensor], compiler: &Compiler) -> Result<Vec<
     run_text(&cuda, &parse(&cuda.module.text)?, inputs)
 }
 
-/// The same by a text that may be another than the compiler's.
+/// The same by a text that may be another than the compiler's. Copies that run beside other work
+/// are done as late as they may be; where there are any, as early as well.
 pub fn run_text(cuda: &Cuda, module: &Module, inputs: &[Tensor]) -> Result<Vec<Tensor>, String> {
+    let late = run_with(cuda, module, Copies::Late, inputs)?;
+    let copies =
+        |kernel: &kiln_ptx::Kernel| kernel.code.iter().any(|i| i.text.contains("cp.async"));
+    if module.kernels.iter().any(copies) {
+        let early = run_with(cuda, module, Copies::Early, inputs)?;
+        if early.iter().zip(&late).any(|(a, b)| a.bytes() != b.bytes()) {
+            return Err("results hang on when copies are done".into());
+        }
+    }
+    Ok(late)
+}
+
+fn run_with(
+    cuda: &Cuda,
+    module: &Module,
+    copies: Copies,
+    inputs: &[Tensor],
+) -> Result<Vec<Tensor>, String> {
     let (graph, program) = (&cuda.kernels, &cuda.program);
     let mut memory = memory(graph, program, inputs);
     for step in &program.launches {
@@ -27,7 +46,8 @@ pub fn run_text(cuda: &Cuda, module: &Module, inputs: &[Tensor]) -> Result<Vec<T
         if kernel.name != entry.name {
             return Err(format!("{} where {} is expected", kernel.name, entry.name));
         }
-        launch(kernel, entry.blocks, entry.threads, &mut memory, &step.slots)
+        let grid = (entry.blocks, entry.threads);
+        launch(kernel, grid, copies, &mut memory, &step.slots)
             .map_err(|fault| format!("{}: {fault}", step.name))?;
     }
     let output = |((name, id), slot): (&(String, _), &usize)| {

@@ -4,21 +4,24 @@
 //! A kernel is `fn(buffers: *const *mut u8, begin: i64, end: i64)`: the collapsed parallel loops
 //! run from `begin` to `end`, which is at least one turn.
 
+mod threads;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
+use self::threads::Touched;
 use super::invariant::{self, mark_written};
 use super::math;
 use super::weave::{unwoven, woven};
 use crate::graph::op::{Affine, BinaryFn};
+use crate::loops::index::multiple_of;
 use crate::loops::ir::{
     Buffer, BufferId, Count, Expr, Kind, Loops, Param, Place, Scope, Stmt, Var,
 };
-use crate::loops::share::uses;
 
-pub use super::machine::{Access, Bits, Emitted, Machine, Unsupported};
+pub use super::machine::{Access, Bits, Dynamic, Emitted, Machine, Unsupported};
 
 #[derive(Clone)]
 enum Bound<I> {
@@ -48,6 +51,8 @@ struct Emit<'a, M: Machine> {
     exchanged: Hangs,
     /// What they have read and written there since they last waited for each other.
     touched: Touched,
+    /// What the threads read of it in the statements at hand.
+    reading: Hangs,
 }
 
 /// The buffers that a value hangs on and that the kernel writes, a bit for each; the last bit is
@@ -56,25 +61,6 @@ type Hangs = u64;
 
 fn bit(buffer: BufferId) -> Hangs {
     1 << buffer.min(63)
-}
-
-/// What threads of a block exchange through memory, as bits of buffers.
-#[derive(Clone, Copy, Default)]
-struct Touched {
-    read: Hangs,
-    written: Hangs,
-}
-
-impl Touched {
-    fn add(&mut self, other: &Touched) {
-        self.read |= other.read;
-        self.written |= other.written;
-    }
-
-    /// Whether one of the two writes what the other one touches.
-    fn meets(&self, other: &Touched) -> bool {
-        self.written & (other.read | other.written) | self.read & other.written != 0
-    }
 }
 
 /// Emits a kernel.
@@ -95,6 +81,7 @@ pub fn emit<M: Machine>(loops: &Loops, machine: &mut M) -> Emitted<()> {
         written,
         exchanged: Hangs::MAX,
         touched: Touched::default(),
+        reading: 0,
     };
     let all = emit.exchanges(&loops.body);
     emit.exchanged = all.read & all.written;
@@ -250,59 +237,6 @@ impl<M: Machine> Emit<'_, M> {
         (assigned, carried)
     }
 
-    /// What statements exchange through memory.
-    fn exchanges(&self, body: &[Stmt]) -> Touched {
-        let mut touched = Touched::default();
-        if self.exchanged == 0 {
-            return touched;
-        }
-        for (buffer, used) in uses(self.loops.buffers.len(), body).into_iter().enumerate() {
-            let memory = self.loops.buffers[buffer].scope != Scope::Register;
-            if memory && self.exchanged & bit(buffer) != 0 {
-                touched.read |= if used.read { bit(buffer) } else { 0 };
-                touched.written |= if used.written { bit(buffer) } else { 0 };
-            }
-        }
-        touched
-    }
-
-    /// Loops over the threads of a block, one in another. Threads wait for each other before they
-    /// touch what others may have written, or write what others may still read.
-    fn threads(&mut self, mut body: &[Stmt]) -> Emitted<()> {
-        let mut nest = Vec::new();
-        while let [Stmt::For { var, extent, kind: Kind::Thread, body: inner }] = body {
-            nest.push((*var, *extent));
-            body = inner;
-        }
-        let exchanges = self.exchanges(body);
-        if self.touched.meets(&exchanges) {
-            self.machine.barrier()?;
-            self.touched = Touched::default();
-        }
-        self.touched.add(&exchanges);
-        let (_, carried) = self.carried(body);
-        let before: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
-        let mut limit: usize = nest.iter().map(|n| n.1).product();
-        let (mut turn, inside) = self.machine.threads_begin(limit, &before)?;
-        self.set_cells(&carried, inside);
-        for (i, &(var, extent)) in nest.iter().enumerate().rev() {
-            let (rest, own) = match i {
-                0 => (turn.clone(), turn),
-                _ => self.machine.div_rem(&turn, extent, limit)?,
-            };
-            self.vars.insert(var, Bound::Int(own));
-            turn = rest;
-            limit /= extent;
-        }
-        self.forget();
-        self.block(body)?;
-        let next: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
-        let after = self.machine.threads_end(&next);
-        self.set_cells(&carried, after);
-        self.forget();
-        Ok(())
-    }
-
     /// Computes what does not change in a loop that assigns to some buffers, before it begins.
     fn fix(&mut self, body: &[Stmt], assigned: &[bool]) -> Emitted<Vec<(*const Expr, bool)>> {
         let settled = |buffer: BufferId, at: i64| {
@@ -379,11 +313,15 @@ impl<M: Machine> Emit<'_, M> {
         };
         let bytes = self.loops.buffers[buffer].dtype.bytes() as i64;
         let terms = self.terms(&index, bytes);
-        let dynamic = dynamic.as_ref().map(|d| (d, bytes));
+        let multiple = place.dynamic.as_ref().map_or(1, |e| multiple_of(e));
+        let dynamic = dynamic.as_ref().map(|value| Dynamic { value, bytes, multiple });
         self.machine.address(buffer, &terms, index.offset * bytes, dynamic)
     }
 
     fn store(&mut self, buffer: BufferId, place: &Place, value: &Expr) -> Emitted<()> {
+        if self.copy(buffer, place, value)? {
+            return Ok(());
+        }
         let (result, _) = self.expr(value)?;
         let b = &self.loops.buffers[buffer];
         if b.scope == Scope::Register {
@@ -402,14 +340,13 @@ impl<M: Machine> Emit<'_, M> {
         let dtype = b.dtype;
         let address = self.address(buffer, place)?;
         self.machine.store(dtype, &address, &result)?;
-        self.loads.retain(|k, _| k.0 != buffer);
+        self.forget_stored(buffer);
         // What is read there next is what was stored, as these lose nothing.
         let (index, along) = self.resolve(&place.affine);
         let access = if self.lane.is_some() { Access::Lanes(along) } else { Access::One };
         if dtype == DType::F32 && place.dynamic.is_none() && self.lane.is_some() == (along == 1) {
             self.loads.insert((buffer, index, access, dtype), result);
         }
-        self.known.retain(|_, v| v.1 & bit(buffer) == 0);
         Ok(())
     }
 

@@ -38,6 +38,17 @@ pub enum Bits {
     Xor,
 }
 
+/// The part of a place that data decides: `value * bytes`.
+#[derive(Clone, Copy)]
+pub struct Dynamic<'a, V> {
+    /// An i64.
+    pub value: &'a V,
+    /// Bytes of an element.
+    pub bytes: i64,
+    /// A power of two that divides the value.
+    pub multiple: i64,
+}
+
 /// Makes instructions. Values are scalars or as wide as the lanes; integers are loop variables.
 pub trait Machine {
     /// A value.
@@ -86,13 +97,13 @@ pub trait Machine {
     fn branch_else(&mut self);
     /// Ends both.
     fn branch_end(&mut self);
-    /// The element `sum of int * bytes + offset bytes + value * bytes` of a buffer.
+    /// The element `sum of int * bytes + offset bytes + dynamic` of a buffer.
     fn address(
         &mut self,
         buffer: BufferId,
         terms: &[(Self::Int, i64)],
         offset: i64,
-        dynamic: Option<(&Self::Value, i64)>,
+        dynamic: Option<Dynamic<Self::Value>>,
     ) -> Emitted<Self::Address>;
     /// Asks for the cache line of an element, where the machine can.
     fn prefetch(&mut self, _address: &Self::Address) -> Emitted<()> {
@@ -107,6 +118,17 @@ pub trait Machine {
     ) -> Emitted<Self::Value>;
     /// Writes as many elements as the value has.
     fn store(&mut self, dtype: DType, address: &Self::Address, value: &Self::Value) -> Emitted<()>;
+    /// Copies so many neighbours to shared memory, where they are after the next barrier; whether
+    /// the machine can.
+    fn copy(
+        &mut self,
+        _dtype: DType,
+        _to: &Self::Address,
+        _from: &Self::Address,
+        _count: usize,
+    ) -> Emitted<bool> {
+        Ok(false)
+    }
     /// A literal, in all lanes where `wide`.
     fn number(&mut self, dtype: DType, number: Number, wide: bool) -> Emitted<Self::Value>;
     /// An index as an i64 value.

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use super::ir::{BufferId, Expr, Kind, Place, Stmt, Var};
+use kiln_runtime::tensor::DType;
+
+use super::ir::{BufferId, Expr, Kind, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowering, origin_place};
 use super::nest::{coalesce, is_vector, wrap};
 use super::rewrite::{rewrite, substitute};
@@ -61,6 +63,11 @@ pub fn row_threads(lower: &Lower, shape: &[usize], reduces: &[usize]) -> usize {
     let threads = (elements.min(last) / EACH).max(WARP).min(lower.target.threads);
     let shared = elements >= SHARED_ROW && last >= WARP && reduces.iter().all(fits);
     if lower.target.threads > 0 && shared { 1 << threads.ilog2() } else { 0 }
+}
+
+/// A buffer that the threads of a block share.
+pub fn shared(lower: &mut Lower, dtype: DType, len: usize) -> BufferId {
+    lower.buffer(dtype, len, Scope::Shared, Param::None)
 }
 
 /// A loop over threads.

@@ -4,7 +4,7 @@
 use super::attention::{Tiles, mixed, row_of, scores, softmax};
 use super::contract;
 use super::gpu;
-use super::ir::{Buffer, Expr, Loops, Number, Param, Scope, Stmt, Var};
+use super::ir::{Expr, Loops, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, origin_place};
 use super::nest::{self, wrap};
 use crate::rules::attention::Attention;
@@ -34,10 +34,7 @@ pub fn lower(
     }
     let outer: Vec<Var> = product.vars[..product.vars.len() - 1].to_vec();
     lower.row_threads = keys.next_power_of_two().clamp(gpu::WARP, THREADS);
-    let len = keys + 1;
-    let (dtype, scope, param) = (DType::F32, Scope::Shared, Param::None);
-    lower.buffers.push(Buffer { dtype, len, scope, param });
-    let line = (lower.buffers.len() - 1, origin_place());
+    let line = (gpu::shared(&mut lower, DType::F32, keys + 1), origin_place());
     let scores = scores(&mut lower, parts, (&row, keys), &line)?;
     let most = nest::reduce_pass(&mut lower, parts.most, &row, (&[keys], &[None]), None)?;
     let (softmax, scale) = softmax(&mut lower, parts, (&row, keys), &line)?;
@@ -53,7 +50,7 @@ pub fn lower(
 
 /// A thread for each element of a contraction: a sum of its own.
 fn each(lower: &mut Lower, tiles: &Tiles) -> Lowering<Vec<Stmt>> {
-    let value = Expr::Const(DType::F32, Number::Float(0.0));
+    let value = contract::zero(DType::F32);
     let mut body = vec![Stmt::Store { buffer: tiles.cell, place: origin_place(), value }];
     let update = tiles.update(tiles.operands[0].clone());
     body.extend(wrap(&lower.extents, &tiles.summed, vec![update], 0));

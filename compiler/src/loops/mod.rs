@@ -7,6 +7,7 @@ pub mod contract;
 pub mod cursor;
 pub mod dots;
 pub mod eval;
+pub mod flat;
 pub mod gpu;
 pub mod gpu_attention;
 pub mod gpu_tiles;

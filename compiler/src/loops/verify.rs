@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
+use super::index::multiple_of;
 use super::ir::{Expr, Kind, Loops, Number, Param, Place, Range as Turns, Scope, Stmt, Var};
+use crate::graph::eval::int_range;
 use crate::graph::infer::infer;
 use crate::graph::op::{Affine, BinaryFn, Op, Type};
 use crate::graph::text::op_text;
@@ -239,7 +241,7 @@ impl Check<'_> {
         };
         let Expr::Binary(f, x, y) = condition else { return };
         if let (BinaryFn::Lt, Expr::Index(sum), Some(high)) = (f, &**x, number(y))
-            && sum.terms.len() > 1
+            && !matches!(sum.terms[..], [] | [(_, 1)])
         {
             let terms = Affine { offset: 0, ..sum.clone() };
             if let Ok((low, _)) = self.affine(&terms) {
@@ -315,26 +317,36 @@ impl Check<'_> {
 
     /// Range of an index that data decides: clamped somewhere, or it is refused.
     fn range(&self, e: &Expr) -> Result<Range, Unproven> {
-        let widest = (i128::from(i64::MIN), i128::from(i64::MAX));
-        Ok(match e {
+        let dtype = self.loops.dtype(e);
+        let widest = int_range(if dtype.is_float() { DType::I64 } else { dtype });
+        let range = match e {
             Expr::Index(index) => self.affine(index)?,
             Expr::Const(_, Number::Int(v)) => (*v, *v),
+            Expr::Cast(_, x) if !self.loops.dtype(x).is_float() => self.range(x)?,
             Expr::Binary(f, x, y) => {
                 let (a, b) = (self.range(x)?, self.range(y)?);
                 match f {
                     BinaryFn::Add => (a.0 + b.0, a.1 + b.1),
-                    BinaryFn::Mul if b.0 == b.1 && b.0 >= 0 => {
-                        (a.0.saturating_mul(b.0), a.1.saturating_mul(b.0))
+                    BinaryFn::Mul if b.0 == b.1 => {
+                        let (low, high) = (a.0.saturating_mul(b.0), a.1.saturating_mul(b.0));
+                        (low.min(high), low.max(high))
                     }
                     BinaryFn::Div if b.0 == b.1 && b.0 > 0 && a.0 >= 0 => (a.0 / b.0, a.1 / b.0),
-                    BinaryFn::Rem if b.0 == b.1 && b.0 > 0 && a.0 >= 0 => (0, a.1.min(b.0 - 1)),
+                    BinaryFn::Rem if b.0 == b.1 && b.0 > 0 && a.0 >= 0 => {
+                        // What is left of multiples of a number is one of them.
+                        let step = i128::from(multiple_of(x).min(multiple_of(y)));
+                        (0, a.1.min(b.0 - step))
+                    }
                     BinaryFn::Min => (a.0.min(b.0), a.1.min(b.1)),
                     BinaryFn::Max => (a.0.max(b.0), a.1.max(b.1)),
                     _ => widest,
                 }
             }
             _ => widest,
-        })
+        };
+        // What does not fit may be anything.
+        let fits = range.0 >= widest.0 && range.1 <= widest.1;
+        Ok(if fits { range } else { widest })
     }
 
     fn expr(&self, e: &Expr) -> Result<(), Unproven> {

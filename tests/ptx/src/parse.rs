@@ -100,6 +100,10 @@ pub enum Code {
     Load(Space, Ty, Vec<usize>, (Operand, i64)),
     /// A store.
     Store(Space, Ty, Vec<usize>, (Operand, i64)),
+    /// So many bytes to shared memory, from memory.
+    Copy([(Operand, i64); 2], usize),
+    /// Waits for copies.
+    Wait,
     /// The value of the lane whose number differs in these bits.
     Shuffle(usize, usize, u32),
     /// All threads of the block wait.
@@ -337,6 +341,15 @@ impl Body {
         let parts: Vec<&str> = name.split('.').collect();
         match name {
             "ret" => return count(0).map(|()| Code::Return),
+            "cp.async.wait_all" => return count(0).map(|()| Code::Wait),
+            "cp.async.ca.shared.global" | "cp.async.cg.shared.global" => {
+                count(3)?;
+                let bytes = words[2].parse().map_err(|_| "no number of bytes")?;
+                let sizes: &[usize] = if name.contains(".cg.") { &[16] } else { &[4, 8, 16] };
+                sizes.contains(&bytes).then_some(()).ok_or("another number of bytes")?;
+                let to = self.place(&words[0], Space::Shared)?;
+                return Ok(Code::Copy([to, self.place(&words[1], Space::Global)?], bytes));
+            }
             "bar.sync" if words == ["0"] => return Ok(Code::Barrier),
             "bra" => {
                 let label = words.first().and_then(|w| self.labels.get(w));

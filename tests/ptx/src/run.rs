@@ -28,6 +28,17 @@ struct Thread {
     known: Vec<bool>,
     at: usize,
     stop: Stop,
+    /// Copies into shared memory that are under way: where to, and what.
+    copies: Vec<(u64, Vec<u8>)>,
+}
+
+/// When copies are done that run beside other work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Copies {
+    /// At once.
+    Early,
+    /// When they are waited for.
+    Late,
 }
 
 struct Block<'a> {
@@ -36,6 +47,7 @@ struct Block<'a> {
     /// The memory of each parameter.
     params: &'a [usize],
     shared: Memory,
+    copies: Copies,
     threads: Vec<Thread>,
     number: usize,
     span: u32,
@@ -45,8 +57,8 @@ struct Block<'a> {
 /// Runs a kernel with so many blocks of so many threads; its parameters are these pieces of memory.
 pub fn launch(
     kernel: &Kernel,
-    blocks: usize,
-    threads: usize,
+    (blocks, threads): (usize, usize),
+    copies: Copies,
     memory: &mut [Memory],
     params: &[usize],
 ) -> Result<(), Fault> {
@@ -66,12 +78,14 @@ pub fn launch(
             known: vec![false; kernel.registers],
             at: 0,
             stop: Stop::Runs,
+            copies: Vec::new(),
         };
         let mut block = Block {
             kernel,
             memory,
             params,
             shared: Memory::fresh(kernel.shared),
+            copies,
             threads: (0..threads).map(|_| thread()).collect(),
             number,
             span,
@@ -214,6 +228,13 @@ impl Block<'_> {
             }
             Code::Load(space, ty, regs, place) => self.load(t, (*space, *ty), regs, *place)?,
             Code::Store(space, ty, regs, place) => self.store(t, (*space, *ty), regs, *place)?,
+            Code::Copy([to, from], bytes) => self.copy(t, *to, *from, *bytes)?,
+            Code::Wait => {
+                let who = self.who(t);
+                for (to, bytes) in std::mem::take(&mut self.threads[t].copies) {
+                    self.shared.arrives(to, &bytes, who)?;
+                }
+            }
             Code::Shuffle(..) => {
                 self.threads[t].stop = Stop::Shuffles;
                 return Ok(());
@@ -227,6 +248,9 @@ impl Block<'_> {
                 return Ok(());
             }
             Code::Return => {
+                if !self.threads[t].copies.is_empty() {
+                    return Err("the thread ends before it has waited for its copies".into());
+                }
                 self.threads[t].stop = Stop::Ended;
                 return Ok(());
             }
@@ -243,15 +267,9 @@ impl Block<'_> {
         place: (Operand, i64),
     ) -> Result<(), String> {
         let size = (ty.bits() / 8) as usize;
-        let (at, who) = (self.address(t, place)?, self.who(t));
-        let all = size * regs.len();
-        let bytes = match space {
-            Space::Shared => self.shared.load(at, all, who)?.to_vec(),
-            Space::Global => {
-                let (buffer, at) = self.buffer(at)?;
-                buffer.load(at, all, who)?.to_vec()
-            }
-        };
+        let who = self.who(t);
+        let (memory, at) = self.memory(t, space, place)?;
+        let bytes = memory.load(at, size * regs.len(), who)?.to_vec();
         for (reg, bytes) in regs.iter().zip(bytes.chunks(size)) {
             let mut value = [0; 8];
             value[..size].copy_from_slice(bytes);
@@ -279,14 +297,27 @@ impl Block<'_> {
             let value = self.read(t, Operand::Reg(*reg))? & mask(ty.bits());
             bytes.extend_from_slice(&value.to_le_bytes()[..size]);
         }
-        let (at, who) = (self.address(t, place)?, self.who(t));
-        match space {
-            Space::Shared => self.shared.store(at, &bytes, who),
-            Space::Global => {
-                let (buffer, at) = self.buffer(at)?;
-                buffer.store(at, &bytes, who)
-            }
-        }
+        let who = self.who(t);
+        let (memory, at) = self.memory(t, space, place)?;
+        memory.store(at, &bytes, who)
+    }
+
+    /// Starts a copy into shared memory. Nobody may touch what it writes before it is waited for.
+    fn copy(
+        &mut self,
+        t: usize,
+        to: (Operand, i64),
+        from: (Operand, i64),
+        size: usize,
+    ) -> Result<(), String> {
+        let (who, copies) = (self.who(t), self.copies);
+        let (memory, at) = self.memory(t, Space::Global, from)?;
+        let bytes = memory.load(at, size, who)?.to_vec();
+        let (memory, at) = self.memory(t, Space::Shared, to)?;
+        memory.store(at, &bytes, who)?;
+        memory.leaves(at, size, copies == Copies::Late);
+        self.threads[t].copies.push((at, bytes));
+        Ok(())
     }
 
     fn who(&self, thread: usize) -> Who {
@@ -297,8 +328,17 @@ impl Block<'_> {
         Ok(self.read(t, base)?.wrapping_add_signed(offset))
     }
 
-    /// The buffer that an address points into, and the byte of it.
-    fn buffer(&mut self, at: u64) -> Result<(&mut Memory, u64), String> {
+    /// The memory that a place is in, and the byte there.
+    fn memory(
+        &mut self,
+        t: usize,
+        space: Space,
+        place: (Operand, i64),
+    ) -> Result<(&mut Memory, u64), String> {
+        let at = self.address(t, place)?;
+        if space == Space::Shared {
+            return Ok((&mut self.shared, at));
+        }
         // What is a little before a buffer is out of its bounds, and not far behind another one.
         let half = 1u64 << (BUFFER - 1);
         let number = (at.wrapping_add(half) >> BUFFER) as usize;

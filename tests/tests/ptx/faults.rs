@@ -8,7 +8,7 @@ use kiln::graph::op::{Composite, UnaryFn};
 use kiln::tensor::Tensor;
 use kiln_tests::{Random, difference, interpret, ptx};
 
-use crate::{CLOSE, elements, product, rows};
+use crate::{CLOSE, convolution, elements, product, rows};
 
 /// Changes of a text that are tried for each fault at most.
 const MOST: usize = 10;
@@ -73,16 +73,18 @@ const ROW: &[Fault] = &[
 
 const TILE: &[Fault] = &[
     ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
-    ("a dropped bound", |l| number(l, "setp.lt.s64", 1000), (3, "there the other factor is 0")),
+    ("a missing wait for copies", |l| instead(l, "cp.async.wait_all;", ""), ALL),
+    ("a dropped bound", |l| number(l, "setp.lt.s64", 1000), (2, "there the other factor is 0")),
+    ("a row or column too few", |l| number(l, "setp.lt.s64", -4), ALL),
+    ("another line of shared memory", |l| instead(l, ", 80, ", ", 64, "), ALL),
     (
-        "a row or column too few",
-        |l| number(l, "setp.lt.s64", -1),
-        (3, "three of the four rows of a thread are not the last one"),
+        "a copy from the piece before",
+        |l| l.starts_with("cp.async").then_some(()).and_then(|()| instead(l, "+64]", "+0]")),
+        ALL,
     ),
-    ("another line of shared memory", |l| instead(l, ", 272, ", ", 268, "), ALL),
     (
         "the next element",
-        |l| instead(l, "ld.shared.f32", "ld.shared.f32 ").and_then(|l| instead(&l, "+0]", "+4]")),
+        |l| l.starts_with("ld.shared").then_some(()).and_then(|()| instead(l, "+0]", "+16]")),
         ALL,
     ),
     (
@@ -96,9 +98,15 @@ const TILE: &[Fault] = &[
         ALL,
     ),
     ("a sum that does not begin", |l| instead(l, "mov.f32 %f0, 0f00000000;", ""), ALL),
-    ("a piece too few", |l| number(l, "setp.lt.u32", -1), ALL),
+    ("a pair of pieces too few", |l| number(l, "setp.lt.u32", -1), ALL),
     ("a difference for a sum", |l| instead(l, "add.rn.f32", "sub.rn.f32"), ALL),
     ("another block", |l| instead(l, "%ctaid.x", "0"), ALL),
+];
+
+const PIXELS: &[Fault] = &[
+    ("another pixel", |l| number(l, "rem.u32", 1), ALL),
+    ("another line of pixels", |l| number(l, "div.u32", 1), ALL),
+    ("a missing wait for copies", |l| instead(l, "cp.async.wait_all;", ""), ALL),
 ];
 
 const ELEMENTS: &[Fault] = &[
@@ -172,7 +180,8 @@ fn planted_faults_are_found() {
     let row = rows(Composite::LayerNorm(1, 1e-5f32.to_bits()), 3, 300);
     let mut problems = plant(&row, BARRIERS);
     problems.extend(plant(&row, ROW));
-    problems.extend(plant(&product(70, 37, 68, false), TILE));
+    problems.extend(plant(&product(70, 100, 68, false), TILE));
+    problems.extend(plant(&convolution([2, 8, 17, 1], ([7, 12], [3, 3]), (1, 1)), PIXELS));
     problems.extend(plant(&elements(UnaryFn::Floor, &[3, 111]), ELEMENTS));
     problems.extend(plant(&elements(UnaryFn::Floor, &[3, 400]), VECTORS));
     assert!(problems.is_empty(), "{}", problems.join("\n"));

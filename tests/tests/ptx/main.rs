@@ -9,7 +9,7 @@ use std::path::Path;
 use kiln::Compiler;
 use kiln::backend::cuda::Gpu;
 use kiln::graph::Graph;
-use kiln::graph::op::{BinaryFn, Composite, Type, UnaryFn};
+use kiln::graph::op::{BinaryFn, Composite, Op, Type, UnaryFn};
 use kiln::tensor::{DType, Tensor};
 use kiln_tests::small::{MODELS, graph};
 use kiln_tests::{ONNX, Random, Tolerance, difference, interpret, oracle, ptx, suite};
@@ -92,12 +92,56 @@ fn elements(f: UnaryFn, shape: &[usize]) -> Graph {
 
 #[test]
 fn tiles_of_any_size_are_right() {
-    for (m, k, n) in [(64, 64, 64), (70, 37, 90), (16, 16, 16), (129, 40, 68), (65, 17, 131)] {
+    for (m, k, n) in
+        [(64, 64, 64), (70, 37, 90), (16, 16, 16), (129, 40, 68), (65, 17, 131), (1530, 20, 1404)]
+    {
         for turned in [false, true] {
             let text = agrees(&format!("{m} {k} {n}"), &product(m, k, n, turned));
-            assert!(text.contains("st.shared.f32"), "{m} {k} {n} goes through shared memory");
+            assert!(text.contains("cp.async"), "{m} {k} {n} goes through shared memory");
+            let whole = k % 4 == 0 || !turned && n % 4 == 0;
+            assert_eq!(text.contains("cp.async.cg"), whole, "{m} {k} {n} in pieces of 16 bytes");
         }
     }
+}
+
+/// A convolution of images with a border of so many zeros, and a bias.
+fn convolution(
+    [batch, ic, oc, groups]: [usize; 4],
+    (image, window): ([usize; 2], [usize; 2]),
+    (stride, border): (usize, usize),
+) -> Graph {
+    let (mut graph, origin) = (Graph::default(), "conv".into());
+    let x = graph.input("x", Type::new(DType::F32, &[batch, ic, image[0], image[1]]));
+    let w = [oc, ic / groups, window[0], window[1]];
+    let w = graph.input("w", Type::new(DType::F32, &w));
+    let bias = graph.input("bias", Type::new(DType::F32, &[1, oc, 1, 1]));
+    let fill = graph.scalar(DType::F32, 0, 0.0, &origin);
+    let borders = Op::Pad(vec![(0, 0), (0, 0), (border, border), (border, border)].into());
+    let x = graph.add(borders, &[x, fill], &origin).expect("a border");
+    let steps = (&[stride; 2][..], &[1; 2][..]);
+    let y = graph.conv([x, w], steps, groups, &origin).expect("a convolution");
+    let y = graph.binary(BinaryFn::Add, y, bias, &origin).expect("a sum");
+    let y = graph.unary(UnaryFn::Tanh, y, &origin).expect("a function");
+    graph.outputs.push(("y".into(), y));
+    graph
+}
+
+#[test]
+fn convolutions_of_any_size_are_tiles() {
+    for (sizes, images, steps) in [
+        ([1, 3, 24, 1], ([19, 22], [7, 7]), (2, 3)),
+        ([1, 16, 20, 1], ([9, 8], [3, 3]), (1, 1)),
+        ([2, 8, 17, 1], ([7, 12], [3, 3]), (1, 1)),
+        ([3, 16, 16, 1], ([5, 4], [1, 1]), (1, 0)),
+        ([2, 32, 16, 1], ([6, 6], [1, 1]), (2, 0)),
+        ([1, 40, 64, 2], ([6, 7], [3, 2]), (1, 1)),
+        ([2, 5, 16, 1], ([4, 40], [1, 5]), (1, 0)),
+    ] {
+        let text = agrees(&format!("{sizes:?}"), &convolution(sizes, images, steps));
+        assert!(text.contains("cp.async"), "{sizes:?} goes through shared memory");
+    }
+    let depthwise = convolution([1, 20, 20, 20], ([8, 8], [3, 3]), (1, 1));
+    assert!(!agrees("depthwise", &depthwise).contains("shared"));
 }
 
 #[test]

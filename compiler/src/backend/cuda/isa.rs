@@ -4,7 +4,7 @@
 use std::fmt::{self, Display, Formatter};
 
 /// Types of instructions.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Ty {
     /// A condition.
     Pred,
@@ -101,7 +101,7 @@ impl Ty {
 }
 
 /// Files of registers.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Class {
     /// Conditions.
     P,
@@ -128,7 +128,7 @@ pub const CLASSES: [(Class, &str, &str); 6] = [
 ];
 
 /// A register.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Reg {
     /// Its class.
     pub class: Class,
@@ -274,7 +274,7 @@ impl Round {
 }
 
 /// Kinds of memory.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Space {
     /// Of the device.
     Global,
@@ -291,8 +291,16 @@ impl Space {
     }
 }
 
-/// A place in memory: a register of 64 bits (of shared memory 32) and bytes from there.
-pub type Address = (Reg, i64);
+/// A place in memory.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Address {
+    /// A register of 64 bits, of shared memory 32.
+    pub base: Reg,
+    /// Bytes from there.
+    pub offset: i64,
+    /// What the base is a multiple of, 16 at most.
+    pub align: i64,
+}
 
 /// An instruction.
 #[derive(Clone, PartialEq, Debug)]
@@ -311,6 +319,11 @@ pub enum Inst {
     Load(Space, Ty, Vec<Reg>, Address),
     /// The same.
     Store(Space, Ty, Address, Vec<Reg>),
+    /// Bytes from memory to shared memory, 4, 8 or 16 of them; they are there once they are waited
+    /// for.
+    Copy(Address, Address, i64),
+    /// Waits for the copies of this thread.
+    Wait,
     /// The value of the lane whose number differs in these bits.
     Shuffle(Reg, Reg, u32),
     /// All threads of the block wait for each other.
@@ -344,6 +357,12 @@ impl Display for Operand {
     }
 }
 
+impl Display for Address {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        write!(f, "[{}+{}]", self.base, self.offset)
+    }
+}
+
 /// Elements beside each other.
 fn vector(regs: &[Reg]) -> (&'static str, String) {
     let names: Vec<String> = regs.iter().map(Reg::to_string).collect();
@@ -374,14 +393,20 @@ impl Display for Inst {
                 write!(f, "cvt{}.{to_ty}.{from_ty} {to}, {from};", round.name())
             }
             Inst::Param(to, number) => write!(f, "ld.param.u64 {to}, [b{number}];"),
-            Inst::Load(space, ty, to, (base, offset)) => {
+            Inst::Load(space, ty, to, at) => {
                 let ((many, to), space) = (vector(to), space.name());
-                write!(f, "ld.{space}{many}.{} {to}, [{base}+{offset}];", ty.name())
+                write!(f, "ld.{space}{many}.{} {to}, {at};", ty.name())
             }
-            Inst::Store(space, ty, (base, offset), from) => {
+            Inst::Store(space, ty, at, from) => {
                 let ((many, from), space) = (vector(from), space.name());
-                write!(f, "st.{space}{many}.{} [{base}+{offset}], {from};", ty.name())
+                write!(f, "st.{space}{many}.{} {at}, {from};", ty.name())
             }
+            Inst::Copy(to, from, bytes) => {
+                // What is read at once by no others need not be kept close by.
+                let cache = if *bytes == 16 { "cg" } else { "ca" };
+                write!(f, "cp.async.{cache}.shared.global {to}, {from}, {bytes};")
+            }
+            Inst::Wait => f.write_str("cp.async.wait_all;"),
             Inst::Shuffle(to, from, mask) => {
                 write!(f, "shfl.sync.bfly.b32 {to}, {from}, {mask}, 31, -1;")
             }

@@ -5,8 +5,10 @@
 
 mod arithmetic;
 pub mod isa;
+mod join;
 mod kernel;
 mod machine;
+mod reuse;
 
 use std::fmt::Write as _;
 
@@ -159,7 +161,18 @@ fn entry(kernel: &Loops, number: usize, gpu: Gpu, text: &mut String) -> emit::Em
     if ptx.shared > 0 {
         let _ = writeln!(text, "  .shared .align 16 .b8 shared_memory[{}];", ptx.shared);
     }
-    for inst in &ptx.code {
+    let mut code = join::join(std::mem::take(&mut ptx.code));
+    if code.iter().any(|inst| matches!(inst, Inst::Copy(..))) {
+        // What a thread has copied is there for the others after a barrier.
+        code = code
+            .into_iter()
+            .flat_map(|inst| match inst {
+                Inst::Barrier => vec![Inst::Wait, Inst::Barrier],
+                inst => vec![inst],
+            })
+            .collect();
+    }
+    for inst in &code {
         let indent = if matches!(inst, Inst::Label(_)) { "" } else { "  " };
         let _ = writeln!(text, "{indent}{inst}");
     }
