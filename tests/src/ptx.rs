@@ -78,9 +78,9 @@ pub fn assembler() -> Option<PathBuf> {
     crate::oracle("ptxas").map(|folder| folder.join("ptxas"))
 }
 
-/// Assembles a text for a version of the instruction set. Gives what the assembler says of
+/// Assembles a text for a version of the instruction set, such as `90a`. Gives what the assembler says of
 /// registers and memory; warnings and spills are errors.
-pub fn assemble(ptxas: &Path, text: &str, sm: u32) -> Result<String, String> {
+pub fn assemble(ptxas: &Path, text: &str, sm: &str) -> Result<String, String> {
     let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
     let path = |name: &str| folder.path().join(name);
     std::fs::write(path("model.ptx"), text).map_err(|e| e.to_string())?;

@@ -180,23 +180,43 @@ impl<M: Machine> Emit<'_, M> {
                 Kind::Thread => self.threads(std::slice::from_ref(stmt)),
             },
             Stmt::Store { buffer, place, value } => self.store(*buffer, place, value),
-            Stmt::If { condition, then, other } => {
-                let condition = self.expr(condition)?.0;
-                self.machine.branch_begin(&condition)?;
-                self.forget();
-                self.block(then)?;
-                self.machine.branch_else();
-                self.forget();
-                self.block(other)?;
-                self.machine.branch_end();
-                self.forget();
-                Ok(())
-            }
+            Stmt::If { condition, then, other } => self.branch(condition, [then, other]),
             Stmt::Prefetch { buffer, place } => {
                 let address = self.address(*buffer, &Place::affine(place.clone()))?;
                 self.machine.prefetch(&address)
             }
+            Stmt::Multiply(m) => self.multiply(m),
         }
+    }
+
+    fn branch(&mut self, condition: &Expr, arms: [&[Stmt]; 2]) -> Emitted<()> {
+        let condition = self.expr(condition)?.0;
+        let (_, carried) = self.carried(&arms.concat());
+        let before: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
+        let merged = self.machine.merged(&before);
+        let all: Vec<(BufferId, i64)> = self.cells.keys().copied().collect();
+        let arm = |this: &mut Self, body: &[Stmt]| -> Emitted<()> {
+            if let Some(merged) = &merged {
+                this.set_cells(&carried, merged.clone());
+            }
+            this.forget();
+            this.block(body)?;
+            if let Some(merged) = &merged {
+                let next: Vec<M::Value> = carried.iter().map(|k| this.cells[k].0.clone()).collect();
+                this.machine.merge(merged, &next);
+                this.set_cells(&carried, merged.clone());
+                // What was set in one block only is nothing after it.
+                this.cells.retain(|key, _| all.contains(key));
+            }
+            Ok(())
+        };
+        self.machine.branch_begin(&condition)?;
+        arm(self, arms[0])?;
+        self.machine.branch_else();
+        arm(self, arms[1])?;
+        self.machine.branch_end();
+        self.forget();
+        Ok(())
     }
 
     fn serial(&mut self, var: Var, extent: usize, body: &[Stmt]) -> Emitted<()> {

@@ -91,6 +91,13 @@ pub trait Machine {
         divisor: usize,
         limit: usize,
     ) -> Emitted<(Self::Int, Self::Int)>;
+    /// Values that the two blocks of a branch may change, before it begins; none on machines where
+    /// blocks change nothing that is used after them.
+    fn merged(&mut self, _before: &[Self::Value]) -> Option<Vec<Self::Value>> {
+        None
+    }
+    /// Gives these their values at the end of a block.
+    fn merge(&mut self, _merged: &[Self::Value], _next: &[Self::Value]) {}
     /// Starts a block that runs where the condition holds.
     fn branch_begin(&mut self, condition: &Self::Value) -> Emitted<()>;
     /// Starts the block that runs where it does not.
@@ -203,6 +210,15 @@ pub trait Machine {
     /// Ends it; returns the carried values after it.
     fn threads_end(&mut self, next: &[Self::Value]) -> Vec<Self::Value> {
         next.to_vec()
+    }
+    /// Adds to four sums of every thread of a warp what `loops::ir::Multiply` says, of rows and
+    /// columns that begin at addresses and lie so many bytes apart.
+    fn multiply(
+        &mut self,
+        _sides: &[(DType, Self::Address, [i64; 2]); 2],
+        _sums: &[Self::Value],
+    ) -> Emitted<Vec<Self::Value>> {
+        Err(Unsupported("products by a warp".into()))
     }
     /// All threads of a block wait for each other.
     fn barrier(&mut self) -> Emitted<()> {

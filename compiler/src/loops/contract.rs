@@ -394,7 +394,8 @@ fn element_of(lower: &mut Lower, panels: &Panels, tile: Var, at: &Affine) -> (Bu
 pub fn factors(body: &[Stmt]) -> Option<[&Arc<Expr>; 2]> {
     match &body[0] {
         Stmt::Store { value: Expr::Fma(x, y, _) | Expr::Dot(_, x, y, _), .. } => Some([x, y]),
-        Stmt::Store { .. } | Stmt::For { .. } | Stmt::If { .. } | Stmt::Prefetch { .. } => None,
+        Stmt::Store { .. } | Stmt::For { .. } | Stmt::If { .. } => None,
+        Stmt::Prefetch { .. } | Stmt::Multiply(_) => None,
     }
 }
 

@@ -36,6 +36,13 @@ pub fn sum(x: &Affine, y: &Affine) -> Affine {
     Affine { offset: x.offset + y.offset, ..terms }
 }
 
+/// `index * step`
+pub fn times(index: &Affine, step: usize) -> Affine {
+    let step = step as i64;
+    let zero = Affine::constant(index.offset * step);
+    index.terms.iter().fold(zero, |sum, t| sum.plus(t.0.into(), t.1 * step))
+}
+
 fn number(n: usize) -> Arc<Expr> {
     Arc::new(Expr::Const(DType::U32, Number::Int(n as i128)))
 }

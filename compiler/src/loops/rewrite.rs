@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::index::{Index, add, to_expr};
-use super::ir::{Buffer, BufferId, Expr, Param, Place, Stmt, Var};
+use super::ir::{Buffer, BufferId, Expr, Multiply, Param, Place, Side, Stmt, Var};
 use crate::graph::op::Affine;
 
 /// Calls a function with every affine index of statements.
@@ -40,6 +40,10 @@ pub fn each_affine(body: &[Stmt], visit: &mut dyn FnMut(&Affine)) {
                 each_affine(other, visit);
             }
             Stmt::Prefetch { place, .. } => visit(place),
+            Stmt::Multiply(m) => {
+                visit(&m.sums.1);
+                m.sides.iter().for_each(|side| visit(&side.place));
+            }
         }
     }
 }
@@ -125,6 +129,18 @@ impl<'a> Rewrite<'a> {
         body.iter().map(|s| self.stmt(s)).collect()
     }
 
+    fn multiply(&mut self, m: &Multiply) -> Multiply {
+        let mut moved = |(buffer, place): (BufferId, &Affine)| {
+            (self.buffer(buffer), (self.index)(place).affine)
+        };
+        let sums = moved((m.sums.0, &m.sums.1));
+        let sides = m.sides.each_ref().map(|side| {
+            let (buffer, place) = moved((side.buffer, &side.place));
+            Side { buffer, place, steps: side.steps }
+        });
+        Multiply { sums, sides, lane: m.lane }
+    }
+
     fn stmt(&mut self, stmt: &Stmt) -> Stmt {
         match stmt {
             Stmt::For { var, extent, kind, body } => {
@@ -143,6 +159,7 @@ impl<'a> Rewrite<'a> {
                 let place = (self.index)(place).affine;
                 Stmt::Prefetch { buffer: self.buffer(*buffer), place }
             }
+            Stmt::Multiply(m) => Stmt::Multiply(Box::new(self.multiply(m))),
         }
     }
 }
@@ -182,7 +199,7 @@ pub fn runs(body: &[Stmt], var: Var) -> bool {
     body.iter().any(|stmt| match stmt {
         Stmt::For { var: v, body, .. } => *v == var || runs(body, var),
         Stmt::If { then, other, .. } => runs(then, var) || runs(other, var),
-        Stmt::Store { .. } | Stmt::Prefetch { .. } => false,
+        Stmt::Store { .. } | Stmt::Prefetch { .. } | Stmt::Multiply(_) => false,
     })
 }
 

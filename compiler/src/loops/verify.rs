@@ -7,7 +7,10 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::index::multiple_of;
-use super::ir::{Expr, Kind, Loops, Number, Param, Place, Range as Turns, Scope, Stmt, Var};
+use super::ir::{
+    Expr, Kind, Loops, Multiply, Number, Param, Place, Range as Turns, Scope, Stmt, Var,
+    WARP_BYTES, WARP_LINES,
+};
 use crate::graph::eval::int_range;
 use crate::graph::infer::infer;
 use crate::graph::op::{Affine, BinaryFn, Op, Type};
@@ -70,6 +73,10 @@ fn threads(loops: &Loops, body: &[Stmt], around: Around) -> Result<(), Unproven>
             threads(loops, then, inside)?;
             threads(loops, other, inside)
         }
+        Stmt::Multiply(m) => {
+            let names = format!("a product over {:?} by a warp", m.lane);
+            unless(matches!(around, Around::Threads | Around::Thread), || names)
+        }
         Stmt::Prefetch { .. } => Ok(()),
     })
 }
@@ -90,6 +97,18 @@ pub fn typed(loops: &Loops) -> Result<(), Unproven> {
                 unless(found == DType::Bool, || format!("a condition of {found}"))?;
                 block(loops, then)?;
                 block(loops, other)
+            }
+            Stmt::Multiply(m) => {
+                let [x, y] = m.sides.each_ref().map(|side| loops.buffers[side.buffer].dtype);
+                let sums = loops.buffers[m.sums.0].dtype;
+                let fits = match sums {
+                    DType::F32 => x == y && matches!(x, DType::F16 | DType::BF16),
+                    _ => {
+                        sums == DType::I32
+                            && [x, y].iter().all(|t| matches!(t, DType::I8 | DType::U8))
+                    }
+                };
+                unless(fits, || format!("{sums} sums of {x} and {y} by a warp"))
             }
             Stmt::Prefetch { .. } => Ok(()),
         })
@@ -220,7 +239,27 @@ impl Check<'_> {
                     unless(memory == Some(Scope::Global), || format!("a prefetch of b{buffer}"))?;
                     self.affine(place)?;
                 }
+                Stmt::Multiply(m) => self.multiply(m)?,
             }
+        }
+        Ok(())
+    }
+
+    /// A product by a warp: all that it reads and writes.
+    fn multiply(&self, m: &Multiply) -> Result<(), Unproven> {
+        let scope = |n: usize| self.loops.buffers.get(n).map(|b| b.scope);
+        let scopes = m.sides.each_ref().map(|side| scope(side.buffer));
+        let fits = scope(m.sums.0) == Some(Scope::Register)
+            && scopes == [Some(Scope::Shared); 2]
+            && m.lane.map(|v| self.ranges.get(&v)) == [Some(&(0, 7)), Some(&(0, 3))];
+        unless(fits, || "a product by a warp of other memory or threads".into())?;
+        self.place(m.sums.0, &Place::affine(m.sums.1.clone()), 3)?;
+        for (side, lines) in m.sides.iter().zip(WARP_LINES) {
+            let products = WARP_BYTES / self.loops.buffers[side.buffer].dtype.bytes();
+            let steps = side.steps.map(i128::from);
+            unless(steps.iter().all(|s| *s >= 0), || format!("steps of {:?}", side.steps))?;
+            let more = (lines as i128 - 1) * steps[0] + (products as i128 - 1) * steps[1];
+            self.place(side.buffer, &Place::affine(side.place.clone()), more)?;
         }
         Ok(())
     }

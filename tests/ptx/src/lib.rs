@@ -8,6 +8,7 @@ mod arithmetic;
 mod memory;
 mod parse;
 mod run;
+mod warp;
 
 use std::fmt;
 

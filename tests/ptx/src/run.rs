@@ -15,8 +15,8 @@ const BUFFER: u32 = 40;
 enum Stop {
     /// It can go on.
     Runs,
-    /// At a shuffle.
-    Shuffles,
+    /// At what all threads of a warp do together.
+    Meets,
     /// At a barrier.
     Waits,
     /// It has ended.
@@ -41,12 +41,12 @@ pub enum Copies {
     Late,
 }
 
-struct Block<'a> {
+pub(crate) struct Block<'a> {
     kernel: &'a Kernel,
     memory: &'a mut [Memory],
     /// The memory of each parameter.
     params: &'a [usize],
-    shared: Memory,
+    pub(crate) shared: Memory,
     copies: Copies,
     threads: Vec<Thread>,
     number: usize,
@@ -98,7 +98,7 @@ pub fn launch(
 }
 
 impl Block<'_> {
-    fn fault(&self, thread: usize, why: impl Into<String>) -> Fault {
+    pub(crate) fn fault(&self, thread: usize, why: impl Into<String>) -> Fault {
         let inst = self.kernel.code.get(self.threads[thread].at);
         Fault {
             kernel: self.kernel.name.clone(),
@@ -138,17 +138,28 @@ impl Block<'_> {
                     self.step(thread).map_err(|why| self.fault(thread, why))?;
                 }
             }
-            let shuffles = |t: &Thread| t.stop == Stop::Shuffles;
-            let Some(one) = lanes.clone().find(|&t| shuffles(&self.threads[t])) else {
+            let meets = |t: &Thread| t.stop == Stop::Meets;
+            let Some(one) = lanes.clone().find(|&t| meets(&self.threads[t])) else {
                 return Ok(());
             };
             let at = self.threads[one].at;
             let mut all = lanes.clone();
-            let missing = all.any(|t| !shuffles(&self.threads[t]) || self.threads[t].at != at);
+            let missing = all.any(|t| !meets(&self.threads[t]) || self.threads[t].at != at);
             if missing || lanes.len() < WARP {
                 return Err(self.fault(one, "a lane does not come to the shuffle"));
             }
-            self.shuffle(lanes.clone())?;
+            let kernel = self.kernel;
+            match &kernel.code[at].code {
+                Code::Matrices(to, place, turned) => {
+                    self.matrices(lanes.start, to, *place, *turned)?;
+                }
+                Code::Multiply(types, parts) => self.multiply(lanes.start, *types, parts)?,
+                _ => self.shuffle(lanes.clone())?,
+            }
+            for thread in &mut self.threads[lanes.clone()] {
+                thread.at += 1;
+                thread.stop = Stop::Runs;
+            }
         }
     }
 
@@ -166,15 +177,12 @@ impl Block<'_> {
             let Some(value) = values.get(lane ^ bits as usize) else {
                 return Err(self.fault(t, "a lane beyond the warp"));
             };
-            let thread = &mut self.threads[t];
-            (thread.registers[to], thread.known[to]) = (*value, true);
-            thread.at += 1;
-            thread.stop = Stop::Runs;
+            self.write(t, to, *value);
         }
         Ok(())
     }
 
-    fn read(&self, thread: usize, operand: Operand) -> Result<u64, String> {
+    pub(crate) fn read(&self, thread: usize, operand: Operand) -> Result<u64, String> {
         let state = &self.threads[thread];
         match operand {
             Operand::Reg(reg) if state.known[reg] => Ok(state.registers[reg]),
@@ -185,7 +193,7 @@ impl Block<'_> {
         }
     }
 
-    fn write(&mut self, thread: usize, reg: usize, value: u64) {
+    pub(crate) fn write(&mut self, thread: usize, reg: usize, value: u64) {
         let state = &mut self.threads[thread];
         (state.registers[reg], state.known[reg]) = (value, true);
     }
@@ -235,8 +243,8 @@ impl Block<'_> {
                     self.shared.arrives(to, &bytes, who)?;
                 }
             }
-            Code::Shuffle(..) => {
-                self.threads[t].stop = Stop::Shuffles;
+            Code::Shuffle(..) | Code::Matrices(..) | Code::Multiply(..) => {
+                self.threads[t].stop = Stop::Meets;
                 return Ok(());
             }
             Code::Barrier => {
@@ -320,11 +328,11 @@ impl Block<'_> {
         Ok(())
     }
 
-    fn who(&self, thread: usize) -> Who {
+    pub(crate) fn who(&self, thread: usize) -> Who {
         Who { span: self.span, first: self.first, thread: thread as u32 }
     }
 
-    fn address(&self, t: usize, (base, offset): (Operand, i64)) -> Result<u64, String> {
+    pub(crate) fn address(&self, t: usize, (base, offset): (Operand, i64)) -> Result<u64, String> {
         Ok(self.read(t, base)?.wrapping_add_signed(offset))
     }
 

@@ -322,6 +322,12 @@ pub enum Inst {
     /// Bytes from memory to shared memory, 4, 8 or 16 of them; they are there once they are waited
     /// for.
     Copy(Address, Address, i64),
+    /// Matrices of 8 rows of 16 bytes from shared memory, each row from the address of a lane of its
+    /// own; a register for each, turned where so: then elements of 2 bytes change places.
+    Matrices(Vec<Reg>, Address, bool),
+    /// A product of 16 rows and 8 columns of these types by a warp, added to sums: to, rows,
+    /// columns, sums.
+    Multiply([Ty; 2], [Vec<Reg>; 4]),
     /// Waits for the copies of this thread.
     Wait,
     /// The value of the lane whose number differs in these bits.
@@ -363,13 +369,18 @@ impl Display for Address {
     }
 }
 
+/// Registers in braces.
+fn group(regs: &[Reg]) -> String {
+    let names: Vec<String> = regs.iter().map(Reg::to_string).collect();
+    format!("{{{}}}", names.join(", "))
+}
+
 /// Elements beside each other.
 fn vector(regs: &[Reg]) -> (&'static str, String) {
-    let names: Vec<String> = regs.iter().map(Reg::to_string).collect();
     match regs.len() {
-        1 => ("", names[0].clone()),
-        2 => (".v2", format!("{{{}}}", names.join(", "))),
-        _ => (".v4", format!("{{{}}}", names.join(", "))),
+        1 => ("", regs[0].to_string()),
+        2 => (".v2", group(regs)),
+        _ => (".v4", group(regs)),
     }
 }
 
@@ -405,6 +416,22 @@ impl Display for Inst {
                 // What is read at once by no others need not be kept close by.
                 let cache = if *bytes == 16 { "cg" } else { "ca" };
                 write!(f, "cp.async.{cache}.shared.global {to}, {from}, {bytes};")
+            }
+            Inst::Matrices(to, at, turned) => {
+                let turned = if *turned { ".trans" } else { "" };
+                let (count, to) = (to.len(), group(to));
+                write!(f, "ldmatrix.sync.aligned.m8n8.x{count}{turned}.shared.b16 {to}, {at};")
+            }
+            Inst::Multiply([x, y], parts) => {
+                let (shape, sum) =
+                    if x.bytes() == 1 { ("m16n8k32", "s32") } else { ("m16n8k16", "f32") };
+                let parts: Vec<String> = parts.iter().map(|part| group(part)).collect();
+                let (x, y) = (x.name(), y.name());
+                write!(
+                    f,
+                    "mma.sync.aligned.{shape}.row.col.{sum}.{x}.{y}.{sum} {};",
+                    parts.join(", ")
+                )
             }
             Inst::Wait => f.write_str("cp.async.wait_all;"),
             Inst::Shuffle(to, from, mask) => {

@@ -5,6 +5,7 @@ use kiln_runtime::tensor::DType;
 
 use super::isa::{self, Class, Cmp, Inst, Op, Operand, Reg, Round, Space, Ty};
 use super::reuse::{self, Scope as Level};
+use super::warp::Fragments;
 use crate::backend::emit::{Emitted, Unsupported};
 use crate::graph::op::BinaryFn;
 use crate::loops::ir::{Loops, Scope};
@@ -98,6 +99,8 @@ pub struct Ptx {
     /// What is around the next instruction, and by class the scope that each register is set in.
     pub(super) scopes: Vec<Level>,
     pub(super) depths: [Vec<usize>; 6],
+    /// Rows and columns that are in registers of a warp.
+    pub(super) fragments: Fragments,
 }
 
 /// The type that a dtype is computed in.
@@ -151,6 +154,7 @@ impl Ptx {
             open: Vec::new(),
             scopes: vec![Level::default()],
             depths: Default::default(),
+            fragments: Fragments::new(),
         };
         let mut number = 0;
         for buffer in &loops.buffers {

@@ -99,6 +99,14 @@ impl Machine for Ptx {
         Ok((quotient, self.op(Op::Sub, Ty::U32, &[x, product])))
     }
 
+    fn merged(&mut self, before: &[Val]) -> Option<Vec<Val>> {
+        Some(self.carry(before))
+    }
+
+    fn merge(&mut self, merged: &[Val], next: &[Val]) {
+        self.assign(merged, next);
+    }
+
     fn branch_begin(&mut self, condition: &Val) -> Emitted<()> {
         let condition = condition.one()?;
         let condition = self.held(Ty::Pred, condition);
@@ -375,7 +383,16 @@ impl Machine for Ptx {
         carried
     }
 
+    fn multiply(
+        &mut self,
+        sides: &[(DType, Address, [i64; 2]); 2],
+        sums: &[Val],
+    ) -> Emitted<Vec<Val>> {
+        self.multiply_by_warp(sides, sums)
+    }
+
     fn barrier(&mut self) -> Emitted<()> {
+        self.fragments.clear();
         self.code.push(Inst::Barrier);
         Ok(())
     }

@@ -111,17 +111,20 @@ impl Ptx {
     /// Begins a loop.
     pub(super) fn loop_scope(&mut self) {
         let before = Some(std::mem::take(&mut self.code));
+        self.fragments.clear();
         self.scopes.push(Scope { before, ..Scope::default() });
     }
 
     /// Begins what may not run.
     pub(super) fn branch_scope(&mut self) {
+        self.fragments.clear();
         self.scopes.push(Scope::default());
     }
 
     /// Ends the innermost scope.
     pub(super) fn end_scope(&mut self) {
         let ended = self.scopes.pop().unwrap_or_default();
+        self.fragments.clear();
         if let Some(before) = ended.before {
             let inside = std::mem::replace(&mut self.code, before);
             self.code.extend(inside);

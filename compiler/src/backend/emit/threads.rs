@@ -1,8 +1,8 @@
 //! The threads of a block: what they exchange through memory, when they wait for each other, and
 //! what they copy into shared memory meanwhile.
 
-use super::{Bound, Emit, Emitted, Hangs, Machine, bit};
-use crate::loops::ir::{BufferId, Expr, Kind, Place, Scope, Stmt};
+use super::{Bound, Emit, Emitted, Hangs, Machine, bit, unwritten};
+use crate::loops::ir::{BufferId, Expr, Kind, Multiply, Place, Scope, Side, Stmt};
 use crate::loops::share::uses;
 
 /// What threads of a block exchange through memory, as bits of buffers.
@@ -76,6 +76,25 @@ impl<M: Machine> Emit<'_, M> {
         let after = self.machine.threads_end(&next);
         self.set_cells(&carried, after);
         self.forget();
+        Ok(())
+    }
+
+    /// A product by all threads of a warp.
+    pub(super) fn multiply(&mut self, m: &Multiply) -> Emitted<()> {
+        let (at, _) = self.resolve(&m.sums.1);
+        let keys = [0, 1, 2, 3].map(|e| (m.sums.0, at.offset + e));
+        let sums = keys.iter().map(|key| self.cells.get(key).map(|cell| cell.0.clone()));
+        let sums: Vec<M::Value> = sums.collect::<Option<_>>().ok_or_else(unwritten)?;
+        let mut side = |side: &Side| -> Emitted<_> {
+            let dtype = self.loops.buffers[side.buffer].dtype;
+            let place = Place::affine(side.place.clone());
+            let steps = side.steps.map(|step| step * dtype.bytes() as i64);
+            Ok((dtype, self.address(side.buffer, &place)?, steps))
+        };
+        let sides = [side(&m.sides[0])?, side(&m.sides[1])?];
+        let next = self.machine.multiply(&sides, &sums)?;
+        self.cells.extend(keys.into_iter().zip(next.into_iter().map(|sum| (sum, false))));
+        self.known.retain(|_, v| v.1 & bit(m.sums.0) == 0);
         Ok(())
     }
 
