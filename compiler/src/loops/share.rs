@@ -74,12 +74,17 @@ pub fn share(kernel: Loops, contraction: bool) -> Loops {
     Loops { body, ..kernel }
 }
 
+/// Work of a turn that is too much for one thread of a GPU: a launch more takes less time.
+const LONG_TURN: u64 = 1 << 14;
+
 /// Makes all outer loops parallel whose turns may run in any order: for machines that have a thread
 /// for every turn. Loops one after another, in which other elements are stored, become kernels of
 /// their own: then each of them has threads for its turns.
 pub fn spread(kernel: Loops) -> Vec<Loops> {
     let Some(mut nest) = Nest::of(&kernel) else { return vec![kernel] };
-    if nest.body.len() > 1 && nest.body.iter().all(|stmt| stores_alone(nest.buffers, stmt)) {
+    let long = work(nest.buffers, &nest.body) >= LONG_TURN;
+    let alone = nest.body.iter().all(|stmt| stores_alone(nest.buffers, stmt));
+    if nest.body.len() > 1 && long && alone {
         let pieces = std::mem::take(&mut nest.body).into_iter().enumerate();
         let piece = |(n, stmt)| {
             let body = Nest { body: vec![stmt], ..nest.clone() }.wrapped();

@@ -206,7 +206,8 @@ pub fn parse(text: &str) -> Parsed<Module> {
         let params = params.matches(".param .u64 ").count();
         let threads = lines.next().and_then(|l| l.strip_prefix(".maxntid ")?.split(',').next());
         let threads = threads.and_then(|t| t.trim().parse().ok()).ok_or("no .maxntid")?;
-        if lines.next() != Some(".minnctapersm 1") || lines.next() != Some("{") {
+        let blocks = lines.next().and_then(|l| l.strip_prefix(".minnctapersm "));
+        if blocks.is_none_or(|n| n.parse::<u32>().is_err()) || lines.next() != Some("{") {
             return Err(format!("{name} does not begin"));
         }
         let body: Vec<&str> = lines.by_ref().take_while(|l| *l != "}").collect();

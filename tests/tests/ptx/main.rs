@@ -218,6 +218,39 @@ fn sums_of_short_floats_are_rounded_once() {
     assert!(got.iter().all(|v| v.to_bits() & 0xffff == 0), "results are bf16");
 }
 
+/// The attention of queries to keys with values, masked.
+fn attention([heads, queries, keys, depth, width]: [usize; 5]) -> Graph {
+    let (mut graph, origin) = (Graph::default(), "attention".into());
+    let mut input = |name, shape: &[usize]| graph.input(name, Type::new(DType::F32, shape));
+    let q = input("q", &[heads, queries, depth]);
+    let k = input("k", &[heads, keys, depth]);
+    let v = input("v", &[heads, keys, width]);
+    let mask = input("mask", &[1, queries, keys]);
+    let k = graph.permute(k, &[0, 2, 1], &origin).expect("a view");
+    let x = graph.matmul(q, k, &origin).expect("products");
+    let x = graph.binary_number(BinaryFn::Mul, x, 0.5, &origin).expect("a product");
+    let x = graph.binary(BinaryFn::Add, x, mask, &origin).expect("a sum");
+    let x = graph.composite(Composite::Softmax(2), x, &origin).expect("shares");
+    let y = graph.matmul(x, v, &origin).expect("sums");
+    graph.outputs.push(("y".into(), y));
+    graph
+}
+
+#[test]
+fn attention_of_any_size_is_right() {
+    for sizes in [
+        [2, 16, 24, 8, 8],
+        [1, 33, 70, 12, 20],
+        [3, 5, 300, 16, 16],
+        [2, 1, 40, 8, 8],
+        [6, 197, 197, 16, 16],
+        [1, 18, 1500, 5, 7],
+    ] {
+        let text = agrees(&format!("{sizes:?}"), &attention(sizes));
+        assert_eq!(text.matches(".entry").count(), 1, "{sizes:?} is one kernel");
+    }
+}
+
 /// A convolution of images with a border of so many zeros, and a bias.
 fn convolution(
     [batch, ic, oc, groups]: [usize; 4],

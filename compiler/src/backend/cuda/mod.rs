@@ -45,6 +45,10 @@ const GPUS: [Gpu; 2] = [
 /// Threads of a block, where nothing says how many.
 const THREADS: usize = 256;
 
+/// Threads that a processor has room for at least: each then has 128 registers at most. Where nothing
+/// is said of it, the assembler takes fewer and keeps some values in memory.
+const BESIDE: usize = 512;
+
 impl Gpu {
     /// The one of a version, such as 80.
     pub fn of(sm: u32) -> Option<Gpu> {
@@ -155,8 +159,8 @@ fn entry(kernel: &Loops, number: usize, gpu: Gpu, text: &mut String) -> emit::Em
     let count = kernel.buffers.iter().filter(|b| b.scope == Scope::Global).count();
     let params: Vec<String> = (0..count).map(|i| format!(".param .u64 b{i}")).collect();
     let _ = writeln!(text, "\n.visible .entry {name}({})", params.join(", "));
-    // Without the least number of blocks ptxas spills registers to have room for more of them.
-    let _ = writeln!(text, ".maxntid {}, 1, 1\n.minnctapersm 1\n{{", layout.threads);
+    let least = (BESIDE / layout.threads).max(1);
+    let _ = writeln!(text, ".maxntid {}, 1, 1\n.minnctapersm {least}\n{{", layout.threads);
     for (class, ty, prefix) in CLASSES {
         let count = ptx.counts[class as usize];
         if count > 0 {
