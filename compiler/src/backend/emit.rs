@@ -449,6 +449,12 @@ impl<M: Machine> Emit<'_, M> {
                     [only] if len > 1 && !self.cells[&only].1 => {
                         self.machine.fold_threads(*f, compute_dtype(dtype), &values[0], len)?
                     }
+                    // Or as many of them as there are lanes.
+                    [_] if self.loops.lanes().is_some_and(|lanes| len > lanes) => {
+                        let lanes = self.loops.lanes().unwrap_or(len);
+                        let own = self.machine.fold(*f, &values)?;
+                        self.machine.fold_threads(*f, compute_dtype(dtype), &own, len / lanes)?
+                    }
                     _ => self.machine.fold(*f, &values)?,
                 };
                 (folded, bit(*buffer))

@@ -49,12 +49,18 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     let mut product = product(&mut lower, root, contract)?;
     let mut lowered = Lowered::default();
     if lower.target.threads > 0 {
-        let kernel = match super::gpu_tiles::tiles(&mut lower, &product)? {
-            Some(body) => lower.finish(body),
-            None => plain(lower, product, &mut lowered)?,
+        let tiles = super::gpu_tiles::tiles(&mut lower, &product, &mut lowered.scratch)?;
+        lowered.kernels = match tiles {
+            Some(kernels) => kernels,
+            None => vec![plain(lower, product, &mut lowered)?],
         };
-        let kernel = Loops { name: name.into(), ..kernel };
-        return Ok(Lowered { kernels: vec![kernel], ..lowered });
+        for kernel in &mut lowered.kernels {
+            kernel.name = match kernel.name.as_str() {
+                "" => name.into(),
+                part => format!("{name}.{part}"),
+            };
+        }
+        return Ok(lowered);
     }
     let mut few = false;
     if let Some(words) = words::in_words(&mut lower, &product)?

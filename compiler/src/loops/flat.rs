@@ -53,6 +53,11 @@ impl Group {
         Group(vars.into_iter().map(|v| (v, lower.extents[usize::from(v)])).collect())
     }
 
+    /// Its axes, outermost first, with their extents.
+    pub fn axes(&self) -> &[(Var, usize)] {
+        &self.0
+    }
+
     /// How far it counts.
     pub fn extent(&self) -> usize {
         self.0.iter().map(|v| v.1).product()

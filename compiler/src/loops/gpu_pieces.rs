@@ -1,5 +1,5 @@
-//! Pieces of the operands of a contraction on a GPU: how threads bring them into shared memory, where
-//! every element is read by many of them.
+//! Pieces of the operands of a contraction on a GPU: how threads bring them into shared memory,
+//! where every element is read by many of them.
 
 use std::sync::Arc;
 
@@ -198,7 +198,11 @@ impl Piece {
         let (index, more) = first(&line, !self.along);
         let (copy, nothing) = (each(copy), each(nothing));
         let copy = below(lower, &index, lines - more, copy, nothing.clone());
-        let (index, more) = first(&product, self.along);
+        // A piece that stays within the innermost axis is whole, or it is none.
+        let (index, more) = match sums.holds(self.depth) {
+            true => (product.base.clone(), self.depth - 1),
+            false => first(&product, self.along),
+        };
         let copy = below(lower, &index, depth - more, copy, nothing);
         let copy = if self.vector { copy } else { unroll(self.near, copy) };
         threads(&self.threads, unroll(self.turn, copy))

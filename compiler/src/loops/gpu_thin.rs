@@ -29,7 +29,7 @@ const DEEP: [usize; 2] = [32, 16];
 /// Many rows are more.
 const MANY: usize = 8;
 /// Products of a thread at least, where a block has one column.
-const EACH: usize = 8;
+const EACH: usize = 64;
 
 /// A product of few rows: the group of these, and that of the many columns, with their operands.
 struct Thin<'a> {

@@ -18,14 +18,17 @@ use super::gpu_pieces::{
     Operand, Piece, Pieces, below, in_groups, scaled, store, unroll, vector, without,
 };
 use super::gpu_thin::thin;
-use super::ir::{BufferId, Expr, Kind, Multiply, Place, Side, Stmt, Var, WARP_BYTES};
+use super::ir::{
+    BufferId, Expr, Kind, Loops, Multiply, Param, Place, Scope, Side, Stmt, Var, WARP_BYTES,
+};
 use super::lower::{Lower, Lowering, origin_place};
-use super::nest::{coalesce, is_vector};
+use super::nest::{accumulate, coalesce, is_vector};
 use super::rewrite::{computed, retarget};
 use crate::graph::op::{Affine, BinaryFn};
 
-/// Rows and columns of a tile, the most first: of threads that multiply by themselves, and of warps.
+/// Rows and columns of a tile, the most first: of threads that multiply by themselves.
 const TILES: [[usize; 2]; 5] = [[128, 128], [64, 128], [64, 64], [32, 64], [16, 64]];
+/// Those of warps that multiply.
 const WARP_TILES: [[usize; 2]; 5] = [[128, 128], [64, 128], [64, 64], [32, 64], [32, 32]];
 /// Threads of a block.
 const THREADS: usize = 256;
@@ -36,6 +39,11 @@ const LEAST: usize = 16;
 const LEAST_SUM: usize = 8;
 /// Blocks that a GPU runs at once, about: one for each of its processors.
 const PROCESSORS: usize = 132;
+/// Parts of a sum at most, each with so many pieces at least.
+const PARTS: usize = 16;
+const LEAST_PIECES: usize = 4;
+/// Cycles that a launch takes.
+const LAUNCH: usize = 3000;
 /// Sums that are written out.
 const WRITTEN_OUT: usize = 256;
 
@@ -74,8 +82,12 @@ fn operand(lower: &Lower, e: &Expr, sums: DType) -> Option<Operand> {
     (known && dtype != DType::Bool).then(|| Operand { buffer: *buffer, place: affine.clone() })
 }
 
-/// The statements of a contraction in tiles, where it has axes for them.
-pub fn tiles(lower: &mut Lower, product: &Product) -> Lowering<Option<Vec<Stmt>>> {
+/// The kernels of a contraction in tiles, or of few rows, where it has axes for them.
+pub fn tiles(
+    lower: &mut Lower,
+    product: &Product,
+    scratch: &mut Vec<(DType, usize)>,
+) -> Lowering<Option<Vec<Loops>>> {
     let [x, y] = product.operands.clone();
     let Some(dtype) = sums_of(lower.buffers[product.cell].dtype) else { return Ok(None) };
     let whole = |v: &Var| lower.span(*v).is_none();
@@ -94,7 +106,7 @@ pub fn tiles(lower: &mut Lower, product: &Product) -> Lowering<Option<Vec<Stmt>>
     let before = lower.extents.clone();
     let body = coalesce(lower, &mut vars, vec![update, result]);
     let body = coalesce(lower, &mut sums, body);
-    let Some(axes) = axes(lower, &body, (vars, sums), dtype) else {
+    let Some(axes) = axes(lower, &body, (vars.clone(), sums), dtype) else {
         lower.extents = before;
         return Ok(None);
     };
@@ -105,10 +117,57 @@ pub fn tiles(lower: &mut Lower, product: &Product) -> Lowering<Option<Vec<Stmt>>
         if thin.is_none() {
             lower.extents = before;
         }
-        return Ok(thin);
+        return Ok(thin.map(|body| vec![lower.copy().finish(body)]));
     }
-    let tile = Tile::new(lower, &axes, dtype)?;
-    Ok(Some(tile.all(lower, &axes, end)?))
+    // Short floats are rounded once, at the end of their sums.
+    let whole = lower.buffers[product.cell].dtype != dtype;
+    let tile = Tile::new(lower, &axes, dtype, whole)?;
+    let Some(part) = tile.part else {
+        let body = tile.all(lower, &axes, end)?;
+        return Ok(Some(vec![lower.copy().finish(body)]));
+    };
+    let mut last = lower.copy();
+    let (partial, sums) = partial(lower, &axes, (product.cell, dtype), part, scratch);
+    let inside = tile.all(lower, &axes, (product.cell, &partial))?;
+    let first = Loops { name: "parts".into(), ..lower.copy().finish(inside) };
+    // Then their sum, in the order of the parts.
+    let turn = last.var(part.1)?;
+    let (place, len) = sums;
+    let more = last.buffer(dtype, len, Scope::Global, Param::Scratch(scratch.len() - 1));
+    let place = sum(&without(&place, part.0), &scaled(turn, len / part.1));
+    let cell = Arc::new(Expr::Load(product.cell, origin_place()));
+    let more = Arc::new(Expr::Load(more, Place::affine(place)));
+    let steps = [zero(dtype), Expr::Binary(BinaryFn::Add, cell, more)];
+    let Stmt::Store { buffer, place, value } = body[1].clone() else {
+        return Ok(None);
+    };
+    let end = (buffer, place, Arc::new(value));
+    let second = accumulate(last, vars, vec![turn], product.cell, steps, end);
+    Ok(Some(vec![first, second]))
+}
+
+/// The store of a part of a sum to memory of its own: what is stored, and where, of how many.
+fn partial(
+    lower: &mut Lower,
+    axes: &Axes,
+    (cell, dtype): (BufferId, DType),
+    part: (Var, usize),
+    scratch: &mut Vec<(DType, usize)>,
+) -> (Stmt, (Affine, usize)) {
+    let outer = Group::new(lower, axes.outer.clone());
+    let (mut len, mut place) = (1, Affine::default());
+    for group in [&axes.columns, &axes.rows, &outer] {
+        for (var, extent) in group.axes().iter().rev() {
+            place = sum(&place, &scaled(*var, len));
+            len *= extent;
+        }
+    }
+    place = sum(&place, &scaled(part.0, len));
+    len *= part.1;
+    let buffer = lower.buffer(dtype, len, Scope::Global, Param::Scratch(scratch.len()));
+    scratch.push((dtype, len));
+    let value = Expr::Load(cell, origin_place());
+    (store(buffer, place.clone(), value), (place, len))
 }
 
 /// The axes that a tile can have.
@@ -144,14 +203,27 @@ fn axes(
     Some(Axes { rows, columns, sums, operands, outer })
 }
 
-/// The rows and columns of tiles with which the blocks of a kernel take the least time.
-fn tile_of(tiles: [[usize; 2]; 5], blocks: usize, rows: usize, columns: usize) -> [usize; 2] {
-    let time = |[r, c]: &[usize; 2]| {
-        let all = blocks * rows.div_ceil(*r) * columns.div_ceil(*c);
-        // Products, and what is read from shared memory for them.
-        all.div_ceil(PROCESSORS) * (r * c + 32 * (r + c))
+/// The rows and columns of tiles, and the parts of sums, with which a kernel takes the least time.
+fn shape(
+    tiles: [[usize; 2]; 5],
+    [blocks, rows, columns]: [usize; 3],
+    (pieces, depth): (usize, usize),
+    warp: bool,
+    most: usize,
+) -> ([usize; 2], usize) {
+    let parts = std::iter::successors(Some(1), |n| Some(2 * n));
+    let parts = parts.take_while(|&n| n == 1 || n <= most && pieces >= LEAST_PIECES * n);
+    let all = parts.flat_map(|parts| tiles.map(|tile| (tile, parts)));
+    let time = |&([r, c], parts): &([usize; 2], usize)| {
+        let count = blocks * parts * rows.div_ceil(r) * columns.div_ceil(c);
+        // Products, and what is read from shared memory for them, by 128 units; then partial sums
+        // are written and read again, some 2 KB at once, by one launch more.
+        let products = if warp { r * c / 8 } else { r * c } + 32 * (r + c);
+        let sums = count.div_ceil(PROCESSORS) * pieces.div_ceil(parts) * depth * products / 128;
+        let more = LAUNCH + blocks * rows * columns * parts / 256;
+        if parts > 1 { sums + more } else { sums }
     };
-    tiles.into_iter().min_by_key(time).unwrap_or(tiles[0])
+    all.min_by_key(time).unwrap_or((tiles[0], 1))
 }
 
 /// Whether warps can multiply operands of these dtypes.
@@ -166,6 +238,9 @@ struct Tile {
     dtype: DType,
     depth: usize,
     warp: bool,
+    /// Pieces of a sum, or of each part of it; and the parts, where there are some.
+    count: usize,
+    part: Option<(Var, usize)>,
     pieces: [Piece; 2],
     owns: Owns,
     /// Where tiles begin.
@@ -179,14 +254,21 @@ struct Tile {
 }
 
 impl Tile {
-    fn new(lower: &mut Lower, axes: &Axes, dtype: DType) -> Lowering<Tile> {
+    fn new(lower: &mut Lower, axes: &Axes, dtype: DType, whole: bool) -> Lowering<Tile> {
         let blocks = axes.outer.iter().map(|&v| lower.extents[usize::from(v)]).product();
         let dtypes = axes.operands.each_ref().map(|o| lower.buffers[o.buffer].dtype);
         let (warp, bytes) = (by_warps(dtypes), dtypes[0].bytes().max(dtypes[1].bytes()));
         let groups = [&axes.rows, &axes.columns];
         let tiles = if warp { WARP_TILES } else { TILES };
-        let tile = tile_of(tiles, blocks, axes.rows.extent(), axes.columns.extent());
-        let (depth, near) = (LINE / bytes, if warp { 16 / bytes } else { NEAR });
+        let depth = LINE / bytes;
+        let all = axes.sums.extent().div_ceil(depth);
+        let work = [blocks, axes.rows.extent(), axes.columns.extent()];
+        let most = if whole { 1 } else { PARTS };
+        let (tile, parts) = shape(tiles, work, (all, depth), warp, most);
+        let count = all.div_ceil(parts);
+        let parts = all.div_ceil(count);
+        let part = if parts > 1 { Some((lower.var(parts)?, parts)) } else { None };
+        let near = if warp { 16 / bytes } else { NEAR };
         let kind = Pieces { depth, near, warp, threads: THREADS };
         let mut piece = |side: usize| {
             let groups = (groups[side], &axes.sums);
@@ -209,12 +291,14 @@ impl Tile {
         };
         let starts = [start(0)?, start(1)?];
         // After the first piece.
-        let pairs = (axes.sums.extent().div_ceil(depth) - 1) / 2;
+        let pairs = (count - 1) / 2;
         let turns = depth / each / step;
         Ok(Tile {
             dtype,
             depth,
             warp,
+            count,
+            part,
             pieces,
             starts,
             turn: (lower.var(turns)?, turns),
@@ -307,8 +391,9 @@ impl Tile {
             && near.is_some_and(|n| is_vector(&lower.buffers, std::slice::from_ref(end.1), n.0));
         let first = store(self.sums, self.owns.place.clone(), zero(self.dtype));
         let mut body = self.owns.all(self.owns.rows.each(self.across(lanes, vec![first])));
-        let count = axes.sums.extent().div_ceil(self.depth);
-        let number = |n: usize| Affine::constant((n * self.depth) as i64);
+        let count = self.count;
+        let from = self.part.map_or(Affine::default(), |p| scaled(p.0, count * self.depth));
+        let number = |n: usize| Affine { offset: (n * self.depth) as i64, ..from.clone() };
         body.extend(self.bring(lower, axes, &number(0), 0));
         // Two pieces a turn: each is summed while the one after it is brought.
         let (var, extent) = self.pair;
@@ -326,7 +411,8 @@ impl Tile {
         }
         (0..2 - count % 2).for_each(|half| body.extend(self.add(lower, half, lanes)));
         body.extend(self.end(lower, axes, end, lanes));
-        let starts = self.starts.iter().map(|start| start.0);
+        let starts =
+            self.part.map(|part| part.0).into_iter().chain(self.starts.iter().map(|s| s.0));
         let loops: Vec<Var> = axes.outer.iter().copied().chain(starts).collect();
         gpu::blocks(lower, &loops, body)
     }

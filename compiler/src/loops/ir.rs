@@ -112,7 +112,8 @@ pub enum Kind {
     Unroll,
     /// In any order, each turn by threads of its own. Only the outermost loops.
     Block,
-    /// All at once, each turn by a thread of the block. Only in blocks; one in another are one loop.
+    /// All at once, each turn by a thread of the block. Only in blocks; those in others are one
+    /// loop with them.
     Thread,
 }
 
@@ -176,9 +177,9 @@ pub enum Stmt {
     Multiply(Box<Multiply>),
 }
 
-/// A product of 16 rows and 8 columns in shared memory, which the threads of a warp add to sums: the
-/// sum of as many products as fit into 32 bytes of a row. Every thread has four of the sums: number
-/// `e` is that of row `lane[0] + 8 * (e / 2)` and of column `2 * lane[1] + e % 2`.
+/// A product of 16 rows and 8 columns in shared memory, which the threads of a warp add to sums:
+/// the sum of as many products as fit into 32 bytes of a row. Every thread has four of the sums:
+/// number `e` is that of row `lane[0] + 8 * (e / 2)` and of column `2 * lane[1] + e % 2`.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Multiply {
     /// The first of four sums in registers.

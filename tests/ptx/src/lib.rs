@@ -14,7 +14,7 @@ use std::fmt;
 
 pub use memory::Memory;
 pub use parse::{Kernel, Module, parse};
-pub use run::{Copies, launch};
+pub use run::{Copies, Counts, launch};
 
 /// What a kernel does wrong.
 #[derive(Clone, PartialEq, Eq, Debug)]

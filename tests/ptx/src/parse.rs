@@ -206,8 +206,11 @@ pub fn parse(text: &str) -> Parsed<Module> {
         let params = params.matches(".param .u64 ").count();
         let threads = lines.next().and_then(|l| l.strip_prefix(".maxntid ")?.split(',').next());
         let threads = threads.and_then(|t| t.trim().parse().ok()).ok_or("no .maxntid")?;
-        let blocks = lines.next().and_then(|l| l.strip_prefix(".minnctapersm "));
-        if blocks.is_none_or(|n| n.parse::<u32>().is_err()) || lines.next() != Some("{") {
+        let mut begin = lines.next();
+        if begin == Some(".minnctapersm 1") {
+            begin = lines.next();
+        }
+        if begin != Some("{") {
             return Err(format!("{name} does not begin"));
         }
         let body: Vec<&str> = lines.by_ref().take_while(|l| *l != "}").collect();
@@ -262,6 +265,9 @@ impl Body {
 
     fn declare(&mut self, line: &str) -> Parsed<()> {
         let strange = || format!("not known: {line}");
+        if line == ".pragma \"nounroll\";" {
+            return Ok(());
+        }
         if let Some(rest) = line.strip_prefix(".shared .align 16 .b8 shared_memory[") {
             let bytes = rest.strip_suffix("];").and_then(|n| n.parse().ok());
             self.kernel.shared = bytes.ok_or_else(strange)?;
@@ -348,14 +354,6 @@ impl Body {
         match name {
             "ret" => return count(0).map(|()| Code::Return),
             "cp.async.wait_all" => return count(0).map(|()| Code::Wait),
-            "cp.async.ca.shared.global" | "cp.async.cg.shared.global" => {
-                count(3)?;
-                let bytes = words[2].parse().map_err(|_| "no number of bytes")?;
-                let sizes: &[usize] = if name.contains(".cg.") { &[16] } else { &[4, 8, 16] };
-                sizes.contains(&bytes).then_some(()).ok_or("another number of bytes")?;
-                let to = self.place(&words[0], Space::Shared)?;
-                return Ok(Code::Copy([to, self.place(&words[1], Space::Global)?], bytes));
-            }
             "bar.sync" if words == ["0"] => return Ok(Code::Barrier),
             "bra" => {
                 let label = words.first().and_then(|w| self.labels.get(w));
@@ -381,6 +379,7 @@ impl Body {
         match parts[0] {
             "ldmatrix" => self.matrices(name, words),
             "mma" => self.multiply(name, words),
+            "cp" => self.copy(name, words),
             "ld" | "st" => self.access(&parts, words),
             "setp" if parts.len() == 3 => {
                 count(3)?;
@@ -426,6 +425,19 @@ impl Body {
             return Err(format!("{} registers, not {count}", regs.len()));
         }
         Ok(regs)
+    }
+
+    fn copy(&self, name: &str, words: &[String]) -> Parsed<Code> {
+        let sizes: &[usize] = match name {
+            "cp.async.cg.shared.global" => &[16],
+            "cp.async.ca.shared.global" => &[4, 8, 16],
+            _ => return Err("an unknown copy".into()),
+        };
+        let [to, from, bytes] = words else { return Err("three operands are right".into()) };
+        let bytes = bytes.parse().map_err(|_| "no number of bytes")?;
+        sizes.contains(&bytes).then_some(()).ok_or("another number of bytes")?;
+        let to = self.place(to, Space::Shared)?;
+        Ok(Code::Copy([to, self.place(from, Space::Global)?], bytes))
     }
 
     fn matrices(&self, name: &str, words: &[String]) -> Parsed<Code> {

@@ -32,6 +32,25 @@ struct Thread {
     copies: Vec<(u64, Vec<u8>)>,
 }
 
+/// What a launch did.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Counts {
+    /// Instructions of all threads.
+    pub instructions: u64,
+    /// Products that were added to sums, of numbers.
+    pub products: u64,
+    /// Bytes that were read from memory, and copied from there.
+    pub read: u64,
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, other: Counts) {
+        self.instructions += other.instructions;
+        self.products += other.products;
+        self.read += other.read;
+    }
+}
+
 /// When copies are done that run beside other work.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Copies {
@@ -48,6 +67,7 @@ pub(crate) struct Block<'a> {
     params: &'a [usize],
     pub(crate) shared: Memory,
     copies: Copies,
+    counts: Counts,
     threads: Vec<Thread>,
     number: usize,
     span: u32,
@@ -61,7 +81,7 @@ pub fn launch(
     copies: Copies,
     memory: &mut [Memory],
     params: &[usize],
-) -> Result<(), Fault> {
+) -> Result<Counts, Fault> {
     let fault = |why: String| {
         let (kernel, instruction) = (kernel.name.clone(), String::new());
         Fault { kernel, instruction, block: 0, thread: 0, why }
@@ -71,7 +91,7 @@ pub fn launch(
         return Err(fault(format!("{threads} threads of {most}, {given} buffers of {wanted}")));
     }
     params.iter().for_each(|&piece| memory[piece].settle());
-    let mut span = 1;
+    let (mut span, mut counts) = (1, Counts::default());
     for number in 0..blocks {
         let thread = || Thread {
             registers: vec![0; kernel.registers],
@@ -86,6 +106,7 @@ pub fn launch(
             params,
             shared: Memory::fresh(kernel.shared),
             copies,
+            counts: Counts::default(),
             threads: (0..threads).map(|_| thread()).collect(),
             number,
             span,
@@ -93,8 +114,9 @@ pub fn launch(
         };
         block.run()?;
         span = block.span + 1;
+        counts += block.counts;
     }
-    Ok(())
+    Ok(counts)
 }
 
 impl Block<'_> {
@@ -201,6 +223,7 @@ impl Block<'_> {
     fn step(&mut self, t: usize) -> Result<(), String> {
         let kernel = self.kernel;
         let Inst { guard, code, .. } = &kernel.code[self.threads[t].at];
+        self.counts.instructions += 1;
         if let Some((reg, wanted)) = *guard
             && (self.read(t, Operand::Reg(reg))? != 0) != wanted
         {
@@ -209,6 +232,7 @@ impl Block<'_> {
         }
         match code {
             Code::Op(op, ty, to, from) => {
+                self.counts.products += u64::from(*op == "fma.rn");
                 let mut values = [0; 3];
                 for (value, operand) in values.iter_mut().zip(from) {
                     *value = self.read(t, *operand)?;
@@ -244,6 +268,10 @@ impl Block<'_> {
                 }
             }
             Code::Shuffle(..) | Code::Matrices(..) | Code::Multiply(..) => {
+                if let Code::Multiply([ty, _], _) = code {
+                    // Each of its threads has four sums.
+                    self.counts.products += 4 * 256 / u64::from(ty.bits());
+                }
                 self.threads[t].stop = Stop::Meets;
                 return Ok(());
             }
@@ -278,6 +306,7 @@ impl Block<'_> {
         let who = self.who(t);
         let (memory, at) = self.memory(t, space, place)?;
         let bytes = memory.load(at, size * regs.len(), who)?.to_vec();
+        self.counts.read += if space == Space::Global { bytes.len() as u64 } else { 0 };
         for (reg, bytes) in regs.iter().zip(bytes.chunks(size)) {
             let mut value = [0; 8];
             value[..size].copy_from_slice(bytes);
@@ -321,6 +350,7 @@ impl Block<'_> {
         let (who, copies) = (self.who(t), self.copies);
         let (memory, at) = self.memory(t, Space::Global, from)?;
         let bytes = memory.load(at, size, who)?.to_vec();
+        self.counts.read += size as u64;
         let (memory, at) = self.memory(t, Space::Shared, to)?;
         memory.store(at, &bytes, who)?;
         memory.leaves(at, size, copies == Copies::Late);

@@ -1,5 +1,6 @@
 //! What all threads of a warp do together with matrices. Fragments lie as the manual of PTX says:
-//! of a matrix of 8 rows of 16 bytes, lane `l` holds 4 bytes of row `l / 4` from byte `4 * (l % 4)`.
+//! of a matrix of 8 rows of 16 bytes, lane `l` holds 4 bytes of row `l / 4`, from byte
+//! `4 * (l % 4)` on.
 
 use half::{bf16, f16};
 

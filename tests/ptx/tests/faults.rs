@@ -6,7 +6,8 @@ use kiln_ptx::{Copies, Memory, launch, parse};
 fn kernel(lines: &str) -> String {
     format!(
         ".version 7.4\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 b0)\n\
-         .maxntid 64, 1, 1\n.minnctapersm 1\n{{\n.reg .pred %p<4>;\n.reg .b16 %h<4>;\n.reg .u32 %r<8>;\n\
+         .maxntid 64, 1, 1\n.minnctapersm 1\n{{\n\
+         .reg .pred %p<4>;\n.reg .b16 %h<4>;\n.reg .u32 %r<8>;\n\
          .reg .u64 %d<4>;\n.reg .f32 %f<8>;\n.reg .f64 %g<4>;\n\
          .shared .align 16 .b8 shared_memory[256];\n\
          ld.param.u64 %d0, [b0];\ncvta.to.global.u64 %d1, %d0;\nmov.u32 %r0, %tid.x;\n\

@@ -1,8 +1,10 @@
 //! The texts of whole models before the assembler: it accepts them without a warning, and no
 //! register is spilled. `KILN_BLESS=1` writes `golden/ptx.txt` anew.
 
+use std::collections::HashMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use kiln::Compiler;
 use kiln::backend::cuda::{Gpu, emit_all};
@@ -21,6 +23,21 @@ fn most(said: &str, word: &str) -> usize {
     said.match_indices(word).filter_map(|(at, _)| before(at)).max().unwrap_or(0)
 }
 
+/// What the assembler says of a text for a target; of models that differ in their weights only the
+/// text is the same.
+fn assemble(ptxas: &Path, text: &str, target: &str) -> Result<String, String> {
+    type Known = HashMap<(String, String), Result<String, String>>;
+    static KNOWN: LazyLock<Mutex<Known>> = LazyLock::new(Mutex::default);
+    let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let key = (text.to_string(), target.to_string());
+    if let Some(said) = known().get(&key) {
+        return said.clone();
+    }
+    let said = ptx::assemble(ptxas, text, target);
+    known().insert(key, said.clone());
+    said
+}
+
 /// Kernels of a graph, and for each version the registers and the shared memory that the largest of
 /// them take.
 fn line(graph: &Graph) -> Result<String, String> {
@@ -31,7 +48,7 @@ fn line(graph: &Graph) -> Result<String, String> {
     for (sm, targets) in VERSIONS {
         let module = emit_all(&cuda.program.kernels, of(sm)?).map_err(|e| e.to_string())?;
         for (n, target) in targets.iter().enumerate() {
-            let said = ptx::assemble(&ptxas, &module.text, target);
+            let said = assemble(&ptxas, &module.text, target);
             let said = said.map_err(|e| format!("sm_{target}: {e}"))?;
             if n == 0 {
                 let (registers, shared) = (most(&said, " registers"), most(&said, " bytes smem"));

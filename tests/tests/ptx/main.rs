@@ -2,6 +2,7 @@
 //! rows of many sizes, planted faults; and what the assembler says of whole models.
 
 mod assembled;
+mod counts;
 mod faults;
 
 use std::path::Path;
@@ -145,6 +146,22 @@ fn products_of_few_rows_share_their_sums() {
             assert_eq!(text.contains(word), shared, "{m} {k} {n} {turned}");
             assert_eq!(text.contains("ld.global.v4"), shared, "{m} {k} {n} {turned}");
         }
+    }
+}
+
+#[test]
+fn long_sums_are_made_in_parts() {
+    for (m, k, n) in [(64, 1024, 64), (40, 999, 37), (17, 1300, 20)] {
+        for turned in [false, true] {
+            let text = agrees(&format!("{m} {k} {n}"), &product(m, k, n, turned));
+            assert_eq!(text.matches(".entry").count(), 2, "{m} {k} {n} is two kernels");
+        }
+    }
+    for channels in [90, 96, 208] {
+        let deep = convolution([2, channels, 20, 1], ([6, 5], [3, 3]), (1, 1));
+        assert!(agrees("deep", &deep).contains("_parts("), "the sum is made in parts");
+        let short = convolution([2, channels * 4, 20, 1], ([6, 5], [1, 1]), (1, 0));
+        assert!(agrees("short", &short).contains("_parts("), "the sum is made in parts");
     }
 }
 

@@ -322,8 +322,8 @@ pub enum Inst {
     /// Bytes from memory to shared memory, 4, 8 or 16 of them; they are there once they are waited
     /// for.
     Copy(Address, Address, i64),
-    /// Matrices of 8 rows of 16 bytes from shared memory, each row from the address of a lane of its
-    /// own; a register for each, turned where so: then elements of 2 bytes change places.
+    /// Matrices of 8 rows of 16 bytes from shared memory, each row from the address of a lane of
+    /// its own; a register for each, turned where so: then elements of 2 bytes change places.
     Matrices(Vec<Reg>, Address, bool),
     /// A product of 16 rows and 8 columns of these types by a warp, added to sums: to, rows,
     /// columns, sums.
@@ -336,6 +336,8 @@ pub enum Inst {
     Barrier,
     /// A place to go to.
     Label(u32),
+    /// Says that the loop that begins here is written out enough.
+    NoUnroll,
     /// Goes there: always, or where a condition is so.
     Branch(u32, Option<(Reg, bool)>),
     /// The end of the thread.
@@ -439,6 +441,7 @@ impl Display for Inst {
             }
             Inst::Barrier => f.write_str("bar.sync 0;"),
             Inst::Label(label) => write!(f, "L{label}:"),
+            Inst::NoUnroll => f.write_str(".pragma \"nounroll\";"),
             Inst::Branch(label, None) => write!(f, "bra L{label};"),
             Inst::Branch(label, Some((c, holds))) => {
                 let not = if *holds { "" } else { "!" };

@@ -45,10 +45,6 @@ const GPUS: [Gpu; 2] = [
 /// Threads of a block, where nothing says how many.
 const THREADS: usize = 256;
 
-/// Threads that a processor has room for at least: each then has 128 registers at most. Where nothing
-/// is said of it, the assembler takes fewer and keeps some values in memory.
-const BESIDE: usize = 512;
-
 impl Gpu {
     /// The one of a version, such as 80.
     pub fn of(sm: u32) -> Option<Gpu> {
@@ -159,8 +155,12 @@ fn entry(kernel: &Loops, number: usize, gpu: Gpu, text: &mut String) -> emit::Em
     let count = kernel.buffers.iter().filter(|b| b.scope == Scope::Global).count();
     let params: Vec<String> = (0..count).map(|i| format!(".param .u64 b{i}")).collect();
     let _ = writeln!(text, "\n.visible .entry {name}({})", params.join(", "));
-    let least = (BESIDE / layout.threads).max(1);
-    let _ = writeln!(text, ".maxntid {}, 1, 1\n.minnctapersm {least}\n{{", layout.threads);
+    let _ = writeln!(text, ".maxntid {}, 1, 1", layout.threads);
+    if ptx.shared > 0 {
+        // Else the assembler keeps some sums of a tile in memory, to have room for more blocks.
+        text.push_str(".minnctapersm 1\n");
+    }
+    text.push_str("{\n");
     for (class, ty, prefix) in CLASSES {
         let count = ptx.counts[class as usize];
         if count > 0 {

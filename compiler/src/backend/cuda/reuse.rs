@@ -57,6 +57,10 @@ pub(super) fn conversion(to: Ty, from: Ty, x: Reg) -> Option<Key> {
     Some(Key(None, [to, from], vec![x]))
 }
 
+/// Instructions of loops that are not written out further: the values of all copies would be in
+/// registers at once.
+const LONG: usize = 24;
+
 impl Ptx {
     /// The number of the innermost scope.
     fn here(&self) -> usize {
@@ -126,7 +130,11 @@ impl Ptx {
         let ended = self.scopes.pop().unwrap_or_default();
         self.fragments.clear();
         if let Some(before) = ended.before {
-            let inside = std::mem::replace(&mut self.code, before);
+            let mut inside = std::mem::replace(&mut self.code, before);
+            let label = inside.iter().position(|inst| matches!(inst, Inst::Label(_)));
+            if let Some(label) = label.filter(|_| inside.len() > LONG) {
+                inside.insert(label + 1, Inst::NoUnroll);
+            }
             self.code.extend(inside);
         }
     }
