@@ -444,13 +444,15 @@ impl<M: Machine> Emit<'_, M> {
                 keys.sort_unstable();
                 let values: Vec<M::Value> = keys.iter().map(|k| self.cells[k].0.clone()).collect();
                 let Buffer { dtype, len, .. } = self.loops.buffers[*buffer];
+                let in_blocks =
+                    matches!(self.loops.body[..], [Stmt::For { kind: Kind::Block, .. }]);
                 let folded = match keys[..] {
                     // Each thread has one of its elements.
                     [only] if len > 1 && !self.cells[&only].1 => {
                         self.machine.fold_threads(*f, compute_dtype(dtype), &values[0], len)?
                     }
                     // Or as many of them as there are lanes.
-                    [_] if self.loops.lanes().is_some_and(|lanes| len > lanes) => {
+                    [_] if in_blocks && self.loops.lanes().is_some_and(|lanes| len > lanes) => {
                         let lanes = self.loops.lanes().unwrap_or(len);
                         let own = self.machine.fold(*f, &values)?;
                         self.machine.fold_threads(*f, compute_dtype(dtype), &own, len / lanes)?

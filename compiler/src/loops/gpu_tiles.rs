@@ -213,7 +213,10 @@ fn shape(
 ) -> ([usize; 2], usize) {
     let parts = std::iter::successors(Some(1), |n| Some(2 * n));
     let parts = parts.take_while(|&n| n == 1 || n <= most && pieces >= LEAST_PIECES * n);
-    let all = parts.flat_map(|parts| tiles.map(|tile| (tile, parts)));
+    // The ends of large tiles take many registers, which sums of few products do not pay for.
+    let least = usize::from(pieces == 1);
+    let tiles = &tiles[least..];
+    let all = parts.flat_map(|parts| tiles.iter().map(move |tile| (*tile, parts)));
     let time = |&([r, c], parts): &([usize; 2], usize)| {
         let count = blocks * parts * rows.div_ceil(r) * columns.div_ceil(c);
         // Products, and what is read from shared memory for them, by 128 units; then partial sums
