@@ -324,7 +324,8 @@ impl Compiler {
 
     /// The same from a graph on.
     pub fn cuda_of(&self, graph: &Graph, gpu: Gpu) -> Result<Cuda> {
-        let kernels = (*rules::optimise(graph, self.egraph, false)?.graph).clone();
+        // Bytes are multiplied as they are, by warps.
+        let kernels = (*rules::optimise(graph, self.egraph, true)?.graph).clone();
         let program = program(&verify(kernels.clone())?, gpu.target())?;
         let module = cuda::emit_all(&program.kernels, gpu)?;
         Ok(Cuda { kernels, program, module })

@@ -105,7 +105,7 @@ mod tests {
                     lines.insert((place.offset + terms.sum::<i64>()) / 16);
                 }
                 Stmt::If { then, .. } => asked(then, at, lines),
-                Stmt::For { .. } | Stmt::Store { .. } => {}
+                Stmt::For { .. } | Stmt::Store { .. } | Stmt::Multiply(_) => {}
             }
         }
     }

@@ -175,7 +175,7 @@ fn moves(index: &Index, v: Var) -> bool {
 
 /// The variable along which rows of a block differ, the innermost that weights have and values
 /// have not; and the others of the result, but for the last.
-fn query_of(
+pub fn query_of(
     product: &Product,
     parts: &Attention,
     row: &[Index],

@@ -49,12 +49,18 @@ pub fn lower(mut lower: Lower, root: usize, contract: usize, name: &str) -> Lowe
     let mut product = product(&mut lower, root, contract)?;
     let mut lowered = Lowered::default();
     if lower.target.threads > 0 {
-        let kernel = match super::gpu_tiles::tiles(&mut lower, &product)? {
-            Some(body) => lower.finish(body),
-            None => plain(lower, product, &mut lowered)?,
+        let tiles = super::gpu_tiles::tiles(&mut lower, &product, &mut lowered.scratch)?;
+        lowered.kernels = match tiles {
+            Some(kernels) => kernels,
+            None => vec![plain(lower, product, &mut lowered)?],
         };
-        let kernel = Loops { name: name.into(), ..kernel };
-        return Ok(Lowered { kernels: vec![kernel], ..lowered });
+        for kernel in &mut lowered.kernels {
+            kernel.name = match kernel.name.as_str() {
+                "" => name.into(),
+                part => format!("{name}.{part}"),
+            };
+        }
+        return Ok(lowered);
     }
     let mut few = false;
     if let Some(words) = words::in_words(&mut lower, &product)?
@@ -394,7 +400,8 @@ fn element_of(lower: &mut Lower, panels: &Panels, tile: Var, at: &Affine) -> (Bu
 pub fn factors(body: &[Stmt]) -> Option<[&Arc<Expr>; 2]> {
     match &body[0] {
         Stmt::Store { value: Expr::Fma(x, y, _) | Expr::Dot(_, x, y, _), .. } => Some([x, y]),
-        Stmt::Store { .. } | Stmt::For { .. } | Stmt::If { .. } | Stmt::Prefetch { .. } => None,
+        Stmt::Store { .. } | Stmt::For { .. } | Stmt::If { .. } => None,
+        Stmt::Prefetch { .. } | Stmt::Multiply(_) => None,
     }
 }
 

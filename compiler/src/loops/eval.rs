@@ -5,7 +5,9 @@
 
 use kiln_runtime::tensor::DType;
 
-use super::ir::{BufferId, Count, Expr, Loops, Param, Place, Scope, Stmt, Var};
+use super::ir::{
+    BufferId, Count, Expr, Loops, Multiply, Param, Place, Scope, Stmt, Var, WARP_BYTES,
+};
 use super::text::affine;
 use super::verify::typed;
 use crate::error::Diagnostic;
@@ -76,7 +78,35 @@ impl Run<'_> {
                     self.block(if holds { then } else { other })?;
                 }
                 Stmt::Prefetch { .. } => {}
+                Stmt::Multiply(m) => self.multiply(m)?,
             }
+        }
+        Ok(())
+    }
+
+    /// The part of a product by a warp that is this thread's.
+    fn multiply(&mut self, m: &Multiply) -> Result<(), Diagnostic> {
+        let lane = m.lane.map(|v| self.vars[usize::from(v)].unwrap_or(0));
+        let dtype = self.loops.buffers[m.sums.0].dtype;
+        for e in 0..4 {
+            let mut at = Place::affine(m.sums.1.clone());
+            at.affine.offset += e as i64;
+            let at = self.place(m.sums.0, &at)?;
+            let lines = [lane[0] + 8 * (e / 2), 2 * lane[1] + e % 2];
+            let mut sum = self.buffers[m.sums.0].get(at);
+            let bytes = self.loops.buffers[m.sides[0].buffer].dtype.bytes();
+            for product in 0..WARP_BYTES / bytes {
+                let mut factors = [Number::Int(0); 2];
+                for ((side, line), factor) in m.sides.iter().zip(lines).zip(&mut factors) {
+                    let mut at = Place::affine(side.place.clone());
+                    at.affine.offset +=
+                        line as i64 * side.steps[0] + product as i64 * side.steps[1];
+                    *factor = self.buffers[side.buffer].get(self.place(side.buffer, &at)?);
+                }
+                let [x, y] = factors.map(|factor| scalar::cast(dtype, factor));
+                sum = scalar::fma(dtype, x, y, sum);
+            }
+            self.buffers[m.sums.0].set(at, sum);
         }
         Ok(())
     }

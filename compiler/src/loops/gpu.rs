@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use super::ir::{BufferId, Expr, Kind, Place, Stmt, Var};
+use kiln_runtime::tensor::DType;
+
+use super::ir::{BufferId, Expr, Kind, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowering, origin_place};
 use super::nest::{coalesce, is_vector, wrap};
 use super::rewrite::{rewrite, substitute};
@@ -44,7 +46,7 @@ fn in_vectors(lower: &mut Lower, inner: Var, body: &[Stmt]) -> Option<(Option<Va
 /// Rows of fewer elements are not shared.
 const SHARED_ROW: usize = 64;
 /// Elements of a row for each of its threads at least.
-const EACH: usize = 4;
+const EACH: usize = 16;
 /// Threads of a warp.
 pub const WARP: usize = 32;
 
@@ -63,47 +65,73 @@ pub fn row_threads(lower: &Lower, shape: &[usize], reduces: &[usize]) -> usize {
     if lower.target.threads > 0 && shared { 1 << threads.ilog2() } else { 0 }
 }
 
+/// A buffer that the threads of a block share.
+pub fn shared(lower: &mut Lower, dtype: DType, len: usize) -> BufferId {
+    lower.buffer(dtype, len, Scope::Shared, Param::None)
+}
+
 /// A loop over threads.
 fn threads(var: Var, extent: usize, body: Vec<Stmt>) -> Stmt {
     Stmt::For { var, extent, kind: Kind::Thread, body }
 }
 
+/// Whether threads can take neighbours of a loop at once.
+fn takes_neighbours(lower: &Lower, last: Var, body: &[Stmt]) -> bool {
+    let stores = body.iter().all(|s| matches!(s, Stmt::Store { .. }));
+    let extent = lower.extents[last as usize];
+    stores && extent.is_multiple_of(VECTOR) && is_vector(&lower.buffers, body, last)
+}
+
 /// Statements for every turn of a loop, by all threads: each takes one turn after another, as many
-/// apart as there are threads. Where there are parts of a cell, each thread has one of them for it.
+/// apart as there are threads, or some neighbours in lanes. Where there are parts of a cell, each
+/// thread has one of them for it, or one for each lane.
 fn shared_out(
     lower: &mut Lower,
     (last, outer): (Var, &[Var]),
     body: &[Stmt],
-    parts: Option<(BufferId, BufferId)>,
+    (parts, lane): (Option<(BufferId, BufferId)>, Option<Var>),
 ) -> Lowering<Vec<Stmt>> {
     let (extent, all) = (lower.extents[last as usize], lower.row_threads);
-    let (whole, rest) = (extent / all, extent % all);
+    let near = if lane.is_some() { VECTOR } else { 1 };
+    let (whole, rest) = (extent / (all * near), extent % (all * near) / near);
     let mut out = Vec::new();
-    for (start, turns, width) in [(0, whole, all), (whole * all, 1, rest)] {
+    for (start, turns, width) in [(0, whole, all), (whole * all * near, 1, rest)] {
         if turns == 0 || width == 0 {
             continue;
         }
         let (thread, turn) = (lower.var(width)?, lower.var(turns)?);
-        let at = Affine { offset: start as i64, ..Affine::axis(thread as usize) };
-        let at = at.plus(turn as usize, all as i64);
+        let own = Affine::scaled(thread as usize, near as i64);
+        let own = lane.iter().fold(own, |own, &lane| own.plus(lane as usize, 1));
+        let at = Affine { offset: start as i64, ..own.clone() };
+        let at = at.plus(turn as usize, (all * near) as i64);
         let index = |a: &Affine| {
             a.substitute(&|v| if v == last as usize { at.clone() } else { Affine::axis(v) })
         };
         let loops: Vec<Var> = outer.iter().copied().chain([turn]).collect();
-        let own = parts.map(|(cell, parts)| (cell, parts, Affine::axis(thread as usize)));
-        let body = rewrite(body, &index, own.as_slice());
+        let own = parts.map(|(cell, parts)| (cell, parts, own));
+        let body = in_lane(lane, rewrite(body, &index, own.as_slice()));
         let body = wrap(&lower.extents, &loops, body, 0);
         out.push(threads(thread, width, body));
     }
     Ok(out)
 }
 
+/// Statements in the lanes of a variable, where there is one.
+fn in_lane(lane: Option<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
+    match lane {
+        Some(var) => vec![Stmt::For { var, extent: VECTOR, kind: Kind::Vector, body }],
+        None => body,
+    }
+}
+
 /// Statements over the axes of a row that threads share.
 pub fn pass(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Lowering<Vec<Stmt>> {
-    match vars.pop() {
-        None => Ok(vec![threads(lower.var(1)?, 1, body)]),
-        Some(last) => shared_out(lower, (last, &vars), &body, None),
-    }
+    let Some(last) = vars.pop() else { return Ok(vec![threads(lower.var(1)?, 1, body)]) };
+    let lane = match takes_neighbours(lower, last, &body) {
+        true => Some(lower.var(VECTOR)?),
+        false => None,
+    };
+    shared_out(lower, (last, &vars), &body, (None, lane))
 }
 
 /// Statements that fold into a cell for every turn of `last`: each thread folds its own part, then
@@ -117,12 +145,16 @@ pub fn reduce(
     step: Vec<Stmt>,
 ) -> Lowering<Vec<Stmt>> {
     let (dtype, all) = (lower.buffers[cell].dtype, lower.row_threads);
-    let parts = lower.register(dtype, all);
+    let lanes = dtype == DType::F32 && takes_neighbours(lower, last, &step);
+    let lane = if lanes { Some(lower.var(VECTOR)?) } else { None };
+    let near = if lanes { VECTOR } else { 1 };
+    let parts = lower.register(dtype, all * near);
     let thread = lower.var(all)?;
-    let own = Place::affine(Affine::axis(thread as usize));
+    let own = Affine::scaled(thread as usize, near as i64);
+    let own = Place::affine(lane.iter().fold(own, |own, &lane| own.plus(lane as usize, 1)));
     let first = Stmt::Store { buffer: parts, place: own, value: start };
-    let mut out = vec![threads(thread, all, vec![first])];
-    out.extend(shared_out(lower, (last, outer), &step, Some((cell, parts)))?);
+    let mut out = vec![threads(thread, all, in_lane(lane, vec![first]))];
+    out.extend(shared_out(lower, (last, outer), &step, (Some((cell, parts)), lane))?);
     let before = Arc::new(Expr::Load(cell, origin_place()));
     let value = Expr::Binary(f.binary(dtype), before, Arc::new(Expr::Fold(f, parts)));
     out.push(Stmt::Store { buffer: cell, place: origin_place(), value });

@@ -1,233 +1,466 @@
 //! Contractions on a GPU: a block of threads makes a tile of the result. Pieces of both operands
 //! are brought into shared memory, where every element is read by many threads; each thread sums
-//! four rows times four columns in registers.
+//! some rows times some columns in registers. While one piece is summed, the next one is on its way
+//! into other shared memory.
+//!
+//! Rows, columns and sums are groups of axes that are counted as one (`flat.rs`): the sum of a
+//! convolution runs through channels and taps, its rows or columns through the pixels of images.
 
 use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::contract::{Product, plain_load};
+use super::contract::{Product, zero};
+use super::flat::{Flat, Group, sum, times};
 use super::gpu;
-use super::ir::{BufferId, Expr, Kind, Number, Param, Place, Scope, Stmt, Var};
+use super::gpu_own::{NEAR, Owns};
+use super::gpu_pieces::{
+    Operand, Piece, Pieces, below, in_groups, scaled, store, unroll, vector, without,
+};
+use super::gpu_thin::thin;
+use super::ir::{
+    BufferId, Expr, Kind, Loops, Multiply, Param, Place, Scope, Side, Stmt, Var, WARP_BYTES,
+};
 use super::lower::{Lower, Lowering, origin_place};
-use super::nest::{coalesce, is_vector, wrap};
-use super::rewrite::{retarget, substitute};
+use super::nest::{accumulate, coalesce, is_vector};
+use super::rewrite::{computed, retarget};
 use crate::graph::op::{Affine, BinaryFn};
 
-/// Threads along each side of a tile.
-const SIDE: usize = 16;
-/// Rows and columns of a thread.
-const OWN: usize = 4;
-/// Rows and columns of a tile.
-const TILE: usize = SIDE * OWN;
-/// Products of a sum that are in shared memory at once.
-const DEPTH: usize = 16;
-/// How far apart the lines of a piece lie: not in the same banks, and aligned to 16 bytes.
-const LINE: i64 = TILE as i64 + 4;
-/// Axes of fewer elements are not tiled.
+/// Rows and columns of a tile, the most first: of threads that multiply by themselves.
+const TILES: [[usize; 2]; 5] = [[128, 128], [64, 128], [64, 64], [32, 64], [16, 64]];
+/// Those of warps that multiply.
+const WARP_TILES: [[usize; 2]; 5] = [[128, 128], [64, 128], [64, 64], [32, 64], [32, 32]];
+/// Threads of a block.
+const THREADS: usize = 256;
+/// Bytes of a line of a piece: so many products of a sum are in shared memory at once.
+const LINE: usize = 64;
+/// Rows and columns of fewer elements are not tiled, nor sums of fewer products.
 const LEAST: usize = 16;
+const LEAST_SUM: usize = 8;
+/// Blocks that a GPU runs at once, about: one for each of its processors.
+const PROCESSORS: usize = 132;
+/// Parts of a sum at most, each with so many pieces at least.
+const PARTS: usize = 16;
+const LEAST_PIECES: usize = 4;
+/// Cycles that a launch takes.
+const LAUNCH: usize = 3000;
+/// Sums that are written out.
+const WRITTEN_OUT: usize = 256;
 
-/// The axes of a tile, and the operands that move along them.
-struct Axes {
-    /// Of rows, columns and the sum.
-    m: Var,
-    n: Var,
-    k: Var,
-    /// Loaded for rows, and for columns.
-    operands: [Arc<Expr>; 2],
-    /// The loops around tiles, and around the innermost one of the sum.
-    outer: Vec<Var>,
-    sums: Vec<Var>,
+/// The axes of a tile, and the operands that move along rows and along columns.
+pub struct Axes {
+    /// Those along which the first operand moves, and not the second one.
+    pub rows: Group,
+    /// The other way round.
+    pub columns: Group,
+    /// Those of the sum.
+    pub sums: Group,
+    /// The operands.
+    pub operands: [Operand; 2],
+    /// The loops around tiles.
+    pub outer: Vec<Var>,
 }
 
-/// Variables of the threads of a tile.
-#[derive(Clone, Copy)]
-struct Threads {
-    slow: Var,
-    fast: Var,
-}
-
-impl Threads {
-    fn all(self, body: Vec<Stmt>) -> Stmt {
-        let kind = Kind::Thread;
-        let inner = Stmt::For { var: self.fast, extent: SIDE, kind, body };
-        Stmt::For { var: self.slow, extent: SIDE, kind, body: vec![inner] }
+/// What a sum of products is summed in, for results of a dtype.
+fn sums_of(dtype: DType) -> Option<DType> {
+    match dtype {
+        DType::F32 | DType::F16 | DType::BF16 => Some(DType::F32),
+        DType::I32 => Some(DType::I32),
+        _ => None,
     }
 }
 
-fn axis(var: Var) -> Affine {
-    Affine::axis(var as usize)
+/// An operand that is read as it lies, and may be widened to what sums are.
+fn operand(lower: &Lower, e: &Expr, sums: DType) -> Option<Operand> {
+    let load = match e {
+        Expr::Cast(to, x) if *to == sums => x,
+        e => e,
+    };
+    let Expr::Load(buffer, Place { affine, dynamic: None }) = load else { return None };
+    let dtype = lower.buffers[*buffer].dtype;
+    let known = dtype == sums || dtype.is_float() == sums.is_float() && dtype.bytes() < 4;
+    (known && dtype != DType::Bool).then(|| Operand { buffer: *buffer, place: affine.clone() })
 }
 
-fn unroll(var: Var, extent: usize, body: Vec<Stmt>) -> Stmt {
-    Stmt::For { var, extent, kind: Kind::Unroll, body }
-}
-
-fn store(buffer: BufferId, place: Affine, value: Expr) -> Stmt {
-    Stmt::Store { buffer, place: Place::affine(place), value }
-}
-
-const ZERO: Expr = Expr::Const(DType::F32, Number::Float(0.0));
-
-/// Statements where an index is below a bound; others where it is not. No question where it
-/// always is.
-fn below(
-    index: &Affine,
-    bound: usize,
-    most: usize,
-    then: Vec<Stmt>,
-    other: Vec<Stmt>,
-) -> Vec<Stmt> {
-    if most <= bound {
-        return then;
-    }
-    let bound = Arc::new(Expr::Const(DType::I64, Number::Int(bound as i128)));
-    let condition = Expr::Binary(BinaryFn::Lt, Arc::new(Expr::Index(index.clone())), bound);
-    vec![Stmt::If { condition, then, other }]
-}
-
-/// The statements of a contraction in tiles, where it has axes for them.
-pub fn tiles(lower: &mut Lower, product: &Product) -> Lowering<Option<Vec<Stmt>>> {
+/// The kernels of a contraction in tiles, or of few rows, where it has axes for them.
+pub fn tiles(
+    lower: &mut Lower,
+    product: &Product,
+    scratch: &mut Vec<(DType, usize)>,
+) -> Lowering<Option<Vec<Loops>>> {
     let [x, y] = product.operands.clone();
-    if lower.target.threads < SIDE * SIDE {
+    let Some(dtype) = sums_of(lower.buffers[product.cell].dtype) else { return Ok(None) };
+    let whole = |v: &Var| lower.span(*v).is_none();
+    let fixed = product.vars.iter().chain(&product.summed).all(whole);
+    if lower.target.threads < THREADS || !fixed {
         return Ok(None);
     }
     let cell = Arc::new(Expr::Load(product.cell, origin_place()));
-    let update =
-        Stmt::Store { buffer: product.cell, place: origin_place(), value: Expr::Fma(x, y, cell) };
+    let update = store(product.cell, Affine::default(), Expr::Fma(x, y, cell));
     let result = Stmt::Store {
         buffer: product.out,
         place: product.place.clone(),
         value: (*product.result).clone(),
     };
-    let whole = |v: &Var| lower.span(*v).is_none();
-    if !product.vars.iter().chain(&product.summed).all(whole) {
-        return Ok(None);
-    }
     let (mut vars, mut sums) = (product.vars.clone(), product.summed.clone());
     let before = lower.extents.clone();
     let body = coalesce(lower, &mut vars, vec![update, result]);
     let body = coalesce(lower, &mut sums, body);
-    let Some(axes) = axes(lower, &body, vars, sums) else {
+    let Some(axes) = axes(lower, &body, (vars.clone(), sums), dtype) else {
         lower.extents = before;
         return Ok(None);
     };
-    Ok(Some(tile(lower, &axes, product.cell, &body[1])?))
+    let end = (product.cell, &body[1]);
+    let sides = [axes.rows.extent(), axes.columns.extent()];
+    if sides.into_iter().any(|n| n < LEAST) || axes.sums.extent() < LEAST_SUM {
+        let thin = thin(lower, &axes, dtype, end)?;
+        if thin.is_none() {
+            lower.extents = before;
+        }
+        return Ok(thin.map(|body| vec![lower.copy().finish(body)]));
+    }
+    // Short floats are rounded once, at the end of their sums.
+    let whole = lower.buffers[product.cell].dtype != dtype;
+    let tile = Tile::new(lower, &axes, dtype, whole)?;
+    let Some(part) = tile.part else {
+        let body = tile.all(lower, &axes, end)?;
+        return Ok(Some(vec![lower.copy().finish(body)]));
+    };
+    let mut last = lower.copy();
+    let (partial, sums) = partial(lower, &axes, (product.cell, dtype), part, scratch);
+    let inside = tile.all(lower, &axes, (product.cell, &partial))?;
+    let first = Loops { name: "parts".into(), ..lower.copy().finish(inside) };
+    // Then their sum, in the order of the parts.
+    let turn = last.var(part.1)?;
+    let (place, len) = sums;
+    let more = last.buffer(dtype, len, Scope::Global, Param::Scratch(scratch.len() - 1));
+    let place = sum(&without(&place, part.0), &scaled(turn, len / part.1));
+    let cell = Arc::new(Expr::Load(product.cell, origin_place()));
+    let more = Arc::new(Expr::Load(more, Place::affine(place)));
+    let steps = [zero(dtype), Expr::Binary(BinaryFn::Add, cell, more)];
+    let Stmt::Store { buffer, place, value } = body[1].clone() else {
+        return Ok(None);
+    };
+    let end = (buffer, place, Arc::new(value));
+    let second = accumulate(last, vars, vec![turn], product.cell, steps, end);
+    Ok(Some(vec![first, second]))
+}
+
+/// The store of a part of a sum to memory of its own: what is stored, and where, of how many.
+fn partial(
+    lower: &mut Lower,
+    axes: &Axes,
+    (cell, dtype): (BufferId, DType),
+    part: (Var, usize),
+    scratch: &mut Vec<(DType, usize)>,
+) -> (Stmt, (Affine, usize)) {
+    let outer = Group::new(lower, axes.outer.clone());
+    let (mut len, mut place) = (1, Affine::default());
+    for group in [&axes.columns, &axes.rows, &outer] {
+        for (var, extent) in group.axes().iter().rev() {
+            place = sum(&place, &scaled(*var, len));
+            len *= extent;
+        }
+    }
+    place = sum(&place, &scaled(part.0, len));
+    len *= part.1;
+    let buffer = lower.buffer(dtype, len, Scope::Global, Param::Scratch(scratch.len()));
+    scratch.push((dtype, len));
+    let value = Expr::Load(cell, origin_place());
+    (store(buffer, place.clone(), value), (place, len))
 }
 
 /// The axes that a tile can have.
-fn axes(lower: &Lower, body: &[Stmt], vars: Vec<Var>, mut sums: Vec<Var>) -> Option<Axes> {
-    let [Stmt::Store { value: Expr::Fma(x, y, _), .. }, _] = body else { return None };
-    let loads = [plain_load(x)?, plain_load(y)?];
-    if loads.iter().any(|l| lower.buffers[l.0].dtype != DType::F32) {
+fn axes(
+    lower: &Lower,
+    body: &[Stmt],
+    (vars, mut sums): (Vec<Var>, Vec<Var>),
+    dtype: DType,
+) -> Option<Axes> {
+    let [Stmt::Store { value: Expr::Fma(x, y, _), .. }, Stmt::Store { place, .. }] = body else {
         return None;
-    }
-    let moves = |side: usize, v: Var| loads[side].1.coefficient(v as usize) != 0;
-    let long = |v: &Var| lower.extents[*v as usize] >= LEAST;
-    let only = |side: usize, v: Var| moves(side, v) && !moves(1 - side, v);
-    let k = sums.pop().filter(|k| long(k) && moves(0, *k) && moves(1, *k))?;
-    let n = vars.iter().rev().copied().find(|v| long(v) && (only(0, *v) || only(1, *v)))?;
-    let side = usize::from(only(1, n));
-    let m = vars.iter().rev().copied().find(|v| long(v) && only(1 - side, *v))?;
-    let operands = if side == 1 { [x.clone(), y.clone()] } else { [y.clone(), x.clone()] };
-    let outer = vars.into_iter().filter(|v| *v != m && *v != n).collect();
-    Some(Axes { m, n, k, operands, outer, sums })
+    };
+    let loads = [operand(lower, x, dtype)?, operand(lower, y, dtype)?];
+    let steps = |v: &Var| [0, 1].map(|k: usize| loads[k].place.coefficient((*v).into()));
+    let only = |side: usize, v: &Var| steps(v)[side] != 0 && steps(v)[1 - side] == 0;
+    // Columns are the axes that lie next to each other in the result.
+    let near = vars.iter().find(|v| place.affine.coefficient((**v).into()) == 1);
+    let side = near.or(vars.last()).is_some_and(|v| only(1, v));
+    let of = |side: bool| vars.iter().copied().filter(move |v| only(side.into(), v)).collect();
+    let [rows, columns] = [!side, side].map(|side| Group::new(lower, of(side)));
+    let outer = vars.iter().copied().filter(|v| !only(0, v) && !only(1, v)).collect();
+    // The innermost axis of the sum is the one along which most elements are neighbours.
+    let neighbours = |v: &Var| {
+        let units = steps(v).iter().filter(|s| **s == 1).count();
+        (units, lower.extents[usize::from(*v)])
+    };
+    let best = (0..sums.len()).max_by_key(|&n| neighbours(&sums[n]))?;
+    let last = sums.remove(best);
+    sums.push(last);
+    let sums = Group::new(lower, sums);
+    let [x, y] = loads;
+    let operands = if side { [x, y] } else { [y, x] };
+    Some(Axes { rows, columns, sums, operands, outer })
 }
 
-/// Blocks of threads, one for each tile.
-fn tile(lower: &mut Lower, axes: &Axes, cell: BufferId, result: &Stmt) -> Lowering<Vec<Stmt>> {
-    let extent = |v: Var| lower.extents[v as usize];
-    let [rows, columns, depth] = [axes.m, axes.n, axes.k].map(extent);
-    let tiles = [rows, columns].map(|n| n.div_ceil(TILE));
-    let [across, down] = [lower.var(tiles[0])?, lower.var(tiles[1])?];
-    let threads = Threads { slow: lower.var(SIDE)?, fast: lower.var(SIDE)? };
-    let [piece, i, j] = [lower.var(depth.div_ceil(DEPTH))?, lower.var(OWN)?, lower.var(OWN)?];
-    let start = |block: Var| Affine::scaled(block as usize, TILE as i64);
-    let line = Affine::scaled(threads.slow as usize, OWN as i64);
-    let column = Affine::scaled(threads.fast as usize, OWN as i64);
-    // Each thread has its own sums.
-    let sums = lower.register(DType::F32, TILE * TILE);
-    let own = Affine::scaled(threads.slow as usize, (SIDE * OWN * OWN) as i64)
-        .plus(threads.fast as usize, (OWN * OWN) as i64)
-        .plus(i as usize, OWN as i64)
-        .plus(j as usize, 1);
-    let lanes = columns.is_multiple_of(OWN)
-        && is_vector(&lower.buffers, std::slice::from_ref(result), axes.n);
-    let each = |body: Vec<Stmt>| {
-        let kind = if lanes { Kind::Vector } else { Kind::Unroll };
-        vec![Stmt::For { var: j, extent: OWN, kind, body }]
+/// The rows and columns of tiles, and the parts of sums, with which a kernel takes the least time.
+fn shape(
+    tiles: [[usize; 2]; 5],
+    [blocks, rows, columns]: [usize; 3],
+    (pieces, depth): (usize, usize),
+    warp: bool,
+    most: usize,
+) -> ([usize; 2], usize) {
+    let parts = std::iter::successors(Some(1), |n| Some(2 * n));
+    let parts = parts.take_while(|&n| n == 1 || n <= most && pieces >= LEAST_PIECES * n);
+    // The ends of large tiles take many registers, which sums of few products do not pay for.
+    let least = usize::from(pieces == 1);
+    let tiles = &tiles[least..];
+    let all = parts.flat_map(|parts| tiles.iter().map(move |tile| (*tile, parts)));
+    let time = |&([r, c], parts): &([usize; 2], usize)| {
+        let count = blocks * parts * rows.div_ceil(r) * columns.div_ceil(c);
+        // Products, and what is read from shared memory for them, by 128 units; then partial sums
+        // are written and read again, some 2 KB at once, by one launch more.
+        let products = if warp { r * c / 8 } else { r * c } + 32 * (r + c);
+        let sums = count.div_ceil(PROCESSORS) * pieces.div_ceil(parts) * depth * products / 128;
+        let more = LAUNCH + blocks * rows * columns * parts / 256;
+        if parts > 1 { sums + more } else { sums }
     };
-    let mut pieces = Vec::new();
-    let mut inside = Vec::new();
-    for (side, (own, block)) in [(axes.m, across), (axes.n, down)].into_iter().enumerate() {
-        let len = DEPTH * LINE as usize;
-        lower.buffers.push(super::ir::Buffer {
-            dtype: DType::F32,
-            len,
-            scope: Scope::Shared,
-            param: Param::None,
-        });
-        pieces.push(lower.buffers.len() - 1);
-        let operand = (&axes.operands[side], own, axes.k);
-        inside.push(bring(lower, operand, (pieces[side], start(block), piece), threads)?);
-    }
-    let turn = lower.var(DEPTH)?;
-    let at =
-        |place: &Affine, more: Var| place.clone().plus(turn as usize, LINE).plus(more as usize, 1);
-    let load =
-        |side: usize, place: Affine| Arc::new(Expr::Load(pieces[side], Place::affine(place)));
-    let before = Arc::new(Expr::Load(sums, Place::affine(own.clone())));
-    let value = Expr::Fma(load(0, at(&line, i)), load(1, at(&column, j)), before);
-    let update = unroll(i, OWN, each(vec![store(sums, own.clone(), value)]));
-    inside.push(threads.all(vec![unroll(turn, DEPTH, vec![update])]));
-    let first = unroll(i, OWN, each(vec![store(sums, own.clone(), ZERO)]));
-    let mut body = vec![threads.all(vec![first])];
-    let loops: Vec<Var> = axes.sums.iter().copied().chain([piece]).collect();
-    body.extend(wrap(&lower.extents, &loops, inside, 0));
-    // The end: each element where there is one.
-    let plus = |start: Affine, more: &Affine| {
-        more.terms.iter().fold(start, |sum, t| sum.plus(t.0 as usize, t.1))
-    };
-    let row = plus(start(across), &line).plus(i as usize, 1);
-    let first_column = plus(start(down), &column);
-    let place = first_column.clone().plus(j as usize, 1);
-    let end = retarget(std::slice::from_ref(result), cell, sums, &own);
-    let end = substitute(&substitute(&end, axes.m, &row), axes.n, &place);
-    let reach = tiles.map(|n| n * TILE);
-    let end = match lanes {
-        true => below(&first_column, columns - OWN + 1, reach[1] - OWN + 1, each(end), Vec::new()),
-        false => each(below(&place, columns, reach[1], end, Vec::new())),
-    };
-    let end = below(&row, rows, reach[0], end, Vec::new());
-    body.push(threads.all(vec![unroll(i, OWN, end)]));
-    let loops: Vec<Var> = axes.outer.iter().copied().chain([across, down]).collect();
-    gpu::blocks(lower, &loops, body)
+    all.min_by_key(time).unwrap_or((tiles[0], 1))
 }
 
-/// Brings a piece of an operand into shared memory, zeros beyond its ends: neighbours in memory by
-/// neighbouring threads.
-fn bring(
-    lower: &mut Lower,
-    (operand, own, k): (&Arc<Expr>, Var, Var),
-    (shared, start, piece): (BufferId, Affine, Var),
-    threads: Threads,
-) -> Lowering<Stmt> {
-    let along = plain_load(operand).is_some_and(|l| l.1.coefficient(k as usize) == 1);
-    let (across, deep) = match along {
-        true => (threads.slow, threads.fast),
-        false => (threads.fast, threads.slow),
-    };
-    let turn = lower.var(OWN)?;
-    let line = axis(across).plus(turn as usize, SIDE as i64);
-    let line_index = line.terms.iter().fold(start, |sum, t| sum.plus(t.0 as usize, t.1));
-    let deep_index = axis(deep).plus(piece as usize, DEPTH as i64);
-    let place = line.plus(deep as usize, LINE);
-    let copy = vec![store(shared, place.clone(), (**operand).clone())];
-    let copy = substitute(&substitute(&copy, own, &line_index), k, &deep_index);
-    let zero = vec![store(shared, place, ZERO)];
-    let [lines, depth] = [own, k].map(|v| lower.extents[v as usize]);
-    let reach = lines.next_multiple_of(TILE);
-    let copy = below(&line_index, lines, reach, copy, zero.clone());
-    let copy = below(&deep_index, depth, depth.next_multiple_of(DEPTH), copy, zero);
-    Ok(threads.all(vec![unroll(turn, OWN, copy)]))
+/// Whether warps can multiply operands of these dtypes.
+fn by_warps(dtypes: [DType; 2]) -> bool {
+    let byte = |t: DType| matches!(t, DType::I8 | DType::U8);
+    let short = matches!(dtypes[0], DType::F16 | DType::BF16);
+    dtypes[0] == dtypes[1] && short || dtypes.into_iter().all(byte)
+}
+
+/// A tile in the making.
+struct Tile {
+    dtype: DType,
+    depth: usize,
+    warp: bool,
+    /// Pieces of a sum, or of each part of it; and the parts, where there are some.
+    count: usize,
+    part: Option<(Var, usize)>,
+    pieces: [Piece; 2],
+    owns: Owns,
+    /// Where tiles begin.
+    starts: [(Var, Affine); 2],
+    /// Variables of the products of a piece, and of pairs of pieces.
+    turn: (Var, usize),
+    step: (Var, usize),
+    pair: (Var, usize),
+    /// The sums of all threads.
+    sums: BufferId,
+}
+
+impl Tile {
+    fn new(lower: &mut Lower, axes: &Axes, dtype: DType, whole: bool) -> Lowering<Tile> {
+        let blocks = axes.outer.iter().map(|&v| lower.extents[usize::from(v)]).product();
+        let dtypes = axes.operands.each_ref().map(|o| lower.buffers[o.buffer].dtype);
+        let (warp, bytes) = (by_warps(dtypes), dtypes[0].bytes().max(dtypes[1].bytes()));
+        let groups = [&axes.rows, &axes.columns];
+        let tiles = if warp { WARP_TILES } else { TILES };
+        let depth = LINE / bytes;
+        let all = axes.sums.extent().div_ceil(depth);
+        let work = [blocks, axes.rows.extent(), axes.columns.extent()];
+        let most = if whole { 1 } else { PARTS };
+        let (tile, parts) = shape(tiles, work, (all, depth), warp, most);
+        let count = all.div_ceil(parts);
+        let parts = all.div_ceil(count);
+        let part = if parts > 1 { Some((lower.var(parts)?, parts)) } else { None };
+        let near = if warp { 16 / bytes } else { NEAR };
+        let kind = Pieces { depth, near, warp, threads: THREADS };
+        let mut piece = |side: usize| {
+            let groups = (groups[side], &axes.sums);
+            Piece::new(lower, &axes.operands[side], groups, tile[side], kind)
+        };
+        let pieces = [piece(0)?, piece(1)?];
+        let owns = match warp {
+            true => Owns::of_warps(lower, tile)?,
+            // Where lines are not neighbours in shared memory, threads beside each other read
+            // lines beside each other.
+            false => Owns::of_threads(lower, tile, pieces[1].along)?,
+        };
+        // What a step multiplies, and how many steps are written out.
+        let each = if warp { WARP_BYTES / bytes } else { 1 };
+        let own = owns.sums / THREADS;
+        let step = (WRITTEN_OUT / own).clamp(1, depth / each);
+        let mut start = |side: usize| -> Lowering<(Var, Affine)> {
+            let block = lower.var(groups[side].extent().div_ceil(tile[side]))?;
+            Ok((block, scaled(block, tile[side])))
+        };
+        let starts = [start(0)?, start(1)?];
+        // After the first piece.
+        let pairs = (count - 1) / 2;
+        let turns = depth / each / step;
+        Ok(Tile {
+            dtype,
+            depth,
+            warp,
+            count,
+            part,
+            pieces,
+            starts,
+            turn: (lower.var(turns)?, turns),
+            step: (lower.var(step)?, step),
+            pair: (lower.var(pairs.max(1))?, pairs),
+            sums: lower.register(dtype, owns.sums),
+            owns,
+        })
+    }
+
+    /// What a thread does for each of its columns.
+    fn across(&self, lanes: bool, body: Vec<Stmt>) -> Vec<Stmt> {
+        let [high, low] = self.owns.columns.loops;
+        unroll(high, if lanes { vector(low, body) } else { unroll(low, body) })
+    }
+
+    /// Brings a piece of both operands, the one that begins at a product.
+    fn bring(&self, lower: &Lower, axes: &Axes, piece: &Affine, half: usize) -> Vec<Stmt> {
+        let groups = [&axes.rows, &axes.columns];
+        let bring = |side: usize| {
+            let from = (groups[side], &self.starts[side].1);
+            let to = self.pieces[side].buffers[half];
+            self.pieces[side].bring(lower, &axes.operands[side], from, (&axes.sums, piece), to)
+        };
+        [bring(0), bring(1)].concat()
+    }
+
+    /// Sums the products of a piece.
+    fn add(&self, lower: &Lower, half: usize, lanes: bool) -> Vec<Stmt> {
+        let at = scaled(self.turn.0, self.step.1).plus(self.step.0.into(), 1);
+        let step = if self.warp {
+            self.multiply(lower, half, &at)
+        } else {
+            self.fma(lower, half, &at, lanes)
+        };
+        let body = unroll(self.step, step);
+        let (var, extent) = self.turn;
+        self.owns.all(vec![Stmt::For { var, extent, kind: Kind::Serial, body }])
+    }
+
+    /// A product of each row and column of a thread.
+    fn fma(&self, lower: &Lower, half: usize, at: &Affine, lanes: bool) -> Vec<Stmt> {
+        let load = |side: usize, line: &Affine| {
+            let piece = &self.pieces[side];
+            let buffer = piece.buffers[half];
+            let load = Arc::new(Expr::Load(buffer, Place::affine(piece.place(line, at))));
+            match lower.buffers[buffer].dtype == self.dtype {
+                true => load,
+                false => Arc::new(Expr::Cast(self.dtype, load)),
+            }
+        };
+        let (x, y) = (load(0, &self.owns.rows.line), load(1, &self.owns.columns.line));
+        let place = &self.owns.place;
+        let before = Arc::new(Expr::Load(self.sums, Place::affine(place.clone())));
+        let value = match self.dtype.is_float() {
+            true => Expr::Fma(x, y, before),
+            false => {
+                Expr::Binary(BinaryFn::Add, before, Arc::new(Expr::Binary(BinaryFn::Mul, x, y)))
+            }
+        };
+        let update = store(self.sums, place.clone(), value);
+        self.owns.rows.each(self.across(lanes, vec![update]))
+    }
+
+    /// Products of the rows and columns of a warp.
+    fn multiply(&self, lower: &Lower, half: usize, at: &Affine) -> Vec<Stmt> {
+        let (rows, columns) = (&self.owns.rows, &self.owns.columns);
+        let side = |side: usize, line: &Affine| {
+            let piece = &self.pieces[side];
+            let buffer = piece.buffers[half];
+            let products = WARP_BYTES / lower.buffers[buffer].dtype.bytes();
+            let place = piece.place(line, &times(at, products));
+            Side { buffer, place, steps: piece.steps.map(|step| step as i64) }
+        };
+        let sides = [side(0, &rows.start), side(1, &columns.start)];
+        let place = [rows.loops[1].0, columns.loops[1].0].into_iter();
+        let lanes = &self.owns.threads[2..];
+        // The lanes of a warp have sums of the same numbers.
+        let place = place.fold(self.owns.place.clone(), |place, var| without(&place, var));
+        let multiply = Multiply { sums: (self.sums, place), sides, lane: [lanes[0].0, lanes[1].0] };
+        let body = vec![Stmt::Multiply(Box::new(multiply))];
+        unroll(rows.loops[0], unroll(columns.loops[0], body))
+    }
+
+    /// Blocks of threads, one for each tile.
+    fn all(&self, lower: &mut Lower, axes: &Axes, end: (BufferId, &Stmt)) -> Lowering<Vec<Stmt>> {
+        let near = axes.columns.innermost().filter(|_| axes.columns.holds(NEAR));
+        let lanes = !self.warp
+            && !self.pieces[1].along
+            && near.is_some_and(|n| is_vector(&lower.buffers, std::slice::from_ref(end.1), n.0));
+        let first = store(self.sums, self.owns.place.clone(), zero(self.dtype));
+        let mut body = self.owns.all(self.owns.rows.each(self.across(lanes, vec![first])));
+        let count = self.count;
+        let from = self.part.map_or(Affine::default(), |p| scaled(p.0, count * self.depth));
+        let number = |n: usize| Affine { offset: (n * self.depth) as i64, ..from.clone() };
+        body.extend(self.bring(lower, axes, &number(0), 0));
+        // Two pieces a turn: each is summed while the one after it is brought.
+        let (var, extent) = self.pair;
+        let mut inside = Vec::new();
+        for half in [0, 1] {
+            let next = sum(&scaled(var, 2 * self.depth), &number(half + 1));
+            inside.extend(self.bring(lower, axes, &next, 1 - half));
+            inside.extend(self.add(lower, half, lanes));
+        }
+        if extent > 0 {
+            body.push(Stmt::For { var, extent, kind: Kind::Serial, body: inside });
+        }
+        if count.is_multiple_of(2) {
+            body.extend(self.bring(lower, axes, &number(count - 1), 1));
+        }
+        (0..2 - count % 2).for_each(|half| body.extend(self.add(lower, half, lanes)));
+        body.extend(self.end(lower, axes, end, lanes));
+        let starts =
+            self.part.map(|part| part.0).into_iter().chain(self.starts.iter().map(|s| s.0));
+        let loops: Vec<Var> = axes.outer.iter().copied().chain(starts).collect();
+        gpu::blocks(lower, &loops, body)
+    }
+
+    /// The end: each element where there is one.
+    fn end(
+        &self,
+        lower: &mut Lower,
+        axes: &Axes,
+        (cell, result): (BufferId, &Stmt),
+        lanes: bool,
+    ) -> Vec<Stmt> {
+        let none = || (Affine::default(), 1);
+        let (rows, columns) = (&self.owns.rows, &self.owns.columns);
+        let row = Flat { base: sum(&self.starts[0].1, &rows.line), rest: none() };
+        let column = sum(&self.starts[1].1, &columns.line);
+        let [high, low] = columns.loops;
+        let column = match lanes {
+            true => Flat { base: without(&column, low.0), rest: (scaled(low.0, 1), low.1) },
+            false => Flat { base: column, rest: none() },
+        };
+        let groups = [(&axes.rows, &row), (&axes.columns, &column)];
+        let short = lower.buffers[cell].dtype;
+        let place = &self.owns.place;
+        let mut end = computed(std::slice::from_ref(result), &|a| in_groups(a, &groups));
+        if short == self.dtype {
+            end = retarget(&end, cell, self.sums, place);
+        } else {
+            // Short floats are rounded once, at the end of their sums.
+            let at = scaled(low.0, 1);
+            let rounded = lower.register(short, low.1);
+            let before = Expr::Load(self.sums, Place::affine(place.clone()));
+            let value = Expr::Cast(short, Arc::new(before));
+            end = retarget(&end, cell, rounded, &at);
+            end.insert(0, store(rounded, at, value));
+        }
+        let [all_rows, all] = [axes.rows.extent(), axes.columns.extent()];
+        let end = match lanes {
+            true => {
+                let end = vector(low, end);
+                unroll(high, below(lower, &column.base, all - (low.1 - 1), end, Vec::new()))
+            }
+            false => self.across(false, below(lower, &column.base, all, end, Vec::new())),
+        };
+        let end = below(lower, &row.base, all_rows, end, Vec::new());
+        self.owns.all(rows.each(end))
+    }
 }

@@ -138,3 +138,17 @@ pub fn inside(value: Expr, extent: usize) -> Expr {
     let high = binary(BinaryFn::Lt, value, number(extent as i64));
     binary(BinaryFn::And, low, high)
 }
+
+/// The greatest power of two that surely divides an index, of 2^16 at most.
+pub fn multiple_of(e: &Expr) -> i64 {
+    let of = |n: i64| 1 << n.trailing_zeros().min(16);
+    match e {
+        Expr::Index(index) => index.terms.iter().map(|t| of(t.1)).fold(of(index.offset), i64::min),
+        Expr::Const(_, Number::Int(v)) => of(*v as i64),
+        Expr::Cast(to, x) if !to.is_float() && to.bytes() >= 4 => multiple_of(x),
+        Expr::Binary(BinaryFn::Mul, x, y) => (multiple_of(x) * multiple_of(y)).min(1 << 16),
+        // What is left over, too.
+        Expr::Binary(BinaryFn::Add | BinaryFn::Rem, x, y) => multiple_of(x).min(multiple_of(y)),
+        _ => 1,
+    }
+}

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! kernel    = buffers, statements
-//! statement = For | Store | If | Prefetch
+//! statement = For | Store | If | Prefetch | Multiply
 //! value     = Load | Index | Const | Unary | Binary | Select | Cast | Fma | Fold | Word | Dot
 //! ```
 //! Loops run a constant number of times (at least once) and are serial, parallel (outermost only),
@@ -112,7 +112,8 @@ pub enum Kind {
     Unroll,
     /// In any order, each turn by threads of its own. Only the outermost loops.
     Block,
-    /// All at once, each turn by a thread of the block. Only in blocks, one in another at most.
+    /// All at once, each turn by a thread of the block. Only in blocks; those in others are one
+    /// loop with them.
     Thread,
 }
 
@@ -172,7 +173,38 @@ pub enum Stmt {
         /// Element.
         place: Affine,
     },
+    /// Adds a product to sums, by all threads of a warp.
+    Multiply(Box<Multiply>),
 }
+
+/// A product of 16 rows and 8 columns in shared memory, which the threads of a warp add to sums:
+/// the sum of as many products as fit into 32 bytes of a row. Every thread has four of the sums:
+/// number `e` is that of row `lane[0] + 8 * (e / 2)` and of column `2 * lane[1] + e % 2`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Multiply {
+    /// The first of four sums in registers.
+    pub sums: (BufferId, Affine),
+    /// The rows, and the columns.
+    pub sides: [Side; 2],
+    /// Variables of the innermost loops over threads, of 8 and of 4 turns.
+    pub lane: [Var; 2],
+}
+
+/// Rows or columns in shared memory.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Side {
+    /// Where they are.
+    pub buffer: BufferId,
+    /// The first element of the first one.
+    pub place: Affine,
+    /// Steps from one to the next, and from product to product.
+    pub steps: [i64; 2],
+}
+
+/// Rows and columns of a product by a warp.
+pub const WARP_LINES: [usize; 2] = [16, 8];
+/// Bytes of each of its rows and columns.
+pub const WARP_BYTES: usize = 32;
 
 /// A value.
 #[derive(Clone, PartialEq, Debug)]
@@ -242,7 +274,7 @@ impl Loops {
                 Stmt::For { extent, kind: Kind::Vector, .. } => Some(*extent),
                 Stmt::For { body, .. } => of(body),
                 Stmt::If { then, other, .. } => of(then).or_else(|| of(other)),
-                Stmt::Store { .. } | Stmt::Prefetch { .. } => None,
+                Stmt::Store { .. } | Stmt::Prefetch { .. } | Stmt::Multiply(_) => None,
             })
         }
         of(&self.body)
@@ -284,6 +316,7 @@ pub fn work(buffers: &[Buffer], body: &[Stmt]) -> u64 {
         },
         Stmt::If { then, other, .. } => work(buffers, then).max(work(buffers, other)),
         Stmt::Prefetch { .. } => 0,
+        Stmt::Multiply(_) => 4 * WARP_BYTES as u64,
     };
     body.iter().map(of).fold(0, u64::saturating_add)
 }

@@ -66,6 +66,7 @@ pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
                 && is_vector(buffers, other, var as Var)
         }
         Stmt::Prefetch { .. } => true,
+        Stmt::Multiply(_) => false,
     })
 }
 
@@ -106,7 +107,7 @@ impl Around {
                     then: self.inside(then),
                     other: self.inside(other),
                 }),
-                Stmt::Prefetch { .. } => out.push(stmt),
+                Stmt::Prefetch { .. } | Stmt::Multiply(_) => out.push(stmt),
             }
         }
         out.extend((!run.is_empty()).then(|| self.stores(run)));
@@ -152,6 +153,7 @@ pub fn writes(body: &[Stmt], buffer: BufferId) -> bool {
         Stmt::For { body, .. } => writes(body, buffer),
         Stmt::Store { buffer: b, .. } => *b == buffer,
         Stmt::If { then, other, .. } => writes(then, buffer) || writes(other, buffer),
+        Stmt::Multiply(m) => m.sums.0 == buffer,
         Stmt::Prefetch { .. } => false,
     })
 }
@@ -179,6 +181,7 @@ pub fn reads_what_it_stores(lower: &Lower, body: &[Stmt]) -> bool {
             Stmt::If { condition, then, other } => {
                 loads(condition, buffer) || reads(then, buffer) || reads(other, buffer)
             }
+            Stmt::Multiply(m) => m.sides.iter().any(|side| side.buffer == buffer),
             Stmt::Prefetch { .. } => false,
         })
     }

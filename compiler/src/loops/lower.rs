@@ -134,8 +134,8 @@ fn shared(body: &Body, args: Arguments, threads: usize, mut lowered: Lowered) ->
         && attention::find(&body.nodes).is_none();
     // What is appended to lies where the result does.
     if args.appended.is_none() {
-        let way = |k: Loops| if threads > 0 { spread(k) } else { share(k, contraction) };
-        lowered.kernels = lowered.kernels.into_iter().map(way).collect();
+        let way = |k| if threads > 0 { spread(k) } else { vec![share(k, contraction)] };
+        lowered.kernels = lowered.kernels.into_iter().flat_map(way).collect();
     }
     lowered
 }

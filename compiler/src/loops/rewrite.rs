@@ -3,7 +3,8 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::ir::{Buffer, BufferId, Expr, Param, Place, Stmt, Var};
+use super::index::{Index, add, to_expr};
+use super::ir::{Buffer, BufferId, Expr, Multiply, Param, Place, Side, Stmt, Var};
 use crate::graph::op::Affine;
 
 /// Calls a function with every affine index of statements.
@@ -39,13 +40,17 @@ pub fn each_affine(body: &[Stmt], visit: &mut dyn FnMut(&Affine)) {
                 each_affine(other, visit);
             }
             Stmt::Prefetch { place, .. } => visit(place),
+            Stmt::Multiply(m) => {
+                visit(&m.sums.1);
+                m.sides.iter().for_each(|side| visit(&side.place));
+            }
         }
     }
 }
 
 /// A change of indices and of buffers; shared values stay shared.
 struct Rewrite<'a> {
-    index: &'a dyn Fn(&Affine) -> Affine,
+    index: &'a dyn Fn(&Affine) -> Index,
     /// Register buffers that become others, with the place of their one element.
     registers: &'a [(BufferId, BufferId, Affine)],
     /// New number of each buffer; without any, all keep theirs.
@@ -56,7 +61,7 @@ struct Rewrite<'a> {
 }
 
 impl<'a> Rewrite<'a> {
-    fn new(index: &'a dyn Fn(&Affine) -> Affine) -> Rewrite<'a> {
+    fn new(index: &'a dyn Fn(&Affine) -> Index) -> Rewrite<'a> {
         let (met, memo) = (BTreeSet::new(), HashMap::new());
         Rewrite { index, registers: &[], numbers: &[], met, memo }
     }
@@ -71,7 +76,8 @@ impl<'a> Rewrite<'a> {
             Some((_, to, at)) => (*to, Place::affine(at.clone())),
             None => {
                 let dynamic = p.dynamic.as_ref().map(|d| self.shared(d));
-                (self.buffer(buffer), Place { affine: (self.index)(&p.affine), dynamic })
+                let more = Place { affine: Affine::default(), dynamic };
+                (self.buffer(buffer), add(&(self.index)(&p.affine), &more))
             }
         }
     }
@@ -95,7 +101,7 @@ impl<'a> Rewrite<'a> {
                 let (buffer, place) = self.place(*buffer, p);
                 Expr::Word(buffer, place)
             }
-            Expr::Index(affine) => Expr::Index((self.index)(affine)),
+            Expr::Index(affine) => to_expr(&(self.index)(affine)),
             Expr::Const(..) => e.clone(),
             Expr::Fold(f, buffer) => Expr::Fold(*f, self.buffer(*buffer)),
             Expr::Unary(f, x) => Expr::Unary(*f, self.shared(x)),
@@ -123,6 +129,18 @@ impl<'a> Rewrite<'a> {
         body.iter().map(|s| self.stmt(s)).collect()
     }
 
+    fn multiply(&mut self, m: &Multiply) -> Multiply {
+        let mut moved = |(buffer, place): (BufferId, &Affine)| {
+            (self.buffer(buffer), (self.index)(place).affine)
+        };
+        let sums = moved((m.sums.0, &m.sums.1));
+        let sides = m.sides.each_ref().map(|side| {
+            let (buffer, place) = moved((side.buffer, &side.place));
+            Side { buffer, place, steps: side.steps }
+        });
+        Multiply { sums, sides, lane: m.lane }
+    }
+
     fn stmt(&mut self, stmt: &Stmt) -> Stmt {
         match stmt {
             Stmt::For { var, extent, kind, body } => {
@@ -138,8 +156,10 @@ impl<'a> Rewrite<'a> {
                 other: self.block(other),
             },
             Stmt::Prefetch { buffer, place } => {
-                Stmt::Prefetch { buffer: self.buffer(*buffer), place: (self.index)(place) }
+                let place = (self.index)(place).affine;
+                Stmt::Prefetch { buffer: self.buffer(*buffer), place }
             }
+            Stmt::Multiply(m) => Stmt::Multiply(Box::new(self.multiply(m))),
         }
     }
 }
@@ -151,7 +171,13 @@ pub fn rewrite(
     index: &dyn Fn(&Affine) -> Affine,
     registers: &[(BufferId, BufferId, Affine)],
 ) -> Vec<Stmt> {
-    Rewrite { registers, ..Rewrite::new(index) }.block(body)
+    let index = |a: &Affine| Place::affine(index(a));
+    Rewrite { registers, ..Rewrite::new(&index) }.block(body)
+}
+
+/// Statements with every affine index changed into one that may be computed.
+pub fn computed(body: &[Stmt], index: &dyn Fn(&Affine) -> Index) -> Vec<Stmt> {
+    Rewrite::new(index).block(body)
 }
 
 /// Statements with a one-element register buffer replaced by a place in another.
@@ -173,14 +199,15 @@ pub fn runs(body: &[Stmt], var: Var) -> bool {
     body.iter().any(|stmt| match stmt {
         Stmt::For { var: v, body, .. } => *v == var || runs(body, var),
         Stmt::If { then, other, .. } => runs(then, var) || runs(other, var),
-        Stmt::Store { .. } | Stmt::Prefetch { .. } => false,
+        Stmt::Store { .. } | Stmt::Prefetch { .. } | Stmt::Multiply(_) => false,
     })
 }
 
 /// A kernel's buffers and statements without the buffers that no statement names: memory would
 /// be kept for them.
 pub fn prune(buffers: Vec<Buffer>, body: Vec<Stmt>) -> (Vec<Buffer>, Vec<Stmt>) {
-    let mut look = Rewrite::new(&Affine::clone);
+    let same = |a: &Affine| Place::affine(a.clone());
+    let mut look = Rewrite::new(&same);
     look.block(&body);
     let mut met = look.met;
     // Loops ask for it without a load.
@@ -189,7 +216,7 @@ pub fn prune(buffers: Vec<Buffer>, body: Vec<Stmt>) -> (Vec<Buffer>, Vec<Stmt>) 
         return (buffers, body);
     }
     let numbers: Vec<BufferId> = (0..buffers.len()).map(|b| met.range(..b).count()).collect();
-    let body = Rewrite { numbers: &numbers, ..Rewrite::new(&Affine::clone) }.block(&body);
+    let body = Rewrite { numbers: &numbers, ..Rewrite::new(&same) }.block(&body);
     let kept = buffers.into_iter().enumerate().filter(|(b, _)| met.contains(b));
     (kept.map(|(_, buffer)| buffer).collect(), body)
 }

@@ -12,7 +12,7 @@ use kiln_runtime::tensor::DType;
 
 use super::contract::plain_load;
 use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Number, Place, Scope, Stmt, Var, work};
-use super::rewrite::substitute;
+use super::rewrite::{prune, substitute};
 use crate::graph::op::{Affine, BinaryFn};
 
 /// Pieces that a kernel of much work is cut into at least, where that can be.
@@ -74,13 +74,35 @@ pub fn share(kernel: Loops, contraction: bool) -> Loops {
     Loops { body, ..kernel }
 }
 
+/// Work of a turn that is too much for one thread of a GPU: a launch more takes less time.
+const LONG_TURN: u64 = 1 << 14;
+
 /// Makes all outer loops parallel whose turns may run in any order: for machines that have a thread
-/// for every turn.
-pub fn spread(kernel: Loops) -> Loops {
-    let Some(mut nest) = Nest::of(&kernel) else { return kernel };
+/// for every turn. Loops one after another, in which other elements are stored, become kernels of
+/// their own: then each of them has threads for its turns.
+pub fn spread(kernel: Loops) -> Vec<Loops> {
+    let Some(mut nest) = Nest::of(&kernel) else { return vec![kernel] };
+    let long = work(nest.buffers, &nest.body) >= LONG_TURN;
+    let alone = nest.body.iter().all(|stmt| stores_alone(nest.buffers, stmt));
+    if nest.body.len() > 1 && long && alone {
+        let pieces = std::mem::take(&mut nest.body).into_iter().enumerate();
+        let piece = |(n, stmt)| {
+            let body = Nest { body: vec![stmt], ..nest.clone() }.wrapped();
+            let (buffers, body) = prune(kernel.buffers.clone(), body);
+            Loops { name: format!("{}.{n}", kernel.name), buffers, body, ranges: Vec::new() }
+        };
+        return pieces.map(piece).flat_map(spread).collect();
+    }
     nest.outer.iter_mut().for_each(|outer| outer.kind = Kind::Parallel);
     let body = nest.wrapped();
-    Loops { body, ..kernel }
+    vec![Loops { body, ..kernel }]
+}
+
+/// Whether a statement is a loop that keeps nothing in registers.
+fn stores_alone(buffers: &[Buffer], stmt: &Stmt) -> bool {
+    let used = uses(buffers.len(), std::slice::from_ref(stmt));
+    let mut registers = buffers.iter().zip(used).filter(|(b, _)| b.scope == Scope::Register);
+    matches!(stmt, Stmt::For { .. }) && registers.all(|(_, used)| !used.read && !used.written)
 }
 
 impl<'a> Nest<'a> {
@@ -256,6 +278,10 @@ pub fn uses(buffers: usize, body: &[Stmt]) -> Vec<Use> {
                     block(then, uses);
                     block(other, uses);
                 }
+                Stmt::Multiply(m) => {
+                    uses[m.sums.0] = Use { read: true, written: true };
+                    m.sides.iter().for_each(|side| uses[side.buffer].read = true);
+                }
                 Stmt::Prefetch { .. } => {}
             }
         }
@@ -275,7 +301,7 @@ fn each_store<'a>(body: &'a [Stmt], visit: &mut dyn FnMut(BufferId, &'a Place, &
                 each_store(then, visit);
                 each_store(other, visit);
             }
-            Stmt::Prefetch { .. } => {}
+            Stmt::Prefetch { .. } | Stmt::Multiply(_) => {}
         }
     }
 }
@@ -314,7 +340,7 @@ fn operands(body: &[Stmt]) -> Option<[(BufferId, &Affine); 2]> {
 fn most(body: &[Stmt]) -> usize {
     let inside = |stmt: &Stmt| match stmt {
         Stmt::For { var, body, .. } => most(body).max((*var).into()),
-        Stmt::Store { .. } | Stmt::Prefetch { .. } => 0,
+        Stmt::Store { .. } | Stmt::Prefetch { .. } | Stmt::Multiply(_) => 0,
         Stmt::If { then, other, .. } => most(then).max(most(other)),
     };
     body.iter().map(inside).max().unwrap_or(0)

@@ -19,7 +19,8 @@ use kiln_runtime::tensor::DType;
 
 use super::cursor::{Cursor, Parsed, digits};
 use super::ir::{
-    Buffer, Count, Expr, Kind, Loops, Number, Param, Parts, Place, Range, Scope, Stmt, Var,
+    Buffer, Count, Expr, Kind, Loops, Multiply, Number, Param, Parts, Place, Range, Scope, Side,
+    Stmt, Var,
 };
 use super::verify::typed;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
@@ -82,6 +83,13 @@ fn block(body: &[Stmt], depth: usize, text: &mut String) {
             }
             Stmt::Prefetch { buffer, place } => {
                 let _ = writeln!(text, "{pad}prefetch b{buffer}[{}]", affine(place));
+            }
+            Stmt::Multiply(m) => {
+                let _ = write!(text, "{pad}multiply b{}[{}]", m.sums.0, affine(&m.sums.1));
+                for Side { buffer, place, steps } in &m.sides {
+                    let _ = write!(text, " b{buffer}[{}] {} {}", affine(place), steps[0], steps[1]);
+                }
+                let _ = writeln!(text, " over i{} i{}", m.lane[0], m.lane[1]);
             }
         }
     }
@@ -300,6 +308,10 @@ fn stmt(cursor: &mut Cursor, buffers: &[Buffer]) -> Parsed<Stmt> {
             let (buffer, Place { affine: place, .. }) = element(cursor, buffers)?;
             return Ok(Stmt::Prefetch { buffer, place });
         }
+        "multiply" => {
+            cursor.word();
+            return Ok(Stmt::Multiply(Box::new(multiply(cursor, buffers)?)));
+        }
         _ => {
             let (buffer, place) = element(cursor, buffers)?;
             cursor.expect("=")?;
@@ -312,6 +324,20 @@ fn stmt(cursor: &mut Cursor, buffers: &[Buffer]) -> Parsed<Stmt> {
     let extent = cursor.number("number of turns")?;
     cursor.expect("{")?;
     Ok(Stmt::For { var, extent, kind, body: statements(cursor, buffers)? })
+}
+
+/// `b4[i0] b2[i1] 40 1 b3[8] 1 72 over i5 i6`
+fn multiply(cursor: &mut Cursor, buffers: &[Buffer]) -> Parsed<Multiply> {
+    let (buffer, place) = element(cursor, buffers)?;
+    let mut side = || -> Parsed<Side> {
+        let (buffer, Place { affine: place, .. }) = element(cursor, buffers)?;
+        let steps = [cursor.number("step")?, cursor.number("step")?];
+        Ok(Side { buffer, place, steps })
+    };
+    let sides = [side()?, side()?];
+    cursor.expect("over")?;
+    let lane = [cursor.numbered('i', "loop variable")?, cursor.numbered('i', "loop variable")?];
+    Ok(Multiply { sums: (buffer, place.affine), sides, lane })
 }
 
 fn buffer_id(cursor: &mut Cursor, buffers: &[Buffer]) -> Parsed<usize> {

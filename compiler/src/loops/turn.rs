@@ -2,7 +2,7 @@
 //! vectors, and change their order in registers. What is computed on the way stays in lanes.
 //!
 //! A register buffer is filled along one axis and read along the other: where lanes step through it
-//! by more than one element, emitters exchange lanes between registers (`backend/cpu/weave.rs`).
+//! by more than one element, emitters exchange lanes between registers (`backend/weave.rs`).
 
 use super::ir::{BufferId, Expr, Kind, Place, Scope, Stmt, Var, dtype};
 use super::lanes::{is_vector, reads_what_it_stores};

@@ -6,7 +6,12 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::ir::{Expr, Kind, Loops, Number, Param, Place, Range as Turns, Scope, Stmt, Var};
+use super::index::multiple_of;
+use super::ir::{
+    Expr, Kind, Loops, Multiply, Number, Param, Place, Range as Turns, Scope, Stmt, Var,
+    WARP_BYTES, WARP_LINES,
+};
+use crate::graph::eval::int_range;
 use crate::graph::infer::infer;
 use crate::graph::op::{Affine, BinaryFn, Op, Type};
 use crate::graph::text::op_text;
@@ -68,6 +73,10 @@ fn threads(loops: &Loops, body: &[Stmt], around: Around) -> Result<(), Unproven>
             threads(loops, then, inside)?;
             threads(loops, other, inside)
         }
+        Stmt::Multiply(m) => {
+            let names = format!("a product over {:?} by a warp", m.lane);
+            unless(matches!(around, Around::Threads | Around::Thread), || names)
+        }
         Stmt::Prefetch { .. } => Ok(()),
     })
 }
@@ -88,6 +97,18 @@ pub fn typed(loops: &Loops) -> Result<(), Unproven> {
                 unless(found == DType::Bool, || format!("a condition of {found}"))?;
                 block(loops, then)?;
                 block(loops, other)
+            }
+            Stmt::Multiply(m) => {
+                let [x, y] = m.sides.each_ref().map(|side| loops.buffers[side.buffer].dtype);
+                let sums = loops.buffers[m.sums.0].dtype;
+                let fits = match sums {
+                    DType::F32 => x == y && matches!(x, DType::F16 | DType::BF16),
+                    _ => {
+                        sums == DType::I32
+                            && [x, y].iter().all(|t| matches!(t, DType::I8 | DType::U8))
+                    }
+                };
+                unless(fits, || format!("{sums} sums of {x} and {y} by a warp"))
             }
             Stmt::Prefetch { .. } => Ok(()),
         })
@@ -218,7 +239,27 @@ impl Check<'_> {
                     unless(memory == Some(Scope::Global), || format!("a prefetch of b{buffer}"))?;
                     self.affine(place)?;
                 }
+                Stmt::Multiply(m) => self.multiply(m)?,
             }
+        }
+        Ok(())
+    }
+
+    /// A product by a warp: all that it reads and writes.
+    fn multiply(&self, m: &Multiply) -> Result<(), Unproven> {
+        let scope = |n: usize| self.loops.buffers.get(n).map(|b| b.scope);
+        let scopes = m.sides.each_ref().map(|side| scope(side.buffer));
+        let fits = scope(m.sums.0) == Some(Scope::Register)
+            && scopes == [Some(Scope::Shared); 2]
+            && m.lane.map(|v| self.ranges.get(&v)) == [Some(&(0, 7)), Some(&(0, 3))];
+        unless(fits, || "a product by a warp of other memory or threads".into())?;
+        self.place(m.sums.0, &Place::affine(m.sums.1.clone()), 3)?;
+        for (side, lines) in m.sides.iter().zip(WARP_LINES) {
+            let products = WARP_BYTES / self.loops.buffers[side.buffer].dtype.bytes();
+            let steps = side.steps.map(i128::from);
+            unless(steps.iter().all(|s| *s >= 0), || format!("steps of {:?}", side.steps))?;
+            let more = (lines as i128 - 1) * steps[0] + (products as i128 - 1) * steps[1];
+            self.place(side.buffer, &Place::affine(side.place.clone()), more)?;
         }
         Ok(())
     }
@@ -239,7 +280,7 @@ impl Check<'_> {
         };
         let Expr::Binary(f, x, y) = condition else { return };
         if let (BinaryFn::Lt, Expr::Index(sum), Some(high)) = (f, &**x, number(y))
-            && sum.terms.len() > 1
+            && !matches!(sum.terms[..], [] | [(_, 1)])
         {
             let terms = Affine { offset: 0, ..sum.clone() };
             if let Ok((low, _)) = self.affine(&terms) {
@@ -315,26 +356,36 @@ impl Check<'_> {
 
     /// Range of an index that data decides: clamped somewhere, or it is refused.
     fn range(&self, e: &Expr) -> Result<Range, Unproven> {
-        let widest = (i128::from(i64::MIN), i128::from(i64::MAX));
-        Ok(match e {
+        let dtype = self.loops.dtype(e);
+        let widest = int_range(if dtype.is_float() { DType::I64 } else { dtype });
+        let range = match e {
             Expr::Index(index) => self.affine(index)?,
             Expr::Const(_, Number::Int(v)) => (*v, *v),
+            Expr::Cast(_, x) if !self.loops.dtype(x).is_float() => self.range(x)?,
             Expr::Binary(f, x, y) => {
                 let (a, b) = (self.range(x)?, self.range(y)?);
                 match f {
                     BinaryFn::Add => (a.0 + b.0, a.1 + b.1),
-                    BinaryFn::Mul if b.0 == b.1 && b.0 >= 0 => {
-                        (a.0.saturating_mul(b.0), a.1.saturating_mul(b.0))
+                    BinaryFn::Mul if b.0 == b.1 => {
+                        let (low, high) = (a.0.saturating_mul(b.0), a.1.saturating_mul(b.0));
+                        (low.min(high), low.max(high))
                     }
                     BinaryFn::Div if b.0 == b.1 && b.0 > 0 && a.0 >= 0 => (a.0 / b.0, a.1 / b.0),
-                    BinaryFn::Rem if b.0 == b.1 && b.0 > 0 && a.0 >= 0 => (0, a.1.min(b.0 - 1)),
+                    BinaryFn::Rem if b.0 == b.1 && b.0 > 0 && a.0 >= 0 => {
+                        // What is left of multiples of a number is one of them.
+                        let step = i128::from(multiple_of(x).min(multiple_of(y)));
+                        (0, a.1.min(b.0 - step))
+                    }
                     BinaryFn::Min => (a.0.min(b.0), a.1.min(b.1)),
                     BinaryFn::Max => (a.0.max(b.0), a.1.max(b.1)),
                     _ => widest,
                 }
             }
             _ => widest,
-        })
+        };
+        // What does not fit may be anything.
+        let fits = range.0 >= widest.0 && range.1 <= widest.1;
+        Ok(if fits { range } else { widest })
     }
 
     fn expr(&self, e: &Expr) -> Result<(), Unproven> {

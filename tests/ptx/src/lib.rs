@@ -8,12 +8,13 @@ mod arithmetic;
 mod memory;
 mod parse;
 mod run;
+mod warp;
 
 use std::fmt;
 
 pub use memory::Memory;
 pub use parse::{Kernel, Module, parse};
-pub use run::launch;
+pub use run::{Copies, Counts, launch};
 
 /// What a kernel does wrong.
 #[derive(Clone, PartialEq, Eq, Debug)]

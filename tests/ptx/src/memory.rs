@@ -16,6 +16,8 @@ const MANY: u32 = u32::MAX;
 pub struct Memory {
     bytes: Vec<u8>,
     known: Vec<bool>,
+    /// Bytes that a copy is on its way to.
+    awaited: Vec<bool>,
     written: Vec<Touch>,
     read: Vec<Touch>,
 }
@@ -54,8 +56,8 @@ impl Memory {
     /// Memory that nothing has been written to.
     pub fn fresh(len: usize) -> Memory {
         let touches = vec![Touch::default(); len];
-        let (bytes, known) = (vec![0xa5; len], vec![false; len]);
-        Memory { bytes, known, written: touches.clone(), read: touches }
+        let (bytes, known, awaited) = (vec![0xa5; len], vec![false; len], vec![false; len]);
+        Memory { bytes, known, awaited, written: touches.clone(), read: touches }
     }
 
     /// Its bytes, if all of them have been written.
@@ -89,6 +91,9 @@ impl Memory {
     pub fn load(&mut self, at: u64, size: usize, who: Who) -> Result<&[u8], String> {
         let at = self.place(at, size)?;
         for i in at..at + size {
+            if self.awaited[i] {
+                return Err(format!("byte {i} is read before a copy to it is waited for"));
+            }
             if !self.known[i] {
                 return Err(format!("byte {i} is read before it is written"));
             }
@@ -112,6 +117,9 @@ impl Memory {
     pub fn store(&mut self, at: u64, bytes: &[u8], who: Who) -> Result<(), String> {
         let at = self.place(at, bytes.len())?;
         for (i, byte) in (at..).zip(bytes) {
+            if self.awaited[i] {
+                return Err(format!("byte {i} is written before a copy to it is waited for"));
+            }
             if who.meets(self.written[i]) {
                 return Err(format!(
                     "a race: byte {i} is written twice, by {} too",
@@ -128,6 +136,21 @@ impl Memory {
             (self.bytes[i], self.known[i]) = (*byte, true);
         }
         Ok(())
+    }
+
+    /// Says that a copy is on its way to what was just stored; of a late one nothing is there yet.
+    pub fn leaves(&mut self, at: u64, size: usize, late: bool) {
+        let all = at as usize..at as usize + size;
+        self.awaited[all.clone()].fill(true);
+        if late {
+            self.bytes[all].fill(0xa5);
+        }
+    }
+
+    /// The end of a copy.
+    pub fn arrives(&mut self, at: u64, bytes: &[u8], who: Who) -> Result<(), String> {
+        self.awaited[at as usize..at as usize + bytes.len()].fill(false);
+        self.store(at, bytes, who)
     }
 
     fn writer(&self, at: usize) -> String {

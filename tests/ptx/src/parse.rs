@@ -22,6 +22,7 @@ pub enum Ty {
 
 impl Ty {
     fn of(name: &str) -> Option<Ty> {
+        name.get(..1)?;
         Some(match name {
             "pred" => Ty::Pred,
             "bf16" => Ty::BF16,
@@ -100,6 +101,14 @@ pub enum Code {
     Load(Space, Ty, Vec<usize>, (Operand, i64)),
     /// A store.
     Store(Space, Ty, Vec<usize>, (Operand, i64)),
+    /// Matrices from shared memory, a register for each; whether they are turned.
+    Matrices(Vec<usize>, (Operand, i64), bool),
+    /// A product of these types by a warp: to, rows, columns, sums.
+    Multiply([Ty; 2], [Vec<usize>; 4]),
+    /// So many bytes to shared memory, from memory.
+    Copy([(Operand, i64); 2], usize),
+    /// Waits for copies.
+    Wait,
     /// The value of the lane whose number differs in these bits.
     Shuffle(usize, usize, u32),
     /// All threads of the block wait.
@@ -197,7 +206,11 @@ pub fn parse(text: &str) -> Parsed<Module> {
         let params = params.matches(".param .u64 ").count();
         let threads = lines.next().and_then(|l| l.strip_prefix(".maxntid ")?.split(',').next());
         let threads = threads.and_then(|t| t.trim().parse().ok()).ok_or("no .maxntid")?;
-        if lines.next() != Some("{") {
+        let mut begin = lines.next();
+        if begin == Some(".minnctapersm 1") {
+            begin = lines.next();
+        }
+        if begin != Some("{") {
             return Err(format!("{name} does not begin"));
         }
         let body: Vec<&str> = lines.by_ref().take_while(|l| *l != "}").collect();
@@ -252,6 +265,9 @@ impl Body {
 
     fn declare(&mut self, line: &str) -> Parsed<()> {
         let strange = || format!("not known: {line}");
+        if line == ".pragma \"nounroll\";" {
+            return Ok(());
+        }
         if let Some(rest) = line.strip_prefix(".shared .align 16 .b8 shared_memory[") {
             let bytes = rest.strip_suffix("];").and_then(|n| n.parse().ok());
             self.kernel.shared = bytes.ok_or_else(strange)?;
@@ -337,6 +353,7 @@ impl Body {
         let parts: Vec<&str> = name.split('.').collect();
         match name {
             "ret" => return count(0).map(|()| Code::Return),
+            "cp.async.wait_all" => return count(0).map(|()| Code::Wait),
             "bar.sync" if words == ["0"] => return Ok(Code::Barrier),
             "bra" => {
                 let label = words.first().and_then(|w| self.labels.get(w));
@@ -360,6 +377,9 @@ impl Body {
             _ => {}
         }
         match parts[0] {
+            "ldmatrix" => self.matrices(name, words),
+            "mma" => self.multiply(name, words),
+            "cp" => self.copy(name, words),
             "ld" | "st" => self.access(&parts, words),
             "setp" if parts.len() == 3 => {
                 count(3)?;
@@ -394,6 +414,68 @@ impl Body {
             }
             _ => self.operation(name, words),
         }
+    }
+
+    /// So many registers in braces.
+    fn group(&self, word: &str, ty: Ty, count: usize) -> Parsed<Vec<usize>> {
+        let regs = word.strip_prefix('{').and_then(|w| w.strip_suffix('}')).ok_or("no braces")?;
+        let regs = regs.split(',').map(|reg| self.of(reg.trim(), ty, false));
+        let regs = regs.collect::<Parsed<Vec<usize>>>()?;
+        if regs.len() != count {
+            return Err(format!("{} registers, not {count}", regs.len()));
+        }
+        Ok(regs)
+    }
+
+    fn copy(&self, name: &str, words: &[String]) -> Parsed<Code> {
+        let sizes: &[usize] = match name {
+            "cp.async.cg.shared.global" => &[16],
+            "cp.async.ca.shared.global" => &[4, 8, 16],
+            _ => return Err("an unknown copy".into()),
+        };
+        let [to, from, bytes] = words else { return Err("three operands are right".into()) };
+        let bytes = bytes.parse().map_err(|_| "no number of bytes")?;
+        sizes.contains(&bytes).then_some(()).ok_or("another number of bytes")?;
+        let to = self.place(to, Space::Shared)?;
+        Ok(Code::Copy([to, self.place(from, Space::Global)?], bytes))
+    }
+
+    fn matrices(&self, name: &str, words: &[String]) -> Parsed<Code> {
+        let kind = name.strip_prefix("ldmatrix.sync.aligned.m8n8.x");
+        let (count, turned) = match kind.unwrap_or_default() {
+            "1.shared.b16" => (1, false),
+            "2.shared.b16" => (2, false),
+            "4.shared.b16" => (4, false),
+            "1.trans.shared.b16" => (1, true),
+            "2.trans.shared.b16" => (2, true),
+            "4.trans.shared.b16" => (4, true),
+            _ => return Err("unknown matrices".into()),
+        };
+        let [to, place] = words else { return Err("two operands are right".into()) };
+        let to = self.group(to, Ty::B(32), count)?;
+        Ok(Code::Matrices(to, self.place(place, Space::Shared)?, turned))
+    }
+
+    fn multiply(&self, name: &str, words: &[String]) -> Parsed<Code> {
+        let (byte, half) =
+            ("mma.sync.aligned.m16n8k32.row.col.s32.", "mma.sync.aligned.m16n8k16.row.col.f32.");
+        let known = |rest: &str| match rest {
+            "bf16.bf16.f32" => Some(([Ty::BF16; 2], Ty::F(32))),
+            "f16.f16.f32" => Some(([Ty::F(16); 2], Ty::F(32))),
+            _ => None,
+        };
+        let bytes = |rest: &str| {
+            let (x, y) = rest.strip_suffix(".s32")?.split_once('.')?;
+            let ty = |name: &str| Ty::of(name).filter(|t| matches!(t, Ty::S(8) | Ty::U(8)));
+            Some(([ty(x)?, ty(y)?], Ty::S(32)))
+        };
+        let found = name.strip_prefix(half).and_then(known);
+        let found = found.or_else(|| name.strip_prefix(byte).and_then(bytes));
+        let (types, sum) = found.ok_or("an unknown product")?;
+        let [to, x, y, sums] = words else { return Err("four operands are right".into()) };
+        let part = |word, ty, count| self.group(word, ty, count);
+        let [to, sums] = [part(to, sum, 4)?, part(sums, sum, 4)?];
+        Ok(Code::Multiply(types, [to, part(x, Ty::B(32), 4)?, part(y, Ty::B(32), 2)?, sums]))
     }
 
     fn operation(&self, name: &str, words: &[String]) -> Parsed<Code> {

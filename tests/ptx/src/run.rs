@@ -15,8 +15,8 @@ const BUFFER: u32 = 40;
 enum Stop {
     /// It can go on.
     Runs,
-    /// At a shuffle.
-    Shuffles,
+    /// At what all threads of a warp do together.
+    Meets,
     /// At a barrier.
     Waits,
     /// It has ended.
@@ -28,14 +28,46 @@ struct Thread {
     known: Vec<bool>,
     at: usize,
     stop: Stop,
+    /// Copies into shared memory that are under way: where to, and what.
+    copies: Vec<(u64, Vec<u8>)>,
 }
 
-struct Block<'a> {
+/// What a launch did.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Counts {
+    /// Instructions of all threads.
+    pub instructions: u64,
+    /// Products that were added to sums, of numbers.
+    pub products: u64,
+    /// Bytes that were read from memory, and copied from there.
+    pub read: u64,
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, other: Counts) {
+        self.instructions += other.instructions;
+        self.products += other.products;
+        self.read += other.read;
+    }
+}
+
+/// When copies are done that run beside other work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Copies {
+    /// At once.
+    Early,
+    /// When they are waited for.
+    Late,
+}
+
+pub(crate) struct Block<'a> {
     kernel: &'a Kernel,
     memory: &'a mut [Memory],
     /// The memory of each parameter.
     params: &'a [usize],
-    shared: Memory,
+    pub(crate) shared: Memory,
+    copies: Copies,
+    counts: Counts,
     threads: Vec<Thread>,
     number: usize,
     span: u32,
@@ -45,11 +77,11 @@ struct Block<'a> {
 /// Runs a kernel with so many blocks of so many threads; its parameters are these pieces of memory.
 pub fn launch(
     kernel: &Kernel,
-    blocks: usize,
-    threads: usize,
+    (blocks, threads): (usize, usize),
+    copies: Copies,
     memory: &mut [Memory],
     params: &[usize],
-) -> Result<(), Fault> {
+) -> Result<Counts, Fault> {
     let fault = |why: String| {
         let (kernel, instruction) = (kernel.name.clone(), String::new());
         Fault { kernel, instruction, block: 0, thread: 0, why }
@@ -59,19 +91,22 @@ pub fn launch(
         return Err(fault(format!("{threads} threads of {most}, {given} buffers of {wanted}")));
     }
     params.iter().for_each(|&piece| memory[piece].settle());
-    let mut span = 1;
+    let (mut span, mut counts) = (1, Counts::default());
     for number in 0..blocks {
         let thread = || Thread {
             registers: vec![0; kernel.registers],
             known: vec![false; kernel.registers],
             at: 0,
             stop: Stop::Runs,
+            copies: Vec::new(),
         };
         let mut block = Block {
             kernel,
             memory,
             params,
             shared: Memory::fresh(kernel.shared),
+            copies,
+            counts: Counts::default(),
             threads: (0..threads).map(|_| thread()).collect(),
             number,
             span,
@@ -79,12 +114,13 @@ pub fn launch(
         };
         block.run()?;
         span = block.span + 1;
+        counts += block.counts;
     }
-    Ok(())
+    Ok(counts)
 }
 
 impl Block<'_> {
-    fn fault(&self, thread: usize, why: impl Into<String>) -> Fault {
+    pub(crate) fn fault(&self, thread: usize, why: impl Into<String>) -> Fault {
         let inst = self.kernel.code.get(self.threads[thread].at);
         Fault {
             kernel: self.kernel.name.clone(),
@@ -124,17 +160,28 @@ impl Block<'_> {
                     self.step(thread).map_err(|why| self.fault(thread, why))?;
                 }
             }
-            let shuffles = |t: &Thread| t.stop == Stop::Shuffles;
-            let Some(one) = lanes.clone().find(|&t| shuffles(&self.threads[t])) else {
+            let meets = |t: &Thread| t.stop == Stop::Meets;
+            let Some(one) = lanes.clone().find(|&t| meets(&self.threads[t])) else {
                 return Ok(());
             };
             let at = self.threads[one].at;
             let mut all = lanes.clone();
-            let missing = all.any(|t| !shuffles(&self.threads[t]) || self.threads[t].at != at);
+            let missing = all.any(|t| !meets(&self.threads[t]) || self.threads[t].at != at);
             if missing || lanes.len() < WARP {
                 return Err(self.fault(one, "a lane does not come to the shuffle"));
             }
-            self.shuffle(lanes.clone())?;
+            let kernel = self.kernel;
+            match &kernel.code[at].code {
+                Code::Matrices(to, place, turned) => {
+                    self.matrices(lanes.start, to, *place, *turned)?;
+                }
+                Code::Multiply(types, parts) => self.multiply(lanes.start, *types, parts)?,
+                _ => self.shuffle(lanes.clone())?,
+            }
+            for thread in &mut self.threads[lanes.clone()] {
+                thread.at += 1;
+                thread.stop = Stop::Runs;
+            }
         }
     }
 
@@ -152,15 +199,12 @@ impl Block<'_> {
             let Some(value) = values.get(lane ^ bits as usize) else {
                 return Err(self.fault(t, "a lane beyond the warp"));
             };
-            let thread = &mut self.threads[t];
-            (thread.registers[to], thread.known[to]) = (*value, true);
-            thread.at += 1;
-            thread.stop = Stop::Runs;
+            self.write(t, to, *value);
         }
         Ok(())
     }
 
-    fn read(&self, thread: usize, operand: Operand) -> Result<u64, String> {
+    pub(crate) fn read(&self, thread: usize, operand: Operand) -> Result<u64, String> {
         let state = &self.threads[thread];
         match operand {
             Operand::Reg(reg) if state.known[reg] => Ok(state.registers[reg]),
@@ -171,7 +215,7 @@ impl Block<'_> {
         }
     }
 
-    fn write(&mut self, thread: usize, reg: usize, value: u64) {
+    pub(crate) fn write(&mut self, thread: usize, reg: usize, value: u64) {
         let state = &mut self.threads[thread];
         (state.registers[reg], state.known[reg]) = (value, true);
     }
@@ -179,6 +223,7 @@ impl Block<'_> {
     fn step(&mut self, t: usize) -> Result<(), String> {
         let kernel = self.kernel;
         let Inst { guard, code, .. } = &kernel.code[self.threads[t].at];
+        self.counts.instructions += 1;
         if let Some((reg, wanted)) = *guard
             && (self.read(t, Operand::Reg(reg))? != 0) != wanted
         {
@@ -187,6 +232,7 @@ impl Block<'_> {
         }
         match code {
             Code::Op(op, ty, to, from) => {
+                self.counts.products += u64::from(*op == "fma.rn");
                 let mut values = [0; 3];
                 for (value, operand) in values.iter_mut().zip(from) {
                     *value = self.read(t, *operand)?;
@@ -214,8 +260,19 @@ impl Block<'_> {
             }
             Code::Load(space, ty, regs, place) => self.load(t, (*space, *ty), regs, *place)?,
             Code::Store(space, ty, regs, place) => self.store(t, (*space, *ty), regs, *place)?,
-            Code::Shuffle(..) => {
-                self.threads[t].stop = Stop::Shuffles;
+            Code::Copy([to, from], bytes) => self.copy(t, *to, *from, *bytes)?,
+            Code::Wait => {
+                let who = self.who(t);
+                for (to, bytes) in std::mem::take(&mut self.threads[t].copies) {
+                    self.shared.arrives(to, &bytes, who)?;
+                }
+            }
+            Code::Shuffle(..) | Code::Matrices(..) | Code::Multiply(..) => {
+                if let Code::Multiply([ty, _], _) = code {
+                    // Each of its threads has four sums.
+                    self.counts.products += 4 * 256 / u64::from(ty.bits());
+                }
+                self.threads[t].stop = Stop::Meets;
                 return Ok(());
             }
             Code::Barrier => {
@@ -227,6 +284,9 @@ impl Block<'_> {
                 return Ok(());
             }
             Code::Return => {
+                if !self.threads[t].copies.is_empty() {
+                    return Err("the thread ends before it has waited for its copies".into());
+                }
                 self.threads[t].stop = Stop::Ended;
                 return Ok(());
             }
@@ -243,15 +303,10 @@ impl Block<'_> {
         place: (Operand, i64),
     ) -> Result<(), String> {
         let size = (ty.bits() / 8) as usize;
-        let (at, who) = (self.address(t, place)?, self.who(t));
-        let all = size * regs.len();
-        let bytes = match space {
-            Space::Shared => self.shared.load(at, all, who)?.to_vec(),
-            Space::Global => {
-                let (buffer, at) = self.buffer(at)?;
-                buffer.load(at, all, who)?.to_vec()
-            }
-        };
+        let who = self.who(t);
+        let (memory, at) = self.memory(t, space, place)?;
+        let bytes = memory.load(at, size * regs.len(), who)?.to_vec();
+        self.counts.read += if space == Space::Global { bytes.len() as u64 } else { 0 };
         for (reg, bytes) in regs.iter().zip(bytes.chunks(size)) {
             let mut value = [0; 8];
             value[..size].copy_from_slice(bytes);
@@ -279,26 +334,49 @@ impl Block<'_> {
             let value = self.read(t, Operand::Reg(*reg))? & mask(ty.bits());
             bytes.extend_from_slice(&value.to_le_bytes()[..size]);
         }
-        let (at, who) = (self.address(t, place)?, self.who(t));
-        match space {
-            Space::Shared => self.shared.store(at, &bytes, who),
-            Space::Global => {
-                let (buffer, at) = self.buffer(at)?;
-                buffer.store(at, &bytes, who)
-            }
-        }
+        let who = self.who(t);
+        let (memory, at) = self.memory(t, space, place)?;
+        memory.store(at, &bytes, who)
     }
 
-    fn who(&self, thread: usize) -> Who {
+    /// Starts a copy into shared memory. Nobody may touch what it writes before it is waited for.
+    fn copy(
+        &mut self,
+        t: usize,
+        to: (Operand, i64),
+        from: (Operand, i64),
+        size: usize,
+    ) -> Result<(), String> {
+        let (who, copies) = (self.who(t), self.copies);
+        let (memory, at) = self.memory(t, Space::Global, from)?;
+        let bytes = memory.load(at, size, who)?.to_vec();
+        self.counts.read += size as u64;
+        let (memory, at) = self.memory(t, Space::Shared, to)?;
+        memory.store(at, &bytes, who)?;
+        memory.leaves(at, size, copies == Copies::Late);
+        self.threads[t].copies.push((at, bytes));
+        Ok(())
+    }
+
+    pub(crate) fn who(&self, thread: usize) -> Who {
         Who { span: self.span, first: self.first, thread: thread as u32 }
     }
 
-    fn address(&self, t: usize, (base, offset): (Operand, i64)) -> Result<u64, String> {
+    pub(crate) fn address(&self, t: usize, (base, offset): (Operand, i64)) -> Result<u64, String> {
         Ok(self.read(t, base)?.wrapping_add_signed(offset))
     }
 
-    /// The buffer that an address points into, and the byte of it.
-    fn buffer(&mut self, at: u64) -> Result<(&mut Memory, u64), String> {
+    /// The memory that a place is in, and the byte there.
+    fn memory(
+        &mut self,
+        t: usize,
+        space: Space,
+        place: (Operand, i64),
+    ) -> Result<(&mut Memory, u64), String> {
+        let at = self.address(t, place)?;
+        if space == Space::Shared {
+            return Ok((&mut self.shared, at));
+        }
         // What is a little before a buffer is out of its bounds, and not far behind another one.
         let half = 1u64 << (BUFFER - 1);
         let number = (at.wrapping_add(half) >> BUFFER) as usize;

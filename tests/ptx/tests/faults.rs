@@ -1,12 +1,13 @@
 //! What the interpreter computes and what it reports, on small kernels written by hand.
 
-use kiln_ptx::{Memory, launch, parse};
+use kiln_ptx::{Copies, Memory, launch, parse};
 
 /// A kernel of one buffer, with these lines.
 fn kernel(lines: &str) -> String {
     format!(
         ".version 7.4\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 b0)\n\
-         .maxntid 64, 1, 1\n{{\n.reg .pred %p<4>;\n.reg .b16 %h<4>;\n.reg .u32 %r<8>;\n\
+         .maxntid 64, 1, 1\n.minnctapersm 1\n{{\n\
+         .reg .pred %p<4>;\n.reg .b16 %h<4>;\n.reg .u32 %r<8>;\n\
          .reg .u64 %d<4>;\n.reg .f32 %f<8>;\n.reg .f64 %g<4>;\n\
          .shared .align 16 .b8 shared_memory[256];\n\
          ld.param.u64 %d0, [b0];\ncvta.to.global.u64 %d1, %d0;\nmov.u32 %r0, %tid.x;\n\
@@ -19,11 +20,17 @@ fn kernel(lines: &str) -> String {
 fn run_blocks(lines: &str, blocks: usize, threads: usize) -> Result<Vec<f32>, String> {
     let module = parse(&kernel(lines))?;
     let bytes: Vec<u8> = (0..64u8).flat_map(|i| f32::from(i).to_le_bytes()).collect();
-    let mut memory = [Memory::given(&bytes)];
-    launch(&module.kernels[0], blocks, threads, &mut memory, &[0]).map_err(|f| f.to_string())?;
-    let bytes = memory[0].bytes()?;
     let number = |c: &[u8]| f32::from_le_bytes(c.try_into().expect("four bytes"));
-    Ok(bytes.chunks(4).map(number).collect())
+    let once = |copies| -> Result<Vec<f32>, String> {
+        let mut memory = [Memory::given(&bytes)];
+        let grid = (blocks, threads);
+        launch(&module.kernels[0], grid, copies, &mut memory, &[0]).map_err(|f| f.to_string())?;
+        Ok(memory[0].bytes()?.chunks(4).map(number).collect())
+    };
+    let (early, late) = (once(Copies::Early)?, once(Copies::Late)?);
+    let bits = |all: &[f32]| all.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
+    assert_eq!(bits(&early), bits(&late), "{lines}");
+    Ok(early)
 }
 
 fn run(lines: &str) -> Result<Vec<f32>, String> {
@@ -71,6 +78,34 @@ fn shared_memory_is_handed_on_at_barriers() {
     refused(&format!("{write}st.shared.f32 [%r1+0], %f0;"), "a race");
     refused("ld.shared.f32 %f0, [%r2+0];", "read before it is written");
     refused("setp.lt.u32 %p0, %r0, 33;\n@%p0 bar.sync 0;", "does not come to the barrier");
+}
+
+#[test]
+fn copies_are_there_once_they_are_waited_for() {
+    let copy = "cp.async.ca.shared.global [%r2+0], [%d2+0], 4;\n";
+    let wait = "cp.async.wait_all;\n";
+    let read = "ld.shared.f32 %f1, [%r2+0];\nst.global.f32 [%d2+0], %f1;";
+    assert_eq!(run(&format!("{copy}{wait}{read}")).unwrap()[5], 5.0);
+    refused(&format!("{copy}{read}\n{wait}"), "before a copy to it is waited for");
+    refused(&format!("{copy}bar.sync 0;\n{read}\n{wait}"), "before a copy to it is waited for");
+    refused(&format!("{copy}st.shared.u32 [%r2+0], %r0;\n{wait}"), "before a copy to it");
+    refused(copy, "before it has waited");
+    // Other threads have to be told.
+    let beside = "xor.b32 %r3, %r0, 1;\nmad.lo.s32 %r4, %r3, 4, %r1;\nld.shared.f32 %f1, [%r4+0];\n\
+                  st.global.f32 [%d2+0], %f1;";
+    assert!(run(&format!("{copy}{wait}{beside}")).is_err());
+    assert_eq!(run(&format!("{copy}{wait}bar.sync 0;\n{beside}")).unwrap()[5], 4.0);
+    // What others still read must not be copied over.
+    refused(&format!("{copy}{wait}bar.sync 0;\n{beside}\n{copy}{wait}"), "a race");
+    for line in [
+        "cp.async.cg.shared.global [%r2+0], [%d2+0], 4;",
+        "cp.async.ca.shared.global [%r2+0], [%d2+0], 2;",
+        "cp.async.ca.shared.global [%d2+0], [%r2+0], 4;",
+    ] {
+        assert!(parse(&kernel(line)).is_err(), "{line}");
+    }
+    let wide = "cp.async.cg.shared.global [%r2+0], [%d2+0], 16;";
+    refused(&format!("{wide}\n{wait}"), "not aligned");
 }
 
 #[test]

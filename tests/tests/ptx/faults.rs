@@ -5,10 +5,10 @@ use kiln::Compiler;
 use kiln::backend::cuda::Gpu;
 use kiln::graph::Graph;
 use kiln::graph::op::{Composite, UnaryFn};
-use kiln::tensor::Tensor;
-use kiln_tests::{Random, difference, interpret, ptx};
+use kiln::tensor::DType;
+use kiln_tests::{difference, interpret, ptx};
 
-use crate::{CLOSE, elements, product, rows};
+use crate::{close, convolution, elements, inputs, product, rows, short_product};
 
 /// Changes of a text that are tried for each fault at most.
 const MOST: usize = 10;
@@ -66,23 +66,25 @@ const ROW: &[Fault] = &[
     ("a turn too few", |l| number(l, "setp.lt.u32", -1), ALL),
     (
         "another row",
-        |l| number(l, "mad.wide.s32 %d", 4).or(instead(l, ", 1200, %d", ", 1196, %d")),
+        |l| number(l, "mad.wide.s32 %d", 4).or(instead(l, ", 4800, %d", ", 4784, %d")),
         ALL,
     ),
 ];
 
 const TILE: &[Fault] = &[
     ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
-    ("a dropped bound", |l| number(l, "setp.lt.s64", 1000), (3, "there the other factor is 0")),
+    ("a missing wait for copies", |l| instead(l, "cp.async.wait_all;", ""), ALL),
+    ("a dropped bound", |l| number(l, "setp.lt.s64", 1000), (2, "there the other factor is 0")),
+    ("a row or column too few", |l| number(l, "setp.lt.s64", -4), ALL),
+    ("another line of shared memory", |l| instead(l, ", 80, ", ", 64, "), ALL),
     (
-        "a row or column too few",
-        |l| number(l, "setp.lt.s64", -1),
-        (3, "three of the four rows of a thread are not the last one"),
+        "a copy from the piece before",
+        |l| l.starts_with("cp.async").then_some(()).and_then(|()| instead(l, "+64]", "+0]")),
+        ALL,
     ),
-    ("another line of shared memory", |l| instead(l, ", 272, ", ", 268, "), ALL),
     (
         "the next element",
-        |l| instead(l, "ld.shared.f32", "ld.shared.f32 ").and_then(|l| instead(&l, "+0]", "+4]")),
+        |l| l.starts_with("ld.shared").then_some(()).and_then(|()| instead(l, "+0]", "+16]")),
         ALL,
     ),
     (
@@ -96,9 +98,59 @@ const TILE: &[Fault] = &[
         ALL,
     ),
     ("a sum that does not begin", |l| instead(l, "mov.f32 %f0, 0f00000000;", ""), ALL),
-    ("a piece too few", |l| number(l, "setp.lt.u32", -1), ALL),
+    ("a pair of pieces too few", |l| number(l, "setp.lt.u32", -1), ALL),
     ("a difference for a sum", |l| instead(l, "add.rn.f32", "sub.rn.f32"), ALL),
     ("another block", |l| instead(l, "%ctaid.x", "0"), ALL),
+];
+
+/// A product by a warp in which two registers of an operand change places.
+fn exchanged(line: &str, operand: usize, [a, b]: [usize; 2]) -> Option<String> {
+    let (name, rest) =
+        line.strip_suffix("};").filter(|l| l.starts_with("mma"))?.split_once(" {")?;
+    let mut groups: Vec<Vec<&str>> = rest.split("}, {").map(|g| g.split(", ").collect()).collect();
+    groups[operand].swap(a, b);
+    let groups: Vec<String> = groups.iter().map(|g| format!("{{{}}}", g.join(", "))).collect();
+    Some(format!("{name} {};", groups.join(", ")))
+}
+
+const WARP: &[Fault] = &[
+    ("rows in another order", |l| exchanged(l, 1, [0, 1]), ALL),
+    ("halves of rows in another order", |l| exchanged(l, 1, [1, 2]), ALL),
+    ("halves of columns in another order", |l| exchanged(l, 2, [0, 1]), ALL),
+    ("sums in another order", |l| exchanged(l, 3, [1, 2]), ALL),
+    ("results in another order", |l| exchanged(l, 0, [0, 1]), ALL),
+    ("a matrix that is not turned", |l| instead(l, ".trans", ""), ALL),
+    ("a matrix that is turned", |l| instead(l, "x4.shared", "x4.trans.shared"), ALL),
+    (
+        "the products before",
+        |l| l.starts_with("ldmatrix").then_some(()).and_then(|()| instead(l, "+32]", "+0]")),
+        ALL,
+    ),
+    ("lines without room between them", |l| instead(l, ", 80;", ", 64;"), ALL),
+    ("rows that are not aligned", |l| instead(l, ", 80;", ", 72;"), ALL),
+    ("another half of a line", |l| number(l, "shr.u32", 1), ALL),
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
+    ("a missing wait for copies", |l| instead(l, "cp.async.wait_all;", ""), ALL),
+    (
+        "a product by a part of a warp",
+        |l| {
+            l.starts_with("mma")
+                .then(|| format!("mov.u32 %r0, %tid.x;\nsetp.lt.u32 %p0, %r0, 20;\n@%p0 {l}"))
+        },
+        ALL,
+    ),
+];
+
+const BYTES: &[Fault] = &[
+    ("bytes of another sign", |l| instead(l, ".u8.s8.", ".s8.s8."), ALL),
+    ("rows in another order", |l| exchanged(l, 1, [0, 1]), ALL),
+    ("halves of columns in another order", |l| exchanged(l, 2, [0, 1]), ALL),
+];
+
+const PIXELS: &[Fault] = &[
+    ("another pixel", |l| number(l, "rem.u32", 1), ALL),
+    ("another line of pixels", |l| number(l, "div.u32", 1), ALL),
+    ("a missing wait for copies", |l| instead(l, "cp.async.wait_all;", ""), ALL),
 ];
 
 const ELEMENTS: &[Fault] = &[
@@ -144,8 +196,7 @@ fn changes(text: &str, change: fn(&str) -> Option<String>) -> Vec<String> {
 
 /// Plants faults in the text of a graph: those that are not found as they should be.
 fn plant(graph: &Graph, faults: &[Fault]) -> Vec<String> {
-    let mut random = Random::new(3);
-    let inputs: Vec<Tensor> = graph.inputs.iter().map(|(_, ty)| random.tensor(&ty.shape)).collect();
+    let inputs = inputs(graph);
     let cuda = Compiler::new().cuda_of(graph, Gpu::of(80).expect("a GPU")).expect("a text");
     let want = interpret(graph, &inputs);
     let mut problems = Vec::new();
@@ -156,7 +207,7 @@ fn plant(graph: &Graph, faults: &[Fault]) -> Vec<String> {
             let module = kiln_ptx::parse(text).unwrap_or_else(|why| panic!("{name}: {why}"));
             let got = ptx::run_text(&cuda, &module, &inputs);
             missed += usize::from(got.is_ok_and(|got| {
-                got.iter().zip(&want).all(|(a, b)| difference(a, b, CLOSE).is_none())
+                got.iter().zip(&want).all(|(a, b)| difference(a, b, close(a.dtype())).is_none())
             }));
         }
         println!("{name}: {} planted, {missed} without harm", texts.len());
@@ -169,10 +220,16 @@ fn plant(graph: &Graph, faults: &[Fault]) -> Vec<String> {
 
 #[test]
 fn planted_faults_are_found() {
-    let row = rows(Composite::LayerNorm(1, 1e-5f32.to_bits()), 3, 300);
+    let row = rows(Composite::LayerNorm(1, 1e-5f32.to_bits()), 3, 1200);
     let mut problems = plant(&row, BARRIERS);
     problems.extend(plant(&row, ROW));
-    problems.extend(plant(&product(70, 37, 68, false), TILE));
+    problems.extend(plant(&product(70, 100, 68, false), TILE));
+    let short = [DType::BF16; 2];
+    let warps = short_product([70, 248, 72], short, [false, false]);
+    problems.extend(plant(&warps, WARP));
+    let bytes = short_product([40, 100, 24], [DType::U8, DType::I8], [false, true]);
+    problems.extend(plant(&bytes, BYTES));
+    problems.extend(plant(&convolution([2, 8, 17, 1], ([7, 12], [3, 3]), (1, 1)), PIXELS));
     problems.extend(plant(&elements(UnaryFn::Floor, &[3, 111]), ELEMENTS));
     problems.extend(plant(&elements(UnaryFn::Floor, &[3, 400]), VECTORS));
     assert!(problems.is_empty(), "{}", problems.join("\n"));

@@ -13,7 +13,7 @@ use crate::{cases, dtypes, property, property_of_dtypes, shape};
 /// A function of one number, libtorch's, and the error in ulps of f32 and absolutely.
 type Unary = (UnaryFn, fn(&Tensor) -> Tensor, f64, f64);
 
-/// The bounds are those that `backend/cpu/math.rs` states.
+/// The bounds are those that `backend/math.rs` states.
 const UNARY: [Unary; 15] = [
     (UnaryFn::Neg, |x| x.neg(), 0.0, 0.0),
     (UnaryFn::Abs, |x| x.abs(), 0.0, 0.0),

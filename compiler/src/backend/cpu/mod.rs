@@ -1,19 +1,13 @@
-//! Code for CPUs: one walk over the loops, and emitters behind it. Cranelift can emit every
-//! kernel; wide code takes those that it can on x86-64 with AVX2 or AVX-512.
+//! Code for CPUs, by two emitters behind the walk over the loops (`backend/emit.rs`). Cranelift can
+//! emit every kernel; wide code takes those that it can on x86-64 with AVX2 or AVX-512.
 
 pub mod clif;
 pub mod cpuid;
-pub mod dot;
-pub mod emit;
 pub mod features;
-mod invariant;
-pub mod machine;
-pub mod math;
-mod math64;
 pub mod target;
-mod weave;
 pub mod wide;
 
+use crate::backend::emit;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::loops::ir::Loops;
 

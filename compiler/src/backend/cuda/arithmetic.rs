@@ -4,7 +4,7 @@ use kiln_runtime::tensor::DType;
 
 use super::isa::{Class, Cmp, Op, Operand, Round, Ty};
 use super::kernel::{Ptx, ty};
-use crate::backend::cpu::emit::{Emitted, Unsupported};
+use crate::backend::emit::{Emitted, Unsupported};
 use crate::graph::eval::int_range;
 use crate::graph::op::{BinaryFn, UnaryFn};
 

@@ -4,7 +4,7 @@
 use std::fmt::{self, Display, Formatter};
 
 /// Types of instructions.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Ty {
     /// A condition.
     Pred,
@@ -101,7 +101,7 @@ impl Ty {
 }
 
 /// Files of registers.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Class {
     /// Conditions.
     P,
@@ -128,7 +128,7 @@ pub const CLASSES: [(Class, &str, &str); 6] = [
 ];
 
 /// A register.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Reg {
     /// Its class.
     pub class: Class,
@@ -274,7 +274,7 @@ impl Round {
 }
 
 /// Kinds of memory.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Space {
     /// Of the device.
     Global,
@@ -291,8 +291,16 @@ impl Space {
     }
 }
 
-/// A place in memory: a register of 64 bits (of shared memory 32) and bytes from there.
-pub type Address = (Reg, i64);
+/// A place in memory.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Address {
+    /// A register of 64 bits, of shared memory 32.
+    pub base: Reg,
+    /// Bytes from there.
+    pub offset: i64,
+    /// What the base is a multiple of, 16 at most.
+    pub align: i64,
+}
 
 /// An instruction.
 #[derive(Clone, PartialEq, Debug)]
@@ -311,12 +319,25 @@ pub enum Inst {
     Load(Space, Ty, Vec<Reg>, Address),
     /// The same.
     Store(Space, Ty, Address, Vec<Reg>),
+    /// Bytes from memory to shared memory, 4, 8 or 16 of them; they are there once they are waited
+    /// for.
+    Copy(Address, Address, i64),
+    /// Matrices of 8 rows of 16 bytes from shared memory, each row from the address of a lane of
+    /// its own; a register for each, turned where so: then elements of 2 bytes change places.
+    Matrices(Vec<Reg>, Address, bool),
+    /// A product of 16 rows and 8 columns of these types by a warp, added to sums: to, rows,
+    /// columns, sums.
+    Multiply([Ty; 2], [Vec<Reg>; 4]),
+    /// Waits for the copies of this thread.
+    Wait,
     /// The value of the lane whose number differs in these bits.
     Shuffle(Reg, Reg, u32),
     /// All threads of the block wait for each other.
     Barrier,
     /// A place to go to.
     Label(u32),
+    /// Says that the loop that begins here is written out enough.
+    NoUnroll,
     /// Goes there: always, or where a condition is so.
     Branch(u32, Option<(Reg, bool)>),
     /// The end of the thread.
@@ -344,13 +365,24 @@ impl Display for Operand {
     }
 }
 
+impl Display for Address {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        write!(f, "[{}+{}]", self.base, self.offset)
+    }
+}
+
+/// Registers in braces.
+fn group(regs: &[Reg]) -> String {
+    let names: Vec<String> = regs.iter().map(Reg::to_string).collect();
+    format!("{{{}}}", names.join(", "))
+}
+
 /// Elements beside each other.
 fn vector(regs: &[Reg]) -> (&'static str, String) {
-    let names: Vec<String> = regs.iter().map(Reg::to_string).collect();
     match regs.len() {
-        1 => ("", names[0].clone()),
-        2 => (".v2", format!("{{{}}}", names.join(", "))),
-        _ => (".v4", format!("{{{}}}", names.join(", "))),
+        1 => ("", regs[0].to_string()),
+        2 => (".v2", group(regs)),
+        _ => (".v4", group(regs)),
     }
 }
 
@@ -374,19 +406,42 @@ impl Display for Inst {
                 write!(f, "cvt{}.{to_ty}.{from_ty} {to}, {from};", round.name())
             }
             Inst::Param(to, number) => write!(f, "ld.param.u64 {to}, [b{number}];"),
-            Inst::Load(space, ty, to, (base, offset)) => {
+            Inst::Load(space, ty, to, at) => {
                 let ((many, to), space) = (vector(to), space.name());
-                write!(f, "ld.{space}{many}.{} {to}, [{base}+{offset}];", ty.name())
+                write!(f, "ld.{space}{many}.{} {to}, {at};", ty.name())
             }
-            Inst::Store(space, ty, (base, offset), from) => {
+            Inst::Store(space, ty, at, from) => {
                 let ((many, from), space) = (vector(from), space.name());
-                write!(f, "st.{space}{many}.{} [{base}+{offset}], {from};", ty.name())
+                write!(f, "st.{space}{many}.{} {at}, {from};", ty.name())
             }
+            Inst::Copy(to, from, bytes) => {
+                // What is read at once by no others need not be kept close by.
+                let cache = if *bytes == 16 { "cg" } else { "ca" };
+                write!(f, "cp.async.{cache}.shared.global {to}, {from}, {bytes};")
+            }
+            Inst::Matrices(to, at, turned) => {
+                let turned = if *turned { ".trans" } else { "" };
+                let (count, to) = (to.len(), group(to));
+                write!(f, "ldmatrix.sync.aligned.m8n8.x{count}{turned}.shared.b16 {to}, {at};")
+            }
+            Inst::Multiply([x, y], parts) => {
+                let (shape, sum) =
+                    if x.bytes() == 1 { ("m16n8k32", "s32") } else { ("m16n8k16", "f32") };
+                let parts: Vec<String> = parts.iter().map(|part| group(part)).collect();
+                let (x, y) = (x.name(), y.name());
+                write!(
+                    f,
+                    "mma.sync.aligned.{shape}.row.col.{sum}.{x}.{y}.{sum} {};",
+                    parts.join(", ")
+                )
+            }
+            Inst::Wait => f.write_str("cp.async.wait_all;"),
             Inst::Shuffle(to, from, mask) => {
                 write!(f, "shfl.sync.bfly.b32 {to}, {from}, {mask}, 31, -1;")
             }
             Inst::Barrier => f.write_str("bar.sync 0;"),
             Inst::Label(label) => write!(f, "L{label}:"),
+            Inst::NoUnroll => f.write_str(".pragma \"nounroll\";"),
             Inst::Branch(label, None) => write!(f, "bra L{label};"),
             Inst::Branch(label, Some((c, holds))) => {
                 let not = if *holds { "" } else { "!" };

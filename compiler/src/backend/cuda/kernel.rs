@@ -3,8 +3,10 @@
 
 use kiln_runtime::tensor::DType;
 
-use super::isa::{Class, Cmp, Inst, Op, Operand, Reg, Round, Space, Ty};
-use crate::backend::cpu::emit::{Emitted, Unsupported};
+use super::isa::{self, Class, Cmp, Inst, Op, Operand, Reg, Round, Space, Ty};
+use super::reuse::{self, Scope as Level};
+use super::warp::Fragments;
+use crate::backend::emit::{Emitted, Unsupported};
 use crate::graph::op::BinaryFn;
 use crate::loops::ir::{Loops, Scope};
 
@@ -43,10 +45,19 @@ impl Val {
 /// Where an element is.
 pub struct Address {
     pub(super) space: Space,
-    pub(super) base: Reg,
-    pub(super) offset: i64,
-    /// It is a multiple of this.
-    pub(super) align: i64,
+    pub(super) at: isa::Address,
+}
+
+impl Address {
+    /// So many bytes further.
+    pub(super) fn plus(&self, bytes: i64) -> isa::Address {
+        isa::Address { offset: self.at.offset + bytes, ..self.at }
+    }
+
+    /// What it is a multiple of, 16 at most.
+    pub(super) fn align(&self) -> i64 {
+        self.at.align.min(align(self.at.offset))
+    }
 }
 
 /// What has begun and not ended.
@@ -85,6 +96,11 @@ pub struct Ptx {
     pub(super) thread: Option<Reg>,
     pub(super) labels: u32,
     pub(super) open: Vec<Open>,
+    /// What is around the next instruction, and by class the scope that each register is set in.
+    pub(super) scopes: Vec<Level>,
+    pub(super) depths: [Vec<usize>; 6],
+    /// Rows and columns that are in registers of a warp.
+    pub(super) fragments: Fragments,
 }
 
 /// The type that a dtype is computed in.
@@ -136,6 +152,9 @@ impl Ptx {
             thread: None,
             labels: 0,
             open: Vec::new(),
+            scopes: vec![Level::default()],
+            depths: Default::default(),
+            fragments: Fragments::new(),
         };
         let mut number = 0;
         for buffer in &loops.buffers {
@@ -176,6 +195,8 @@ impl Ptx {
 
     /// A new register.
     pub fn reg(&mut self, class: Class) -> Reg {
+        let here = self.scopes.len() - 1;
+        self.depths[class as usize].push(here);
         let count = &mut self.counts[class as usize];
         *count += 1;
         Reg { class, number: *count - 1 }
@@ -194,7 +215,11 @@ impl Ptx {
     /// An operation into a new register.
     pub fn op(&mut self, op: Op, ty: Ty, from: &[Operand]) -> Reg {
         let wide = matches!(op, Op::MulWide | Op::MadWide);
-        let to = self.reg(if wide { Class::D } else { ty.class() });
+        let class = if wide { Class::D } else { ty.class() };
+        if let Some(key) = reuse::operation(op, ty, from) {
+            return self.once(key, class, from, |to| Inst::Op(op, ty, to, from.to_vec()));
+        }
+        let to = self.reg(class);
         self.op_to(op, ty, to, from);
         to
     }
@@ -227,8 +252,12 @@ impl Ptx {
     /// From one type to another.
     pub fn convert(&mut self, round: Round, to: Ty, from: Ty, x: Operand) -> Operand {
         let x = self.held(from, x);
+        let inst = |reg| Inst::Convert(round, [to, from], reg, x);
+        if let Some(key) = reuse::conversion(to, from, x) {
+            return Operand::Reg(self.once(key, to.class(), &[Operand::Reg(x)], inst));
+        }
         let reg = self.reg(to.class());
-        self.code.push(Inst::Convert(round, [to, from], reg, x));
+        self.code.push(inst(reg));
         Operand::Reg(reg)
     }
 
@@ -261,6 +290,15 @@ impl Ptx {
             carried.push(value.like(all));
         }
         carried
+    }
+
+    /// Says that values change in the innermost scope.
+    pub(super) fn change_here(&mut self, values: &[Val]) {
+        for x in values.iter().flat_map(Val::all) {
+            if let Operand::Reg(reg) = *x {
+                self.changes_here(reg);
+            }
+        }
     }
 
     /// A value in a register of its own.
@@ -299,6 +337,9 @@ impl Ptx {
         let carried = self.carry(carried);
         let turn = self.op(Op::Mov, Ty::U32, &[from]);
         let (label, exit) = (self.label(), self.label());
+        self.loop_scope();
+        self.changes_here(turn);
+        self.change_here(&carried);
         if perhaps {
             let none = self.set(Cmp::Ge, Ty::U32, Operand::Reg(turn), end);
             self.branch(exit, Some((none, true)));
@@ -373,7 +414,7 @@ impl Ptx {
     pub(super) fn neighbours(&self, at: &Address, size: i64, count: usize) -> usize {
         [4, 2]
             .into_iter()
-            .find(|&n| count.is_multiple_of(n) && at.align >= n as i64 * size)
+            .find(|&n| count.is_multiple_of(n) && at.align() >= n as i64 * size)
             .unwrap_or(1)
     }
 

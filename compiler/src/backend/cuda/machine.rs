@@ -2,10 +2,10 @@
 
 use kiln_runtime::tensor::DType;
 
-use super::isa::{Class, Cmp, Inst, Op, Operand, Reg, Round, Space, Ty};
+use super::isa::{self, Class, Cmp, Inst, Op, Operand, Reg, Round, Space, Ty};
 use super::kernel::{Address, Open, Ptx, Val, align, stored, ty};
-use crate::backend::cpu::dot;
-use crate::backend::cpu::emit::{Access, Bits, Emitted, Machine, Unsupported};
+use crate::backend::dot;
+use crate::backend::emit::{Access, Bits, Dynamic, Emitted, Machine, Unsupported};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Number, Parts};
 
@@ -22,7 +22,8 @@ impl Machine for Ptx {
         let (space, base) =
             self.bases[dims].ok_or_else(|| Unsupported("dims in registers".into()))?;
         let length = self.reg(Class::D);
-        self.code.push(Inst::Load(space, Ty::S64, vec![length], (base, i64::from(count.dim) * 8)));
+        let at = isa::Address { base, offset: i64::from(count.dim) * 8, align: 8 };
+        self.code.push(Inst::Load(space, Ty::S64, vec![length], at));
         let steps = [
             (Op::Add, Ty::S64, count.add),
             (Op::Max, Ty::S64, 0),
@@ -57,6 +58,7 @@ impl Machine for Ptx {
         let more = self.set(Cmp::Lt, Ty::U32, Operand::Reg(turn), end);
         self.branch(label, Some((more, true)));
         self.code.push(Inst::Label(exit));
+        self.end_scope();
         carried
     }
 
@@ -85,10 +87,24 @@ impl Machine for Ptx {
     }
 
     fn div_rem(&mut self, x: &Reg, divisor: usize, _limit: usize) -> Emitted<(Reg, Reg)> {
-        let (x, divisor) = (Operand::Reg(*x), Operand::Int(divisor as i64));
+        let x = Operand::Reg(*x);
+        if divisor.is_power_of_two() {
+            let (bits, mask) = (i64::from(divisor.trailing_zeros()), divisor as i64 - 1);
+            let quotient = self.op(Op::Shr, Ty::U32, &[x, Operand::Int(bits)]);
+            return Ok((quotient, self.op(Op::And, Ty::B32, &[x, Operand::Int(mask)])));
+        }
+        let divisor = Operand::Int(divisor as i64);
         let quotient = self.op(Op::Div, Ty::U32, &[x, divisor]);
         let product = self.calc(Op::Mul, Ty::U32, &[Operand::Reg(quotient), divisor]);
         Ok((quotient, self.op(Op::Sub, Ty::U32, &[x, product])))
+    }
+
+    fn merged(&mut self, before: &[Val]) -> Option<Vec<Val>> {
+        Some(self.carry(before))
+    }
+
+    fn merge(&mut self, merged: &[Val], next: &[Val]) {
+        self.assign(merged, next);
     }
 
     fn branch_begin(&mut self, condition: &Val) -> Emitted<()> {
@@ -97,6 +113,7 @@ impl Machine for Ptx {
         let (other, exit) = (self.label(), self.label());
         self.branch(other, Some((condition, false)));
         self.open.push(Open::Branch { other, exit });
+        self.branch_scope();
         Ok(())
     }
 
@@ -107,6 +124,8 @@ impl Machine for Ptx {
         let (other, exit) = (*other, *exit);
         self.branch(exit, None);
         self.code.push(Inst::Label(other));
+        self.end_scope();
+        self.branch_scope();
     }
 
     fn branch_end(&mut self) {
@@ -114,6 +133,7 @@ impl Machine for Ptx {
             unreachable!("a branch is open")
         };
         self.code.push(Inst::Label(exit));
+        self.end_scope();
     }
 
     fn address(
@@ -121,38 +141,53 @@ impl Machine for Ptx {
         buffer: BufferId,
         terms: &[(Reg, i64)],
         offset: i64,
-        dynamic: Option<(&Val, i64)>,
+        dynamic: Option<Dynamic<Val>>,
     ) -> Emitted<Address> {
         let place = self.bases[buffer];
         let (space, mut base) = place.ok_or_else(|| Unsupported("a register place".into()))?;
-        let mut alignment = align(offset);
-        for &(int, bytes) in terms {
-            alignment = alignment.min(align(bytes));
+        let mut terms: Vec<(Operand, i64, i64)> =
+            terms.iter().map(|t| (Operand::Reg(t.0), t.1, align(t.1))).collect();
+        if let Some(Dynamic { value, bytes, multiple }) = dynamic {
+            let short = if space == Space::Global { Ty::S64 } else { Ty::S32 };
+            let mut index = value.one()?;
+            if space == Space::Shared {
+                index = self.convert(Round::Exact, short, Ty::S64, index);
+            }
+            let index = Operand::Reg(self.held(short, index));
+            terms.push((index, bytes, align(bytes.saturating_mul(multiple))));
+        }
+        // What changes least comes first: it is the same for more places.
+        terms.sort_by_key(|t| self.depth(&t.0));
+        let mut alignment = 16;
+        for (index, bytes, multiple) in terms {
+            alignment = alignment.min(multiple);
             i32::try_from(bytes).map_err(|_| Unsupported("a step of 2^31 bytes".into()))?;
+            let long = matches!(index, Operand::Reg(Reg { class: Class::D, .. }));
             let (op, ty) = match space {
+                Space::Global if long => (Op::Mad, Ty::S64),
                 Space::Global => (Op::MadWide, Ty::S32),
                 Space::Shared => (Op::Mad, Ty::S32),
             };
-            let from = [Operand::Reg(int), Operand::Int(bytes), Operand::Reg(base)];
-            base = self.op(op, ty, &from);
+            base = self.op(op, ty, &[index, Operand::Int(bytes), Operand::Reg(base)]);
         }
-        if let Some((dynamic, bytes)) = dynamic {
-            alignment = alignment.min(align(bytes));
-            let mut index = dynamic.one()?;
-            let ty = match space {
-                Space::Global => Ty::S64,
-                Space::Shared => {
-                    index = self.convert(Round::Exact, Ty::S32, Ty::S64, index);
-                    Ty::S32
-                }
-            };
-            base = self.op(Op::Mad, ty, &[index, Operand::Int(bytes), Operand::Reg(base)]);
-        }
+        let mut at = isa::Address { base, offset, align: alignment };
         if i32::try_from(offset).is_err() {
-            base = self.op(Op::Add, Ty::S64, &[Operand::Reg(base), Operand::Int(offset)]);
-            return Ok(Address { space, base, offset: 0, align: alignment });
+            let base = self.op(Op::Add, Ty::S64, &[Operand::Reg(base), Operand::Int(offset)]);
+            at = isa::Address { base, offset: 0, align: alignment.min(align(offset)) };
         }
-        Ok(Address { space, base, offset, align: alignment })
+        Ok(Address { space, at })
+    }
+
+    fn copy(&mut self, dtype: DType, to: &Address, from: &Address, count: usize) -> Emitted<bool> {
+        let all = count as i64 * dtype.bytes() as i64;
+        let most = to.align().min(from.align()).min(all);
+        if (to.space, from.space) != (Space::Shared, Space::Global) || most < 4 {
+            return Ok(false);
+        }
+        for start in (0..all).step_by(most as usize) {
+            self.code.push(Inst::Copy(to.plus(start), from.plus(start), most));
+        }
+        Ok(true)
     }
 
     fn load(&mut self, dtype: DType, at: &Address, access: Access) -> Emitted<Val> {
@@ -165,8 +200,8 @@ impl Machine for Ptx {
         let mut all = Vec::new();
         for k in 0..count / many {
             let regs: Vec<Reg> = (0..many).map(|_| self.reg(memory.class())).collect();
-            let offset = at.offset + (k * many) as i64 * step * memory.bytes();
-            self.code.push(Inst::Load(at.space, memory, regs.clone(), (at.base, offset)));
+            let place = at.plus((k * many) as i64 * step * memory.bytes());
+            self.code.push(Inst::Load(at.space, memory, regs.clone(), place));
             all.extend(regs.into_iter().map(|reg| self.loaded(dtype, reg)));
         }
         Ok(match access {
@@ -181,8 +216,8 @@ impl Machine for Ptx {
         let all: Vec<Reg> = value.all().iter().map(|x| self.storable(dtype, *x)).collect();
         let many = self.neighbours(at, memory.bytes(), all.len());
         for (k, regs) in all.chunks(many).enumerate() {
-            let offset = at.offset + (k * many) as i64 * memory.bytes();
-            self.code.push(Inst::Store(at.space, memory, (at.base, offset), regs.to_vec()));
+            let place = at.plus((k * many) as i64 * memory.bytes());
+            self.code.push(Inst::Store(at.space, memory, place, regs.to_vec()));
         }
         Ok(())
     }
@@ -331,6 +366,8 @@ impl Machine for Ptx {
         let exit = self.label();
         let beyond = self.set(Cmp::Ge, Ty::U32, Operand::Reg(thread), Operand::Int(extent as i64));
         self.branch(exit, Some((beyond, true)));
+        self.branch_scope();
+        self.change_here(&carried);
         self.open.push(Open::Threads { exit: Some(exit), carried: carried.clone() });
         Ok((thread, carried))
     }
@@ -342,10 +379,20 @@ impl Machine for Ptx {
         let Some(exit) = exit else { return next.to_vec() };
         self.assign(&carried, next);
         self.code.push(Inst::Label(exit));
+        self.end_scope();
         carried
     }
 
+    fn multiply(
+        &mut self,
+        sides: &[(DType, Address, [i64; 2]); 2],
+        sums: &[Val],
+    ) -> Emitted<Vec<Val>> {
+        self.multiply_by_warp(sides, sums)
+    }
+
     fn barrier(&mut self) -> Emitted<()> {
+        self.fragments.clear();
         self.code.push(Inst::Barrier);
         Ok(())
     }
@@ -378,7 +425,8 @@ impl Machine for Ptx {
             let kept = self.held(ty(dtype), x);
             // What was folded before may still be read.
             self.code.push(Inst::Barrier);
-            self.code.push(Inst::Store(Space::Shared, ty(dtype), (own, 0), vec![kept]));
+            let place = |base, offset| isa::Address { base, offset, align: 4 };
+            self.code.push(Inst::Store(Space::Shared, ty(dtype), place(own, 0), vec![kept]));
             self.code.push(Inst::Barrier);
             let lane = [Operand::Reg(thread), Operand::Int(WARP as i64 - 1)];
             let lane = self.calc(Op::And, Ty::B32, &lane);
@@ -386,8 +434,8 @@ impl Machine for Ptx {
             let mut all = Vec::new();
             for warp in 0..extent / WARP {
                 let reg = self.reg(ty(dtype).class());
-                let offset = (warp * WARP * 4) as i64;
-                self.code.push(Inst::Load(Space::Shared, ty(dtype), vec![reg], (first, offset)));
+                let place = place(first, (warp * WARP * 4) as i64);
+                self.code.push(Inst::Load(Space::Shared, ty(dtype), vec![reg], place));
                 all.push(Operand::Reg(reg));
             }
             while all.len() > 1 {

@@ -1,12 +1,15 @@
-//! Code for GPUs: PTX text of the same loops as for CPUs, by the same walk (`backend/cpu/emit.rs`).
+//! Code for GPUs: PTX text of the same loops as for CPUs, by the same walk (`backend/emit.rs`).
 //!
 //! Parallel loops have a thread for each turn. A schedule that wants more says so in the loops:
 //! blocks, threads in them, shared memory (`loops/gpu.rs`).
 
 mod arithmetic;
 pub mod isa;
+mod join;
 mod kernel;
 mod machine;
+mod reuse;
+mod warp;
 
 use std::fmt::Write as _;
 
@@ -14,7 +17,7 @@ use kiln_runtime::tensor::DType;
 
 use self::isa::{CLASSES, Inst};
 use self::kernel::{Layout, Ptx};
-use crate::backend::cpu::emit;
+use crate::backend::emit;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::loops::ir::{Kind, Loops, Scope, Stmt};
 use crate::loops::lower::Target;
@@ -22,8 +25,11 @@ use crate::loops::lower::Target;
 /// What PTX text is made for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Gpu {
-    /// Version of the instruction set, such as 80: what has this or a later one can run the text.
+    /// Version of the instruction set, such as 80.
     pub sm: u32,
+    /// Its name in the text. What has this version or a later one can run the text; where the name
+    /// ends in `a`, this version only.
+    target: &'static str,
     /// Version of PTX.
     version: &'static str,
     /// Bytes of shared memory that a block can have without asking for more.
@@ -32,8 +38,8 @@ pub struct Gpu {
 
 /// The instruction sets that text can be made for.
 const GPUS: [Gpu; 2] = [
-    Gpu { sm: 80, version: "7.4", shared: 48 << 10 },
-    Gpu { sm: 90, version: "8.0", shared: 48 << 10 },
+    Gpu { sm: 80, target: "sm_80", version: "7.4", shared: 48 << 10 },
+    Gpu { sm: 90, target: "sm_90a", version: "8.0", shared: 48 << 10 },
 ];
 
 /// Threads of a block, where nothing says how many.
@@ -83,7 +89,7 @@ pub struct Module {
 /// Emits every kernel.
 pub fn emit_all(kernels: &[Loops], gpu: Gpu) -> Result<Module> {
     let mut module = Module {
-        text: format!(".version {}\n.target sm_{}\n.address_size 64\n", gpu.version, gpu.sm),
+        text: format!(".version {}\n.target {}\n.address_size 64\n", gpu.version, gpu.target),
         entries: Vec::new(),
     };
     let mut problems = Vec::new();
@@ -123,7 +129,7 @@ fn threads_of(body: &[Stmt]) -> usize {
     let of = |stmt: &Stmt| match stmt {
         Stmt::For { extent, kind: Kind::Thread, body, .. } => extent * threads_of(body),
         Stmt::For { body, .. } => threads_of(body),
-        Stmt::Store { .. } | Stmt::Prefetch { .. } => 1,
+        Stmt::Store { .. } | Stmt::Prefetch { .. } | Stmt::Multiply(_) => 1,
         Stmt::If { then, other, .. } => threads_of(then).max(threads_of(other)),
     };
     body.iter().map(of).max().unwrap_or(1)
@@ -149,7 +155,12 @@ fn entry(kernel: &Loops, number: usize, gpu: Gpu, text: &mut String) -> emit::Em
     let count = kernel.buffers.iter().filter(|b| b.scope == Scope::Global).count();
     let params: Vec<String> = (0..count).map(|i| format!(".param .u64 b{i}")).collect();
     let _ = writeln!(text, "\n.visible .entry {name}({})", params.join(", "));
-    let _ = writeln!(text, ".maxntid {}, 1, 1\n{{", layout.threads);
+    let _ = writeln!(text, ".maxntid {}, 1, 1", layout.threads);
+    if ptx.shared > 0 {
+        // Else the assembler keeps some sums of a tile in memory, to have room for more blocks.
+        text.push_str(".minnctapersm 1\n");
+    }
+    text.push_str("{\n");
     for (class, ty, prefix) in CLASSES {
         let count = ptx.counts[class as usize];
         if count > 0 {
@@ -159,7 +170,18 @@ fn entry(kernel: &Loops, number: usize, gpu: Gpu, text: &mut String) -> emit::Em
     if ptx.shared > 0 {
         let _ = writeln!(text, "  .shared .align 16 .b8 shared_memory[{}];", ptx.shared);
     }
-    for inst in &ptx.code {
+    let mut code = join::join(std::mem::take(&mut ptx.code));
+    if code.iter().any(|inst| matches!(inst, Inst::Copy(..))) {
+        // What a thread has copied is there for the others after a barrier.
+        code = code
+            .into_iter()
+            .flat_map(|inst| match inst {
+                Inst::Barrier => vec![Inst::Wait, Inst::Barrier],
+                inst => vec![inst],
+            })
+            .collect();
+    }
+    for inst in &code {
         let indent = if matches!(inst, Inst::Label(_)) { "" } else { "  " };
         let _ = writeln!(text, "{indent}{inst}");
     }

@@ -4,7 +4,7 @@ use cranelift_codegen::ir::condcodes::FloatCC;
 use cranelift_codegen::ir::{InstBuilder, Type, Value, types};
 
 use super::{Clif, LITTLE};
-use crate::backend::cpu::emit::{Emitted, Unsupported};
+use crate::backend::emit::{Emitted, Unsupported};
 use crate::graph::op::{BinaryFn, UnaryFn};
 
 impl Clif<'_> {

@@ -5,7 +5,7 @@ use cranelift_codegen::ir::{InstBuilder, Value, types};
 use kiln_runtime::tensor::DType;
 
 use super::Clif;
-use crate::backend::cpu::emit::{Emitted, Unsupported};
+use crate::backend::emit::{Emitted, Unsupported};
 use crate::graph::op::{BinaryFn, UnaryFn};
 
 impl Clif<'_> {

@@ -5,7 +5,7 @@ use cranelift_codegen::ir::{InstBuilder, Type, Value, types};
 use kiln_runtime::tensor::DType;
 
 use super::{Clif, LITTLE, Val};
-use crate::backend::cpu::emit::{Emitted, Machine, Unsupported};
+use crate::backend::emit::{Emitted, Machine, Unsupported};
 use crate::graph::eval::int_range;
 use crate::graph::op::BinaryFn;
 

@@ -21,8 +21,10 @@ use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use self::cast::mask;
-use super::dot;
-use super::emit::{Access, Bits, Emitted, Machine, Unsupported, compute_dtype, emit};
+use crate::backend::dot;
+use crate::backend::emit::{
+    Access, Bits, Dynamic, Emitted, Machine, Unsupported, compute_dtype, emit,
+};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Loops, Number, Parts};
 
@@ -376,16 +378,16 @@ impl Machine for Clif<'_> {
         buffer: BufferId,
         terms: &[(Value, i64)],
         offset: i64,
-        dynamic: Option<(&Val, i64)>,
+        dynamic: Option<Dynamic<Val>>,
     ) -> Emitted<(Value, i32)> {
         let mut base = self.bases[buffer].ok_or_else(|| Unsupported("a register place".into()))?;
         for &(int, bytes) in terms {
             let step = self.b.ins().imul_imm_s(int, bytes);
             base = self.b.ins().iadd(base, step);
         }
-        if let Some((dynamic, bytes)) = dynamic {
-            let dynamic = self.one(dynamic)?;
-            let step = self.b.ins().imul_imm_s(dynamic, bytes);
+        if let Some(Dynamic { value, bytes, .. }) = dynamic {
+            let value = self.one(value)?;
+            let step = self.b.ins().imul_imm_s(value, bytes);
             base = self.b.ins().iadd(base, step);
         }
         match i32::try_from(offset) {

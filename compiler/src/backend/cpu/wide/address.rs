@@ -6,7 +6,7 @@ use regalloc2::{RegClass, VReg};
 use super::lanes::Val;
 use super::ssa::{Arg, Ask};
 use super::{Open, Wide};
-use crate::backend::cpu::emit::{Emitted, Unsupported};
+use crate::backend::emit::{Emitted, Unsupported};
 use crate::loops::ir::{BufferId, Count};
 
 /// A loop variable, by the number of its loop, or what is computed of the parallel one.

@@ -8,7 +8,7 @@ use regalloc2::{Allocation, Block, Edit, Function, InstOrEdit, Output, PReg, Reg
 
 use super::isa::{self, Level, Op, Width};
 use super::ssa::{Arg, Ask, CALLEE_SAVED, Flat, Step, Test, What};
-use crate::backend::cpu::emit::{Emitted, Unsupported};
+use crate::backend::emit::{Emitted, Unsupported};
 
 /// Bytes of a short branch.
 const SHORT: usize = 2;

@@ -8,7 +8,7 @@ use super::Wide;
 use super::address::Address;
 use super::isa::{self, Level, Op, Width};
 use super::ssa::{Arg, Ask};
-use crate::backend::cpu::emit::{Emitted, Unsupported};
+use crate::backend::emit::{Emitted, Unsupported};
 use crate::graph::op::{BinaryFn, UnaryFn};
 
 /// A value.

@@ -32,8 +32,8 @@ use self::isa::Level;
 use self::lanes::Val;
 use self::ssa::{Arg, Ask, Builder, Test};
 use super::clif::Compiled;
-use super::dot;
-use super::emit::{Access, Bits, Emitted, Machine, Unsupported, emit};
+use crate::backend::dot;
+use crate::backend::emit::{Access, Bits, Dynamic, Emitted, Machine, Unsupported, emit};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Loops, Number, Parts, Scope};
 
@@ -351,12 +351,12 @@ impl Machine for Wide {
         buffer: BufferId,
         terms: &[(Int, i64)],
         offset: i64,
-        dynamic: Option<(&Val, i64)>,
+        dynamic: Option<Dynamic<Val>>,
     ) -> Emitted<Address> {
         let address = self.place(buffer, terms, offset)?;
         match dynamic {
             None => Ok(address),
-            Some((value @ (Val::Int(..) | Val::Number(_)), bytes)) => {
+            Some(Dynamic { value: value @ (Val::Int(..) | Val::Number(_)), bytes, .. }) => {
                 let register = self.register(value);
                 Ok(self.moved(address, register, bytes))
             }

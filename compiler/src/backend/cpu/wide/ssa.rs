@@ -12,7 +12,7 @@ use smallvec::{SmallVec, smallvec};
 
 use super::isa::{Level, Width};
 use super::{interleave, literals};
-use crate::backend::cpu::emit::{Emitted, Unsupported};
+use crate::backend::emit::{Emitted, Unsupported};
 
 /// A general register that holds an argument, by hardware number: rdi, rsi, rdx.
 const ARGUMENTS: [usize; 3] = [7, 6, 2];

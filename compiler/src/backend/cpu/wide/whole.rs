@@ -11,7 +11,7 @@ use super::isa::{self, Level, Op, Width};
 use super::lanes::{Val, byte};
 use super::ssa::Arg;
 use super::{Wide, f32_only};
-use crate::backend::cpu::emit::{Access, Emitted, Machine, Unsupported};
+use crate::backend::emit::{Access, Emitted, Machine, Unsupported};
 use crate::graph::eval::int_range;
 use crate::graph::op::BinaryFn;
 

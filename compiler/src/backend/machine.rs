@@ -38,6 +38,17 @@ pub enum Bits {
     Xor,
 }
 
+/// The part of a place that data decides: `value * bytes`.
+#[derive(Clone, Copy)]
+pub struct Dynamic<'a, V> {
+    /// An i64.
+    pub value: &'a V,
+    /// Bytes of an element.
+    pub bytes: i64,
+    /// A power of two that divides the value.
+    pub multiple: i64,
+}
+
 /// Makes instructions. Values are scalars or as wide as the lanes; integers are loop variables.
 pub trait Machine {
     /// A value.
@@ -80,19 +91,26 @@ pub trait Machine {
         divisor: usize,
         limit: usize,
     ) -> Emitted<(Self::Int, Self::Int)>;
+    /// Values that the two blocks of a branch may change, before it begins; none on machines where
+    /// blocks change nothing that is used after them.
+    fn merged(&mut self, _before: &[Self::Value]) -> Option<Vec<Self::Value>> {
+        None
+    }
+    /// Gives these their values at the end of a block.
+    fn merge(&mut self, _merged: &[Self::Value], _next: &[Self::Value]) {}
     /// Starts a block that runs where the condition holds.
     fn branch_begin(&mut self, condition: &Self::Value) -> Emitted<()>;
     /// Starts the block that runs where it does not.
     fn branch_else(&mut self);
     /// Ends both.
     fn branch_end(&mut self);
-    /// The element `sum of int * bytes + offset bytes + value * bytes` of a buffer.
+    /// The element `sum of int * bytes + offset bytes + dynamic` of a buffer.
     fn address(
         &mut self,
         buffer: BufferId,
         terms: &[(Self::Int, i64)],
         offset: i64,
-        dynamic: Option<(&Self::Value, i64)>,
+        dynamic: Option<Dynamic<Self::Value>>,
     ) -> Emitted<Self::Address>;
     /// Asks for the cache line of an element, where the machine can.
     fn prefetch(&mut self, _address: &Self::Address) -> Emitted<()> {
@@ -107,6 +125,17 @@ pub trait Machine {
     ) -> Emitted<Self::Value>;
     /// Writes as many elements as the value has.
     fn store(&mut self, dtype: DType, address: &Self::Address, value: &Self::Value) -> Emitted<()>;
+    /// Copies so many neighbours to shared memory, where they are after the next barrier; whether
+    /// the machine can.
+    fn copy(
+        &mut self,
+        _dtype: DType,
+        _to: &Self::Address,
+        _from: &Self::Address,
+        _count: usize,
+    ) -> Emitted<bool> {
+        Ok(false)
+    }
     /// A literal, in all lanes where `wide`.
     fn number(&mut self, dtype: DType, number: Number, wide: bool) -> Emitted<Self::Value>;
     /// An index as an i64 value.
@@ -181,6 +210,15 @@ pub trait Machine {
     /// Ends it; returns the carried values after it.
     fn threads_end(&mut self, next: &[Self::Value]) -> Vec<Self::Value> {
         next.to_vec()
+    }
+    /// Adds to four sums of every thread of a warp what `loops::ir::Multiply` says, of rows and
+    /// columns that begin at addresses and lie so many bytes apart.
+    fn multiply(
+        &mut self,
+        _sides: &[(DType, Self::Address, [i64; 2]); 2],
+        _sums: &[Self::Value],
+    ) -> Emitted<Vec<Self::Value>> {
+        Err(Unsupported("products by a warp".into()))
     }
     /// All threads of a block wait for each other.
     fn barrier(&mut self) -> Emitted<()> {

@@ -40,7 +40,7 @@ impl Search<'_> {
                     self.block(then, wide);
                     self.block(other, wide);
                 }
-                Stmt::Prefetch { .. } => {}
+                Stmt::Prefetch { .. } | Stmt::Multiply(_) => {}
             }
         }
     }
@@ -115,7 +115,8 @@ pub fn copies_are_apart(loops: &Loops, body: &[Stmt]) -> bool {
     let mut seen = HashMap::new();
     body.iter().all(|stmt| match stmt {
         Stmt::Store { value, .. } => reads_apart(value, &stores, &mut seen),
-        Stmt::For { .. } | Stmt::If { .. } | Stmt::Prefetch { .. } => false,
+        Stmt::For { .. } | Stmt::If { .. } => false,
+        Stmt::Prefetch { .. } | Stmt::Multiply(_) => false,
     })
 }
 
@@ -148,6 +149,7 @@ pub fn mark_written(body: &[Stmt], written: &mut [bool]) {
                 mark_written(then, written);
                 mark_written(other, written);
             }
+            Stmt::Multiply(m) => written[m.sums.0] = true,
             Stmt::Prefetch { .. } => {}
         }
     }

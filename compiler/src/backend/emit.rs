@@ -1,24 +1,27 @@
-//! One walk over loops for every CPU emitter: it unrolls, keeps register buffers in values, and
+//! One walk over loops for every emitter: it unrolls, keeps register buffers in values, and
 //! reuses what it has loaded; a [`Machine`] turns each step into instructions.
 //!
 //! A kernel is `fn(buffers: *const *mut u8, begin: i64, end: i64)`: the collapsed parallel loops
 //! run from `begin` to `end`, which is at least one turn.
+
+mod threads;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
+use self::threads::Touched;
 use super::invariant::{self, mark_written};
 use super::math;
 use super::weave::{unwoven, woven};
 use crate::graph::op::{Affine, BinaryFn};
+use crate::loops::index::multiple_of;
 use crate::loops::ir::{
     Buffer, BufferId, Count, Expr, Kind, Loops, Param, Place, Scope, Stmt, Var,
 };
-use crate::loops::share::uses;
 
-pub use super::machine::{Access, Bits, Emitted, Machine, Unsupported};
+pub use super::machine::{Access, Bits, Dynamic, Emitted, Machine, Unsupported};
 
 #[derive(Clone)]
 enum Bound<I> {
@@ -48,6 +51,8 @@ struct Emit<'a, M: Machine> {
     exchanged: Hangs,
     /// What they have read and written there since they last waited for each other.
     touched: Touched,
+    /// What the threads read of it in the statements at hand.
+    reading: Hangs,
 }
 
 /// The buffers that a value hangs on and that the kernel writes, a bit for each; the last bit is
@@ -56,25 +61,6 @@ type Hangs = u64;
 
 fn bit(buffer: BufferId) -> Hangs {
     1 << buffer.min(63)
-}
-
-/// What threads of a block exchange through memory, as bits of buffers.
-#[derive(Clone, Copy, Default)]
-struct Touched {
-    read: Hangs,
-    written: Hangs,
-}
-
-impl Touched {
-    fn add(&mut self, other: &Touched) {
-        self.read |= other.read;
-        self.written |= other.written;
-    }
-
-    /// Whether one of the two writes what the other one touches.
-    fn meets(&self, other: &Touched) -> bool {
-        self.written & (other.read | other.written) | self.read & other.written != 0
-    }
 }
 
 /// Emits a kernel.
@@ -95,6 +81,7 @@ pub fn emit<M: Machine>(loops: &Loops, machine: &mut M) -> Emitted<()> {
         written,
         exchanged: Hangs::MAX,
         touched: Touched::default(),
+        reading: 0,
     };
     let all = emit.exchanges(&loops.body);
     emit.exchanged = all.read & all.written;
@@ -193,23 +180,43 @@ impl<M: Machine> Emit<'_, M> {
                 Kind::Thread => self.threads(std::slice::from_ref(stmt)),
             },
             Stmt::Store { buffer, place, value } => self.store(*buffer, place, value),
-            Stmt::If { condition, then, other } => {
-                let condition = self.expr(condition)?.0;
-                self.machine.branch_begin(&condition)?;
-                self.forget();
-                self.block(then)?;
-                self.machine.branch_else();
-                self.forget();
-                self.block(other)?;
-                self.machine.branch_end();
-                self.forget();
-                Ok(())
-            }
+            Stmt::If { condition, then, other } => self.branch(condition, [then, other]),
             Stmt::Prefetch { buffer, place } => {
                 let address = self.address(*buffer, &Place::affine(place.clone()))?;
                 self.machine.prefetch(&address)
             }
+            Stmt::Multiply(m) => self.multiply(m),
         }
+    }
+
+    fn branch(&mut self, condition: &Expr, arms: [&[Stmt]; 2]) -> Emitted<()> {
+        let condition = self.expr(condition)?.0;
+        let (_, carried) = self.carried(&arms.concat());
+        let before: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
+        let merged = self.machine.merged(&before);
+        let all: Vec<(BufferId, i64)> = self.cells.keys().copied().collect();
+        let arm = |this: &mut Self, body: &[Stmt]| -> Emitted<()> {
+            if let Some(merged) = &merged {
+                this.set_cells(&carried, merged.clone());
+            }
+            this.forget();
+            this.block(body)?;
+            if let Some(merged) = &merged {
+                let next: Vec<M::Value> = carried.iter().map(|k| this.cells[k].0.clone()).collect();
+                this.machine.merge(merged, &next);
+                this.set_cells(&carried, merged.clone());
+                // What was set in one block only is nothing after it.
+                this.cells.retain(|key, _| all.contains(key));
+            }
+            Ok(())
+        };
+        self.machine.branch_begin(&condition)?;
+        arm(self, arms[0])?;
+        self.machine.branch_else();
+        arm(self, arms[1])?;
+        self.machine.branch_end();
+        self.forget();
+        Ok(())
     }
 
     fn serial(&mut self, var: Var, extent: usize, body: &[Stmt]) -> Emitted<()> {
@@ -248,59 +255,6 @@ impl<M: Machine> Emit<'_, M> {
         let mut carried: Vec<(BufferId, i64)> = cells.collect();
         carried.sort_unstable();
         (assigned, carried)
-    }
-
-    /// What statements exchange through memory.
-    fn exchanges(&self, body: &[Stmt]) -> Touched {
-        let mut touched = Touched::default();
-        if self.exchanged == 0 {
-            return touched;
-        }
-        for (buffer, used) in uses(self.loops.buffers.len(), body).into_iter().enumerate() {
-            let memory = self.loops.buffers[buffer].scope != Scope::Register;
-            if memory && self.exchanged & bit(buffer) != 0 {
-                touched.read |= if used.read { bit(buffer) } else { 0 };
-                touched.written |= if used.written { bit(buffer) } else { 0 };
-            }
-        }
-        touched
-    }
-
-    /// Loops over the threads of a block, one in another. Threads wait for each other before they
-    /// touch what others may have written, or write what others may still read.
-    fn threads(&mut self, mut body: &[Stmt]) -> Emitted<()> {
-        let mut nest = Vec::new();
-        while let [Stmt::For { var, extent, kind: Kind::Thread, body: inner }] = body {
-            nest.push((*var, *extent));
-            body = inner;
-        }
-        let exchanges = self.exchanges(body);
-        if self.touched.meets(&exchanges) {
-            self.machine.barrier()?;
-            self.touched = Touched::default();
-        }
-        self.touched.add(&exchanges);
-        let (_, carried) = self.carried(body);
-        let before: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
-        let mut limit: usize = nest.iter().map(|n| n.1).product();
-        let (mut turn, inside) = self.machine.threads_begin(limit, &before)?;
-        self.set_cells(&carried, inside);
-        for (i, &(var, extent)) in nest.iter().enumerate().rev() {
-            let (rest, own) = match i {
-                0 => (turn.clone(), turn),
-                _ => self.machine.div_rem(&turn, extent, limit)?,
-            };
-            self.vars.insert(var, Bound::Int(own));
-            turn = rest;
-            limit /= extent;
-        }
-        self.forget();
-        self.block(body)?;
-        let next: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
-        let after = self.machine.threads_end(&next);
-        self.set_cells(&carried, after);
-        self.forget();
-        Ok(())
     }
 
     /// Computes what does not change in a loop that assigns to some buffers, before it begins.
@@ -379,11 +333,15 @@ impl<M: Machine> Emit<'_, M> {
         };
         let bytes = self.loops.buffers[buffer].dtype.bytes() as i64;
         let terms = self.terms(&index, bytes);
-        let dynamic = dynamic.as_ref().map(|d| (d, bytes));
+        let multiple = place.dynamic.as_ref().map_or(1, |e| multiple_of(e));
+        let dynamic = dynamic.as_ref().map(|value| Dynamic { value, bytes, multiple });
         self.machine.address(buffer, &terms, index.offset * bytes, dynamic)
     }
 
     fn store(&mut self, buffer: BufferId, place: &Place, value: &Expr) -> Emitted<()> {
+        if self.copy(buffer, place, value)? {
+            return Ok(());
+        }
         let (result, _) = self.expr(value)?;
         let b = &self.loops.buffers[buffer];
         if b.scope == Scope::Register {
@@ -402,14 +360,13 @@ impl<M: Machine> Emit<'_, M> {
         let dtype = b.dtype;
         let address = self.address(buffer, place)?;
         self.machine.store(dtype, &address, &result)?;
-        self.loads.retain(|k, _| k.0 != buffer);
+        self.forget_stored(buffer);
         // What is read there next is what was stored, as these lose nothing.
         let (index, along) = self.resolve(&place.affine);
         let access = if self.lane.is_some() { Access::Lanes(along) } else { Access::One };
         if dtype == DType::F32 && place.dynamic.is_none() && self.lane.is_some() == (along == 1) {
             self.loads.insert((buffer, index, access, dtype), result);
         }
-        self.known.retain(|_, v| v.1 & bit(buffer) == 0);
         Ok(())
     }
 
@@ -487,10 +444,18 @@ impl<M: Machine> Emit<'_, M> {
                 keys.sort_unstable();
                 let values: Vec<M::Value> = keys.iter().map(|k| self.cells[k].0.clone()).collect();
                 let Buffer { dtype, len, .. } = self.loops.buffers[*buffer];
+                let in_blocks =
+                    matches!(self.loops.body[..], [Stmt::For { kind: Kind::Block, .. }]);
                 let folded = match keys[..] {
                     // Each thread has one of its elements.
                     [only] if len > 1 && !self.cells[&only].1 => {
                         self.machine.fold_threads(*f, compute_dtype(dtype), &values[0], len)?
+                    }
+                    // Or as many of them as there are lanes.
+                    [_] if in_blocks && self.loops.lanes().is_some_and(|lanes| len > lanes) => {
+                        let lanes = self.loops.lanes().unwrap_or(len);
+                        let own = self.machine.fold(*f, &values)?;
+                        self.machine.fold_threads(*f, compute_dtype(dtype), &own, len / lanes)?
                     }
                     _ => self.machine.fold(*f, &values)?,
                 };
