@@ -15,6 +15,7 @@
 pub mod backend;
 mod cache;
 mod compile;
+mod cuda;
 pub mod error;
 pub mod graph;
 mod load;
@@ -32,10 +33,11 @@ mod states;
 mod tests;
 
 pub use cache::CacheUse;
+pub use cuda::Cuda;
 pub use half;
 pub use kiln_runtime::load::ArtifactFile;
 pub use kiln_runtime::session::{Executable, RunError, Session};
-pub use kiln_runtime::{code, manifest, npz, tensor, work};
+pub use kiln_runtime::{code, gpu, manifest, npz, tensor, work};
 pub use load::{is_artifact, load, load_opened, open_artifact};
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
 pub use on_demand::OnDemand;
@@ -44,7 +46,6 @@ pub use package::{Form, Kind, Package, identifier};
 use std::path::PathBuf;
 
 use backend::cpu::{Cpu, Emitted, emit_all};
-use backend::cuda::{self, Gpu};
 use error::Result;
 use graph::Graph;
 use graph::verify::verify;
@@ -317,19 +318,6 @@ impl Compiler {
         package::package(contents, form, self.verify_code)
     }
 
-    /// A model as PTX text for a GPU, with all that a launch of its kernels needs.
-    pub fn cuda(&self, model: &Model, gpu: Gpu) -> Result<Cuda> {
-        self.cuda_of(&self.graph_for_ranges(model)?, gpu)
-    }
-
-    /// The same from a graph on.
-    pub fn cuda_of(&self, graph: &Graph, gpu: Gpu) -> Result<Cuda> {
-        let kernels = (*rules::optimise(graph, self.egraph, false)?.graph).clone();
-        let program = program(&verify(kernels.clone())?, gpu.target())?;
-        let module = cuda::emit_all(&program.kernels, gpu)?;
-        Ok(Cuda { kernels, program, module })
-    }
-
     /// Every stage as text.
     pub fn stages(&self, model: &Model) -> Result<Stages> {
         self.stages_of(&self.graph_for_ranges(model)?)
@@ -351,17 +339,6 @@ impl Compiler {
             asm: emitted.asm,
         })
     }
-}
-
-/// A model for a GPU.
-#[derive(Clone, Debug)]
-pub struct Cuda {
-    /// Its graph of kernels.
-    pub kernels: Graph,
-    /// Their loops, launches and memory.
-    pub program: Program,
-    /// Their text; entries are in the order of the program's kernels.
-    pub module: cuda::Module,
 }
 
 /// The stages of a compilation, for people and tests.

@@ -43,6 +43,7 @@ fn manifest() -> Manifest {
         },
         entries: vec![0],
         faster: Vec::new(),
+        modules: Vec::new(),
         weights: Weights::Inside { bytes: CONSTANTS.len() },
     }
 }

@@ -1,6 +1,7 @@
 //! What the suites share: where references are, how a graph is run, how results are compared.
 
 pub mod cases;
+pub mod gpu;
 pub mod machines;
 pub mod ptx;
 pub mod small;

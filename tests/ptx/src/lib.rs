@@ -13,7 +13,7 @@ use std::fmt;
 
 pub use memory::Memory;
 pub use parse::{Kernel, Module, parse};
-pub use run::launch;
+pub use run::{address, launch, launch_at, piece};
 
 /// What a kernel does wrong.
 #[derive(Clone, PartialEq, Eq, Debug)]
