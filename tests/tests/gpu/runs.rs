@@ -1,11 +1,15 @@
 //! Models that run are right, however late the device does what it is asked for.
 
+use kiln::backend::cuda::Gpu;
 use kiln::gpu::GpuArtifact;
-use kiln_cuda::{CudaModel, Options};
+use kiln::tensor::{DType, Tensor};
+use kiln::{Compiler, Limits, Model};
+use kiln_cuda::{CudaModel, CudaSession, Options};
 use kiln_gpu::Behaviour;
 use kiln_tests::small::MODELS;
+use kiln_tests::{ONNX, difference, gpu, oracle, suite};
 
-use super::{artifact, inputs, is_right, model, named, small};
+use super::{CLOSE, artifact, inputs, is_right, model, named, small};
 
 /// The device works at once, or as late as can be; launches are a graph, or one by one.
 fn ways() -> impl Iterator<Item = (Behaviour, Options)> {
@@ -104,4 +108,102 @@ fn steps_are_timed_and_waited_for_one_by_one() {
     assert!(profile.ends.is_sorted() && profile.ends[0] > 0, "{:?}", profile.ends);
     drop((session, model));
     assert_eq!(double.problems(), [""; 0]);
+}
+
+/// The token with the greatest score.
+fn best(outputs: &[(String, Tensor)]) -> i64 {
+    let (_, scores) = outputs.iter().find(|(name, _)| name == "scores").expect("scores");
+    let scores = scores.as_slice::<f32>().expect("f32");
+    let best = (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+    best.expect("a vocabulary") as i64
+}
+
+/// What a step of the language model reads besides its caches.
+fn step(token: i64, position: i64) -> [(&'static str, Tensor); 2] {
+    let number = |value: i64| Tensor::from_slice(&[1, 1], &[value]);
+    [("token", number(token)), ("position", number(position))]
+}
+
+/// A language model whose caches stay on the device writes what it writes on the CPU; forks and
+/// lengths that are taken back do not disturb one another.
+#[test]
+fn caches_stay_on_the_device() {
+    let Some(folder) = oracle("dynamic") else { return };
+    let language = Model::open(folder.join("language/model.onnx"), &Limits::default());
+    let language = language.expect("a model");
+    let compiler = Compiler::new().dim_range("past", 1..=12).state("past_*", "present_*");
+    let names = ["past_k0", "past_v0", "past_k1", "past_v1"];
+    let empty = Tensor::zeros(DType::F32, &[1, 2, 1, 16]);
+    let executable = compiler.compile_ranges(&language).expect("a model");
+    let mut expected = executable.session();
+    let artifact = compiler.compile_cuda(&language, &[Gpu::of(80).expect("a GPU")]).expect("PTX");
+    let memory = artifact.memory();
+    let (double, model) = model(&artifact, Behaviour::default(), Options::default());
+    let mut session = model.session().expect("a session");
+    assert!(memory.kept > 0 && double.taken() == memory.total());
+    for name in names {
+        expected.set_state(name, empty.clone()).expect("a cache");
+        session.set_state(name, empty.clone()).expect("a cache");
+    }
+    let next = |session: &mut CudaSession, token, position| {
+        let given = step(token, position);
+        let views: Vec<_> = given.iter().map(|(name, tensor)| (*name, tensor.view())).collect();
+        best(&session.run(&views).expect("a step"))
+    };
+    let mut tokens = vec![7];
+    for position in 0..6 {
+        let given = step(tokens[position], position as i64);
+        let views: Vec<_> = given.iter().map(|(name, tensor)| (*name, tensor.view())).collect();
+        tokens.push(best(&expected.run(&views).expect("a step")));
+    }
+    for position in 0..4 {
+        assert_eq!(next(&mut session, tokens[position], position as i64), tokens[position + 1]);
+    }
+    let mut fork = session.fork().expect("a fork");
+    for session in [&mut session, &mut fork] {
+        assert_eq!(next(session, tokens[4], 4), tokens[5]);
+    }
+    session.rewind("past", 3).expect("it was longer");
+    for position in 2..6 {
+        assert_eq!(next(&mut session, tokens[position], position as i64), tokens[position + 1]);
+    }
+    for name in names {
+        let (got, want) = (session.state(name).expect("a state"), expected.state(name));
+        let (got, want) = (got.expect("a cache"), want.expect("a cache"));
+        assert_eq!(difference(&got, &want, CLOSE), None, "{name}");
+    }
+    drop((session, fork, model));
+    assert_eq!(double.problems(), [""; 0]);
+}
+
+/// Every case of the ONNX suite that the CPU passes, through the runtime.
+#[test]
+fn cases_of_the_suite_are_right() {
+    let Some(data) = oracle("onnx-1.22.0") else { return };
+    let ledger = include_str!("../../ledger.txt");
+    let passes = |name: &str| ledger.lines().any(|l| l.starts_with(&format!("{name} | pass")));
+    let mut cases = suite::cases(&data);
+    cases.retain(|(name, _)| passes(name));
+    let results = suite::run_all(&cases, |folder| {
+        let suite::Given { graph, inputs, outputs, .. } = suite::given(folder)?;
+        let artifact = gpu::artifact(&graph, &Compiler::new())?;
+        let (double, made) = gpu::model(&artifact, Behaviour::default(), Options::default());
+        let model = made.map_err(|e| e.to_string())?;
+        let got = model.run(&named(&graph, &inputs)).map_err(|e| e.to_string())?;
+        drop(model);
+        let problems = double.problems();
+        let mut pairs = got.iter().zip(&outputs);
+        match pairs.find_map(|((_, got), want)| difference(got, want, ONNX)) {
+            Some(why) => Err(format!("differs: {why}")),
+            None if !problems.is_empty() => Err(problems.join(", ")),
+            None => Ok(String::new()),
+        }
+    });
+    let wrong: Vec<String> = results
+        .iter()
+        .filter_map(|(name, result)| Some(format!("{name}: {}", result.as_ref().err()?)))
+        .collect();
+    println!("{} of {} cases are right on the runtime", results.len() - wrong.len(), results.len());
+    assert!(wrong.is_empty(), "{} cases:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(results.len() > 1000, "cases of the suite");
 }
