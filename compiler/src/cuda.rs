@@ -30,7 +30,7 @@ impl Compiler {
 
     /// The same from a graph on.
     pub fn cuda_of(&self, graph: &Graph, gpu: Gpu) -> Result<Cuda> {
-        let kernels = (*rules::optimise(graph, self.egraph, false)?.graph).clone();
+        let kernels = self.optimise_cuda(graph)?;
         let program = program(&verify(kernels.clone())?, gpu.target())?;
         let module = cuda::emit_all(&program.kernels, gpu)?;
         Ok(Cuda { kernels, program, module })
@@ -47,6 +47,19 @@ impl Compiler {
     /// The same from a graph on. Kernels are lowered for the earliest version, and emitted for all:
     /// they share the plan, its memory and the constants.
     pub fn compile_cuda_of(&self, graph: &Graph, gpus: &[Gpu]) -> Result<GpuArtifact> {
+        self.build_cuda(&self.optimise_cuda(graph)?, gpus)
+    }
+
+    /// The graph as kernels for GPUs.
+    pub fn optimise_cuda(&self, graph: &Graph) -> Result<Graph> {
+        Ok((*rules::optimise(graph, self.egraph, false)?.graph).clone())
+    }
+
+    /// A graph of kernels for GPUs.
+    ///
+    /// # Errors
+    /// As [`compile_cuda`](Self::compile_cuda).
+    pub fn build_cuda(&self, kernels: &Graph, gpus: &[Gpu]) -> Result<GpuArtifact> {
         let mut gpus = gpus.to_vec();
         gpus.sort_by_key(|gpu| gpu.sm);
         gpus.dedup();
@@ -54,12 +67,11 @@ impl Compiler {
             let diagnostic = Diagnostic::new("K0702", "no version of the instruction set");
             return Err(Error::new(ErrorKind::Usage, diagnostic.help("give --sm, such as 80")));
         };
-        let kernels = (*rules::optimise(graph, self.egraph, false)?.graph).clone();
         // Constants have the same bits on every machine that compiles: 128 bits are everywhere.
         let here = Cpu::host(false);
         let program = program_folded(&verify(kernels.clone())?, first.target(), here.target())?;
         let folding = compile::emit_constants(&program, &here, self.verify_code)?;
-        let (plan, constants) = compile::assemble(&kernels, &program, &folding, self.threads)?;
+        let (plan, constants) = compile::assemble(kernels, &program, &folding, self.threads)?;
         let (plan, kept) = package::used(&plan);
         let loops: Vec<Loops> = kept.iter().map(|&k| program.kernels[k].clone()).collect();
         let (mut text, mut modules) = (Vec::new(), Vec::new());

@@ -12,6 +12,9 @@ use crate::plan::{DIMS, Plan};
 /// The target triple of compiled models for GPUs of NVIDIA's.
 pub const TRIPLE: &str = "nvptx64-nvidia-cuda";
 
+/// The number of the machine in the ELF header of such files: the one that NVIDIA's have.
+pub const EM_CUDA: u16 = 190;
+
 /// Alignment of ports in device memory: what the driver gives to whole pieces, too.
 pub const ALIGN: usize = 256;
 
@@ -64,13 +67,7 @@ impl GpuArtifact {
 
     /// The device memory that it takes.
     pub fn memory(&self) -> DeviceMemory {
-        let ports = Ports::of(&self.plan);
-        DeviceMemory {
-            weights: self.constants.len() as u64,
-            arena: self.plan.arena_bytes as u64,
-            ports: ports.bytes as u64,
-            kept: ports.kept as u64,
-        }
+        DeviceMemory::of(&self.plan, self.constants.len())
     }
 }
 
@@ -88,6 +85,14 @@ pub struct DeviceMemory {
 }
 
 impl DeviceMemory {
+    /// That of a plan, with so many bytes of constants.
+    pub fn of(plan: &Plan, constants: usize) -> DeviceMemory {
+        let Ports { bytes, kept, .. } = Ports::of(plan);
+        let [weights, arena, ports, kept] =
+            [constants, plan.arena_bytes, bytes, kept].map(|bytes| bytes as u64);
+        DeviceMemory { weights, arena, ports, kept }
+    }
+
     /// What a run takes besides the weights, with so many sets of ports.
     pub fn lane(&self, sets: u64) -> u64 {
         self.arena.saturating_add(self.ports.saturating_mul(sets)).saturating_add(self.kept)
@@ -117,8 +122,6 @@ pub struct Ports {
     pub inputs: Vec<Spot>,
     /// Each output.
     pub outputs: Vec<Spot>,
-    /// Bytes of lengths and inputs, which come first; outputs follow.
-    pub taken: usize,
     /// Bytes of all but states that are kept in place.
     pub bytes: usize,
     /// Bytes of these.
@@ -140,7 +143,6 @@ impl Ports {
             false => Spot::Given(place(&mut end, size(port))),
         };
         let inputs: Vec<Spot> = plan.inputs.iter().enumerate().map(input).collect();
-        let taken = end;
         let output = |(number, port)| {
             let state = plan.states.iter().find(|state| state.in_place && state.output == number);
             match state {
@@ -149,6 +151,6 @@ impl Ports {
             }
         };
         let outputs = plan.outputs.iter().enumerate().map(output).collect();
-        Ports { dims, inputs, outputs, taken, bytes: end, kept }
+        Ports { dims, inputs, outputs, bytes: end, kept }
     }
 }

@@ -1,7 +1,7 @@
 //! Files of a model that was compiled for GPUs: the same container as for CPUs, an ELF object, with
 //! text in place of code. Nothing links it; `kiln` and `kiln-cuda` load it.
 
-use kiln_runtime::gpu::{GpuArtifact, TRIPLE};
+use kiln_runtime::gpu::{EM_CUDA, GpuArtifact, TRIPLE};
 use kiln_runtime::manifest::{self, Hash, Manifest, SECTION, TEXT, WEIGHTS, Weights};
 use object::write::{Object, StandardSegment};
 use object::{Architecture, BinaryFormat, Endianness, SectionKind};
@@ -9,8 +9,7 @@ use object::{Architecture, BinaryFormat, Endianness, SectionKind};
 use super::{Form, Package, Packed, failed, seal};
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 
-/// The number of the machine in an ELF header that NVIDIA's files have, and where it is.
-const EM_CUDA: u16 = 190;
+/// Where the number of the machine is in an ELF header.
 const E_MACHINE: usize = 18;
 
 /// The file of a model, and that of its weights where they lie beside.

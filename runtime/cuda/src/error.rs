@@ -109,8 +109,8 @@ impl CudaError {
     pub fn help(&self) -> &'static str {
         match self {
             CudaError::NoDriver => {
-                "install the driver (libcuda.so.1 must be where libraries are looked for), or ask \
-                 for the CPU: --device cpu, or --fallback cpu"
+                "install the driver (libcuda.so.1 must be where libraries are looked for); an .onnx \
+                 file runs on the CPU as well: --device cpu, or --fallback cpu"
             }
             CudaError::OldDriver { .. } => "install a driver of version 525 (CUDA 12.0) or later",
             CudaError::Start(_) => "`nvidia-smi` shows whether the driver works",

@@ -70,6 +70,10 @@ impl Row {
 
 /// Measures and prints.
 pub fn run(args: &ProfileArgs, term: &Term) -> Result<(), Failure> {
+    if kiln::is_cuda_artifact(&args.given.model.model) {
+        let text = format!("{} is for GPUs", model_name(&args.given.model.model));
+        return Err(Failure::usage(text).help("kiln bench says how long its kernels take"));
+    }
     let Ready { executable, inputs, .. } = ready(&args.given, true, term)?;
     let (plan, threads) = (executable.plan(), executable.pool().threads());
     let folder = args.calibration.calibration.as_deref();

@@ -1,0 +1,136 @@
+//! Models for GPUs on a machine that has none: files are written, shown and refused, and what is
+//! missing is said.
+
+mod common;
+
+use std::fs;
+
+use common::{Folder, expect, json, shipped};
+
+/// Whether this machine has a driver: then nothing here is missing.
+fn has_driver() -> bool {
+    json(0, &["doctor"])["cuda"]["driver"] != "none"
+}
+
+fn flags<'a>(command: &'a str, model: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    [&[command, model, "--dim", "batch=1"], more].concat()
+}
+
+#[test]
+fn without_a_driver_the_cpu_runs_a_model_only_when_it_is_asked_to() {
+    if has_driver() {
+        return kiln_skip("this machine has a driver");
+    }
+    let model = shipped("digits.onnx");
+    for command in ["run", "bench", "verify"] {
+        let (out, err) =
+            expect(5, &flags(command, &model, &["--device", "cuda:1", "-i", "random"]));
+        assert!(out.is_empty() && err.contains("K1001") && err.contains("libcuda.so.1"), "{err}");
+    }
+    let value = json(5, &flags("run", &model, &["--device", "cuda", "-i", "random"]));
+    assert_eq!((&value["error"]["kind"], &value["ok"]), (&"incompatible".into(), &false.into()));
+    let cpu = expect(0, &flags("run", &model, &["-i", "random:3"]));
+    let asked = ["-i", "random:3", "--device", "cuda", "--fallback", "cpu"];
+    let (out, err) = expect(0, &flags("run", &model, &asked));
+    assert_eq!(out, cpu.0);
+    assert!(err.contains("no driver") && err.contains("runs on the CPU"), "{err}");
+    // What is wrong everywhere is no reason to fall back.
+    let (_, err) = expect(2, &flags("run", &model, &["--device", "cuda", "--fallback", "tpu"]));
+    assert!(err.contains("possible values: cpu"), "{err}");
+    expect(7, &["run", "nothing.onnx", "--device", "cuda", "--fallback", "cpu"]);
+}
+
+fn kiln_skip(why: &str) {
+    println!("skipped: {why}");
+}
+
+#[test]
+fn flags_for_gpus_ask_for_one() {
+    let model = shipped("digits.onnx");
+    for more in [&["--fallback", "cpu"][..], &["--device-memory", "grow"]] {
+        let (_, err) = expect(2, &flags("run", &model, more));
+        assert!(err.contains("is for GPUs"), "{err}");
+    }
+    for wrong in ["limit", "much", "limit=x"] {
+        let asked = ["--device", "cuda", "--device-memory", wrong];
+        expect(2, &flags("run", &model, &asked));
+    }
+}
+
+#[test]
+fn a_file_for_gpus_says_what_it_needs_and_is_refused_elsewhere() {
+    let folder = Folder::new();
+    let (model, file) = (shipped("digits.onnx"), folder.path("digits.kiln"));
+    let asked = ["--device", "cuda", "--sm", "90,80", "-o", &file];
+    let (_, err) = expect(0, &flags("compile", &model, &asked));
+    assert!(err.contains("of device memory") && err.contains("wrote "), "{err}");
+    let bytes = fs::read(&file).expect("a file");
+    expect(0, &flags("compile", &model, &asked));
+    assert!(bytes == fs::read(&file).expect("a file"), "equal input gives equal bytes");
+    let (out, _) = expect(0, &["inspect", &file]);
+    for part in ["nvptx64-nvidia-cuda", "sm_80, sm_90 and later", " x ", "dense1"] {
+        assert!(out.contains(part), "{part}: {out}");
+    }
+    let value = json(0, &["inspect", &file]);
+    let number = |name: &str| value[name].as_u64().expect(name);
+    let parts = ["weight_bytes", "arena_bytes", "port_bytes", "state_bytes"].map(number);
+    assert_eq!(number("device_bytes"), parts.iter().sum::<u64>());
+    let modules = value["modules"].as_array().expect("modules");
+    assert_eq!(modules.iter().map(|m| &m["sm"]).collect::<Vec<_>>(), [80, 90]);
+    for kernel in modules[0]["kernels"].as_array().expect("kernels") {
+        assert!(kernel["blocks"].as_u64() > Some(0) && kernel["threads"].as_u64() > Some(0));
+    }
+    // A file is for one kind of machine.
+    for more in [&["--device", "cpu"][..], &["--fallback", "cpu"]] {
+        let (_, err) = expect(2, &[&["run", &file, "-i", "random"], more].concat());
+        assert!(err.contains("was compiled for GPUs"), "{err}");
+    }
+    expect(2, &["profile", &file]);
+    let library = folder.path("digits.so");
+    expect(0, &flags("compile", &model, &["-o", &library]));
+    for command in ["run", "verify", "bench"] {
+        let (_, err) = expect(2, &[command, &library, "--device", "cuda"]);
+        assert!(err.contains("was compiled for CPUs"), "{err}");
+    }
+    if !has_driver() {
+        expect(5, &["run", &file, "-i", "random"]);
+        expect(5, &["verify", &file, "--model", &model]);
+    }
+}
+
+#[test]
+fn a_file_for_gpus_that_is_damaged_is_refused() {
+    let folder = Folder::new();
+    let (model, file) = (shipped("digits.onnx"), folder.path("digits.kiln"));
+    expect(0, &flags("compile", &model, &["--device", "cuda", "-o", &file]));
+    let bytes = fs::read(&file).expect("a file");
+    assert!(kiln::manifest::find(&bytes).is_ok());
+    let mut damaged = bytes.clone();
+    for at in (0..bytes.len()).step_by(7) {
+        damaged[at] ^= 1 << (at % 8);
+        assert!(kiln::manifest::find(&damaged).is_err(), "byte {at}");
+        damaged[at] = bytes[at];
+    }
+    for length in (0..bytes.len()).step_by(101) {
+        assert!(kiln::manifest::find(&bytes[..length]).is_err(), "{length} bytes");
+    }
+    let path = folder.write("cut.kiln", &bytes[..bytes.len() / 2]);
+    expect(7, &["inspect", &path]);
+}
+
+#[test]
+fn weights_may_lie_beside_a_file_for_gpus() {
+    let folder = Folder::new();
+    let (model, file) = (shipped("digits.onnx"), folder.path("digits.kiln"));
+    let asked = ["--device", "cuda", "--weights", "external", "-o", &file];
+    expect(0, &flags("compile", &model, &asked));
+    let names: Vec<_> = folder.names().into_iter().map(|n| n.display().to_string()).collect();
+    assert_eq!(names, ["digits.kiln", "digits.weights"]);
+    let opened = kiln::open_artifact(&file).expect("a file");
+    let artifact = kiln::load_cuda(opened, &file).expect("the weights beside it");
+    let bytes = fs::read(folder.path("digits.weights")).expect("a file");
+    assert_eq!(artifact.constants.bytes(), bytes);
+    fs::write(folder.path("digits.weights"), &bytes[1..]).expect("a file");
+    let opened = kiln::open_artifact(&file).expect("a file");
+    assert!(kiln::load_cuda(opened, &file).is_err());
+}
