@@ -233,20 +233,25 @@ impl Lane {
 
     /// Launches all steps on a slot's inputs.
     fn compute(&mut self, program: &Program, slot: usize) -> Result<(), CudaError> {
-        if program.graphs && self.slots[slot].graph.is_none() && !program.plan.steps.is_empty() {
-            self.capture(program, slot)?;
-        }
-        let stream = self.streams[1].get();
-        self.bracket(slot, || match &self.slots[slot].graph {
-            // SAFETY: the graph's launches name memory of the lane and of the model.
-            Some(graph) => unsafe { self.driver().replay(graph.get(), stream) }
-                .map_err(|fault| CudaError::Driver { what: "running the model", fault }),
-            None => self.launch(program, slot, &mut |_| Ok(())),
-        })
+        self.capture(program, slot)?;
+        self.bracket(slot, || self.go(program, slot))
     }
 
-    /// Remembers the launches of a slot.
+    /// Launches all steps of a slot, at once where they are remembered.
+    fn go(&self, program: &Program, slot: usize) -> Result<(), CudaError> {
+        match &self.slots[slot].graph {
+            // SAFETY: the graph's launches name memory of the lane and of the model.
+            Some(graph) => unsafe { self.driver().replay(graph.get(), self.streams[1].get()) }
+                .map_err(|fault| CudaError::Driver { what: "running the model", fault }),
+            None => self.launch(program, slot, &mut |_| Ok(())),
+        }
+    }
+
+    /// Remembers the launches of a slot, where they are to be and are not.
     fn capture(&mut self, program: &Program, slot: usize) -> Result<(), CudaError> {
+        if !program.graphs || self.slots[slot].graph.is_some() || program.plan.steps.is_empty() {
+            return Ok(());
+        }
         let stream = self.streams[1].get();
         let failed = |fault| CudaError::Driver { what: "making a graph of launches", fault };
         // SAFETY: the stream is of the lane; a capture that begins is ended.
@@ -333,6 +338,38 @@ impl Lane {
             Ok((f64::from(ms) * 1e6) as u64)
         };
         events[1..].iter().map(end).collect()
+    }
+
+    /// As [`begin`](Self::begin), with all steps so many times over; gives the nanoseconds of one
+    /// time, from the begin of the first.
+    pub fn repeated(
+        &mut self,
+        program: &Program,
+        slot: usize,
+        (inputs, dims): (&[TensorView<'_>], &Dims),
+        count: u32,
+    ) -> Result<u64, CudaError> {
+        let timing = |fault| CudaError::Driver { what: "timing the model", fault };
+        let event = || self.gpu.own(self.driver().event(true)).map_err(timing);
+        let (begin, end) = (event()?, event()?);
+        self.around(program, slot, (inputs, dims), |lane| {
+            lane.capture(program, slot)?;
+            let stream = lane.streams[1].get();
+            // SAFETY: events and streams are of the lane, and of this function.
+            let record = |event: &Owned| {
+                unsafe { lane.driver().record(event.get(), stream) }.map_err(timing)
+            };
+            lane.bracket(slot, || {
+                record(&begin)?;
+                (0..count).try_for_each(|_| lane.go(program, slot))?;
+                record(&end)
+            })?;
+            // SAFETY: as above.
+            unsafe { lane.driver().synchronize(stream) }.map_err(timing)
+        })?;
+        // SAFETY: the events were reached, as the stream was waited for.
+        let ms = unsafe { self.driver().elapsed(begin.get(), end.get()) }.map_err(timing)?;
+        Ok((f64::from(ms) * 1e6 / f64::from(count.max(1))) as u64)
     }
 
     /// Has launches wait for inputs, and says when they are done.

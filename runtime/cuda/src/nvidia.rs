@@ -14,7 +14,6 @@ use crate::error::CudaError;
 
 /// Functions of the driver that are called.
 const SYMBOLS: &[&str] = &[
-    "cuCtxGetCurrent",
     "cuCtxSetCurrent",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -203,12 +202,8 @@ impl Nvidia {
         call: impl FnOnce() -> Result<T, DriverError>,
     ) -> Answer<T> {
         let context = ptr::with_exposed_provenance_mut(self.context);
-        let current = result::ctx::get_current().map_err(|e| fault("cuCtxGetCurrent", e))?;
-        if current != Some(context) {
-            // SAFETY: the context is kept until this is dropped.
-            unsafe { result::ctx::set_current(context) }
-                .map_err(|e| fault("cuCtxSetCurrent", e))?;
-        }
+        // SAFETY: the context is kept until this is dropped.
+        unsafe { result::ctx::set_current(context) }.map_err(|e| fault("cuCtxSetCurrent", e))?;
         call().map_err(|error| fault(name, error))
     }
 }

@@ -19,6 +19,7 @@ fn all(model: &CudaModel, graph: &Graph) -> Result<(), CudaError> {
     let mut session = model.session()?;
     right(&given[1], &session.run(&named(graph, &given[1]))?);
     session.profile(&named(graph, &given[0]))?;
+    session.time(&named(graph, &given[0]), 2)?;
     session.reset()?;
     right(&given[0], &session.fork()?.run_stepwise(&named(graph, &given[0]))?);
     model.footprints()?;

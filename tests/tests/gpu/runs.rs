@@ -106,6 +106,7 @@ fn steps_are_timed_and_waited_for_one_by_one() {
     let profile = session.profile(&named(&graph, &given)).expect("a run");
     assert_eq!(profile.ends.len(), model.plan().steps.len());
     assert!(profile.ends.is_sorted() && profile.ends[0] > 0, "{:?}", profile.ends);
+    assert!(session.time(&named(&graph, &given), 3).expect("runs") > 0);
     drop((session, model));
     assert_eq!(double.problems(), [""; 0]);
 }

@@ -270,14 +270,15 @@ pub fn steps(
 pub struct Times {
     /// Times of whole runs, with copies of inputs and outputs.
     pub runs: Vec<Duration>,
-    /// Time of the kernels of a run, the median of some.
+    /// Time of all kernels of a run on the device.
     pub kernels: Duration,
     /// Time of a run in a pipeline, where the model has no states.
     pub stream: Option<Duration>,
 }
 
-/// Runs of which the time of kernels is the median.
-const TIMED: usize = 11;
+/// How often the time of kernels is taken, and runs each time.
+const TIMED: usize = 5;
+const REPEATED: u32 = 20;
 
 /// Measures for as long as `length` says.
 pub fn measure(
@@ -300,7 +301,7 @@ pub fn measure(
     }
     let mut kernels = Vec::new();
     for _ in 0..TIMED {
-        kernels.push(session.profile(&others)?.total());
+        kernels.push(session.time(&others, REPEATED)?);
         back(&mut session)?;
     }
     kernels.sort_unstable();
