@@ -66,6 +66,7 @@ pub fn check(
     inputs: &[TensorView<'_>],
     outputs: &[TensorViewMut<'_>],
 ) -> Result<Dims, RunError> {
+    check_count("inputs", inputs.len(), plan.inputs.len())?;
     check_count("outputs", outputs.len(), plan.outputs.len())?;
     let dims = check_inputs(plan, inputs)?;
     for (i, (port, view)) in plan.outputs.iter().zip(outputs).enumerate() {

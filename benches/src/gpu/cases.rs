@@ -1,5 +1,5 @@
-//! The cases of the interpreter of PTX on a device: results beside those of the interpreter, bit for
-//! bit, and beside what the graph means.
+//! The cases of the interpreter of PTX on a device: results beside those of the interpreter, bit
+//! for bit, and beside what the graph means.
 
 use std::path::Path;
 

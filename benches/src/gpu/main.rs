@@ -1,4 +1,5 @@
-//! The part of `benches/cuda` that is Kiln's: a program that can be carried to a machine with a GPU.
+//! The part of `benches/cuda` that is Kiln's: a program that can be carried to a machine with a
+//! GPU.
 //!
 //! ```text
 //! kiln-gpu cases [--suite FOLDER]   the interpreter's cases on the device: what differs

@@ -116,8 +116,8 @@ pub type Answer<T> = Result<T, Fault>;
 /// # Safety
 /// Of all unsafe functions: what they name was given out by this driver and not taken back, and
 /// lies inside of the memory that it names. It stays, and pinned memory is not touched, until a
-/// [`synchronize`](Self::synchronize) of the stream, or of one that waits for it, says that the work
-/// is done. Kernels do what the text says.
+/// [`synchronize`](Self::synchronize) of the stream, or of one that waits for it, says that the
+/// work is done. Kernels do what the text says.
 pub trait Driver: Send + Sync {
     /// The device.
     fn device(&self) -> &Device;

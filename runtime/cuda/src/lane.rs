@@ -1,5 +1,5 @@
-//! What one run at a time takes: memory for intermediate values and ports, streams, and the launches
-//! of all steps, as a graph once they were launched.
+//! What one run at a time takes: memory for intermediate values and ports, streams, and the
+//! launches of all steps, as a graph once they were launched.
 
 use kiln_runtime::gpu::{Ports, Spot};
 use kiln_runtime::plan::{Dims, Place, Plan};

@@ -75,7 +75,10 @@ impl State {
         if reached(self) {
             return;
         }
-        let records = |work: &Work| matches!(work, Work::Record { event: e, time: t } if (*e, *t) == (event, time));
+        let records = |work: &Work| match work {
+            Work::Record { event: e, time: t } => (*e, *t) == (event, time),
+            _ => false,
+        };
         let found =
             self.streams.queues.iter().find(|(_, queue)| queue.iter().any(records)).map(|q| *q.0);
         match found {

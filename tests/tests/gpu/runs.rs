@@ -7,7 +7,7 @@ use kiln::{Compiler, Limits, Model};
 use kiln_cuda::{CudaModel, CudaSession, Options};
 use kiln_gpu::Behaviour;
 use kiln_tests::small::MODELS;
-use kiln_tests::{ONNX, difference, gpu, oracle, suite};
+use kiln_tests::{ONNX, Tolerance, difference, gpu, oracle, suite};
 
 use super::{CLOSE, artifact, inputs, is_right, model, named, small};
 
@@ -207,4 +207,26 @@ fn cases_of_the_suite_are_right() {
     println!("{} of {} cases are right on the runtime", results.len() - wrong.len(), results.len());
     assert!(wrong.is_empty(), "{} cases:\n{}", wrong.len(), wrong.join("\n"));
     assert!(results.len() > 1000, "cases of the suite");
+}
+
+/// Networks from files, whose kernels go through tiles and rows, as the CPU runs them.
+#[test]
+fn networks_give_what_the_cpu_gives() {
+    let Some(folder) = oracle("models") else { return };
+    for name in ["mlp_b1", "cnn_b1", "qdq_mlp_b1"] {
+        let network = Model::open(folder.join(name).join("model.onnx"), &Limits::default());
+        let network = network.expect("a model");
+        let graph = Compiler::new().graph(&network).expect("a graph");
+        let given = inputs(&graph, 3);
+        let executable = Compiler::new().compile(&network).expect("code");
+        let want = executable.run(&named(&graph, &given)).expect("a run");
+        let (double, model) = model(&artifact(&graph), Behaviour::default(), Options::default());
+        let got = model.run(&named(&graph, &given)).expect("a run");
+        for ((port, got), (_, want)) in got.iter().zip(&want) {
+            let close = Tolerance { rtol: 1e-3, atol: 1e-4 };
+            assert_eq!(difference(got, want, close), None, "{name}: {port}");
+        }
+        drop(model);
+        assert_eq!(double.problems(), [""; 0], "{name}");
+    }
 }
