@@ -379,11 +379,16 @@ pub struct CalibrationArgs {
     and of memory beyond all caches. A kernel can be above 100 %: Winograd's convolutions need\n\
     fewer products than the model states, and what is in a cache is read faster than memory.\n\
     The last row has the sums of all.\n\n\
+    On a GPU, times are between events of the device, without copies of inputs and outputs, and\n\
+    the machine's figures are those of its clocks.\n\n\
     The trace has one run, that of median time, for chrome://tracing or ui.perfetto.dev.")]
 pub struct ProfileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub given: GivenArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub device: DeviceArgs,
     /// How long to run before measuring
     #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = parse_time)]
     pub warmup: Duration,

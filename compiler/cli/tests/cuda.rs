@@ -22,7 +22,7 @@ fn without_a_driver_the_cpu_runs_a_model_only_when_it_is_asked_to() {
         return kiln_skip("this machine has a driver");
     }
     let model = shipped("digits.onnx");
-    for command in ["run", "bench", "verify"] {
+    for command in ["run", "bench", "profile", "verify"] {
         let (out, err) =
             expect(5, &flags(command, &model, &["--device", "cuda:1", "-i", "random"]));
         assert!(out.is_empty() && err.contains("K1001") && err.contains("libcuda.so.1"), "{err}");
@@ -50,6 +50,12 @@ fn flags_for_gpus_ask_for_one() {
     for more in [&["--fallback", "cpu"][..], &["--device-memory", "grow"]] {
         let (_, err) = expect(2, &flags("run", &model, more));
         assert!(err.contains("is for GPUs"), "{err}");
+    }
+    for more in [&["--target", "aarch64-unknown-linux-gnu"][..], &["--cpu", "host"], &["--no-wide"]]
+    {
+        let asked = [&["--device", "cuda", "--emit", "ptx"], more].concat();
+        let (_, err) = expect(2, &flags("compile", &model, &asked));
+        assert!(err.contains("for CPUs"), "{err}");
     }
     for wrong in ["limit", "much", "limit=x"] {
         let asked = ["--device", "cuda", "--device-memory", wrong];
@@ -85,7 +91,6 @@ fn a_file_for_gpus_says_what_it_needs_and_is_refused_elsewhere() {
         let (_, err) = expect(2, &[&["run", &file, "-i", "random"], more].concat());
         assert!(err.contains("was compiled for GPUs"), "{err}");
     }
-    expect(2, &["profile", &file]);
     let library = folder.path("digits.so");
     expect(0, &flags("compile", &model, &["-o", &library]));
     for command in ["run", "verify", "bench"] {
@@ -94,6 +99,7 @@ fn a_file_for_gpus_says_what_it_needs_and_is_refused_elsewhere() {
     }
     if !has_driver() {
         expect(5, &["run", &file, "-i", "random"]);
+        expect(5, &["profile", &file]);
         expect(5, &["verify", &file, "--model", &model]);
     }
 }

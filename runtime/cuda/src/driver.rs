@@ -20,6 +20,9 @@ pub struct Device {
     pub memory: u64,
     /// Its multiprocessors.
     pub processors: u32,
+    /// Operations on f32 in a nanosecond, and bytes to and from memory, that its clocks allow; 0
+    /// where the driver does not say.
+    pub most: [u32; 2],
 }
 
 /// What a driver gives out and takes back. The numbers are the driver's own.

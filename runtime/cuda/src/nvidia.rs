@@ -137,14 +137,30 @@ fn describe(ordinal: usize) -> Result<(sys::CUdevice, Device), CudaError> {
     let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
     // SAFETY: the device is one that the driver named.
     let memory = unsafe { result::device::total_mem(raw) }.map_err(started("cuDeviceTotalMem"))?;
+    // Clocks are in kHz; memory moves twice in a turn, and a fused operation is two.
+    let clock = u64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?);
+    let memory_clock = u64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?);
+    let bus = attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+    let processors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    let flops = u64::from(processors) * lanes(major * 10 + minor) * 2 * clock / 1_000_000;
+    let bytes = 2 * memory_clock * u64::from(bus) / 8 / 1_000_000;
     let device = Device {
         ordinal,
         name: result::device::get_name(raw).map_err(started("cuDeviceGetName"))?,
         sm: major * 10 + minor,
         memory: memory as u64,
-        processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        processors,
+        most: [flops, bytes].map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
     };
     Ok((raw, device))
+}
+
+/// Operations on f32 that a multiprocessor begins in a turn.
+fn lanes(sm: u32) -> u64 {
+    match sm {
+        60 | 70 | 75 | 80 => 64,
+        _ => 128,
+    }
 }
 
 /// What the driver says of a failure.

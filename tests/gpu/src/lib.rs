@@ -71,7 +71,7 @@ impl Double {
     pub fn new(behaviour: Behaviour) -> Arc<Double> {
         let (sm, memory) = (behaviour.sm, behaviour.memory);
         let name = "a device that is not there".to_string();
-        let device = Device { ordinal: 0, name, sm, memory, processors: 1 };
+        let device = Device { ordinal: 0, name, sm, memory, processors: 1, most: [1, 1] };
         Arc::new(Double { device, behaviour, state: Mutex::default() })
     }
 

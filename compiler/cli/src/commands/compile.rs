@@ -9,6 +9,7 @@ use kiln::{Compiler, Form, Kind, Model, identifier};
 use serde_json::json;
 
 use crate::args::{CompileArgs, Device, Emit, Weights};
+use crate::commands::cuda::refuse_for_gpus;
 use crate::commands::{compiler, model_name, open, with_states};
 use crate::failure::Failure;
 use crate::files;
@@ -85,6 +86,12 @@ fn what(args: &CompileArgs) -> Result<Emit, Failure> {
     };
     if !args.sm.is_empty() && args.device != Device::Cuda {
         return Err(Failure::usage("--sm is for GPUs").help("say --device cuda as well"));
+    }
+    if args.device == Device::Cuda {
+        refuse_for_gpus(&args.build)?;
+        if args.target.is_some() || args.cpu.is_some() {
+            return Err(Failure::usage("--target and --cpu are for CPUs").help("say --sm for GPUs"));
+        }
     }
     let for_gpu = matches!(emit, Emit::Ptx | Emit::Kiln);
     if for_gpu != (args.device == Device::Cuda)

@@ -10,10 +10,12 @@ use kiln::graph::Graph;
 use kiln::graph::eval::Value as Meaning;
 use kiln::plan::Plan;
 use kiln::tensor::{Tensor, TensorView};
+use kiln::work::Profile;
 use kiln::{ArtifactFile, Compiler};
+use kiln_cuda::driver::Device;
 use kiln_cuda::{CudaError, CudaModel, CudaSession, Gpu, Options};
 
-use crate::args::{GivenArgs, ModelArgs};
+use crate::args::{BuildArgs, GivenArgs, ModelArgs, Precision};
 use crate::commands::again::{Split, split};
 use crate::commands::locate::{Probe, look, place, probed};
 use crate::commands::ready::{complete, opened, refuse_flags, refuse_states};
@@ -21,6 +23,7 @@ use crate::commands::{compiler, gather, model_name, open, with_states};
 use crate::device::{DeviceArgs, Place};
 use crate::failure::{Exit, Failure, What};
 use crate::input::{self, Inputs};
+use crate::peak::Peak;
 use crate::stats::Tolerance;
 use crate::term::{Term, bytes, milliseconds};
 
@@ -136,6 +139,16 @@ pub fn on_device<T>(
     }
 }
 
+/// A flag that does nothing would be a promise that is not kept.
+pub fn refuse_for_gpus(build: &BuildArgs) -> Result<(), Failure> {
+    let flags = [("--precision", build.precision != Precision::F32), ("--no-wide", build.no_wide)];
+    match flags.iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((flag, _)) => Err(Failure::usage(format!("{flag} is for CPUs so far"))
+            .help(format!("leave {flag} out, or --device cuda"))),
+    }
+}
+
 /// The instruction set that a device's kernels are made for.
 pub fn isa(gpu: &Gpu) -> Result<Isa, Failure> {
     Isa::for_device(gpu.device().sm).ok_or_else(|| {
@@ -170,6 +183,7 @@ pub fn ready(
         return Err(Failure::usage("--cache keeps code for CPUs")
             .help("write a file for GPUs with kiln compile --device cuda -o model.kiln"));
     }
+    refuse_for_gpus(build)?;
     let isa = isa(gpu)?;
     let (onnx, read) = open(model, term)?;
     let compiler = with_states(compiler(model, build), states);
@@ -313,6 +327,33 @@ pub fn measure(
     Ok(Times { runs, kernels: Duration::from_nanos(kernels[TIMED / 2]), stream })
 }
 
+/// Runs whose steps are timed, for as long as `length` says.
+pub fn profiles(
+    ready: &Ready,
+    length: Duration,
+    least: usize,
+    most: usize,
+) -> Result<Vec<Profile>, Failure> {
+    let measure = || -> Result<Vec<Profile>, CudaError> {
+        let (mut session, Split { others, lengths, .. }) = begin(&ready.model, &ready.inputs)?;
+        let (mut profiles, start) = (Vec::new(), Instant::now());
+        while profiles.len() < least || start.elapsed() < length && profiles.len() < most {
+            profiles.push(session.profile(&others)?);
+            lengths.iter().try_for_each(|(dim, length)| session.rewind(dim, *length))?;
+        }
+        Ok(profiles)
+    };
+    measure().map_err(|error| failure(&error))
+}
+
+/// What a device can do at most, by its clocks.
+pub fn peak(gpu: &Gpu) -> Peak {
+    let Device { processors, most: [flops, bytes], .. } = gpu.device();
+    // Where the driver says nothing, everything is as near to 0 as can be.
+    let most = |most: u32| f64::from(most.max(1));
+    Peak { threads: *processors as usize, gflops: most(*flops), gb_per_s: most(*bytes) }
+}
+
 /// Time of a run in a pipeline.
 fn stream(
     model: &CudaModel,
@@ -425,6 +466,17 @@ mod tests {
             drop((gpu, ready));
             assert_eq!(double.problems(), [""; 0]);
         }
+    }
+
+    #[test]
+    fn kernels_are_timed_one_by_one() {
+        let args = run_args(&[&digits()]);
+        let gpu = Gpu::with(Double::new(Behaviour::default()));
+        let ready = ready(&gpu, &args.device, &args.given, false, &term()).expect("a model");
+        let runs = profiles(&ready, Duration::ZERO, 3, 5).expect("runs");
+        assert_eq!(runs.len(), 3);
+        assert!(runs.iter().all(|run| run.ends.len() == ready.model.plan().steps.len()));
+        assert!(peak(&gpu).gflops >= 1.0);
     }
 
     #[test]

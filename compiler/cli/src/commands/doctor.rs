@@ -85,7 +85,7 @@ fn gpus() -> (String, Vec<Device>) {
 }
 
 fn gpu_text(gpu: &Device) -> String {
-    let Device { ordinal, name, sm, memory, processors } = gpu;
+    let Device { ordinal, name, sm, memory, processors, .. } = gpu;
     let runs = match Gpu::for_device(*sm) {
         Some(_) => "",
         None => "; too old for Kiln's kernels",

@@ -23,6 +23,7 @@ pub fn verify(
     term: &Term,
 ) -> Result<(), Failure> {
     let tolerance = Tolerance { rtol: args.rtol, atol: args.atol };
+    cuda::refuse_for_gpus(&args.build)?;
     let isa = cuda::isa(gpu)?;
     let artifact = term.during("compile", None, || compiler.compile_cuda_of(graph, &[isa]))?;
     let inputs = given.complete(&artifact.plan.inputs)?;
