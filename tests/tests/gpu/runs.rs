@@ -2,12 +2,13 @@
 
 use kiln::backend::cuda::Gpu;
 use kiln::gpu::GpuArtifact;
+use kiln::plan::Port;
 use kiln::tensor::{DType, Tensor};
 use kiln::{Compiler, Limits, Model};
 use kiln_cuda::{CudaModel, CudaSession, Options};
 use kiln_gpu::Behaviour;
 use kiln_tests::small::MODELS;
-use kiln_tests::{ONNX, Tolerance, difference, gpu, oracle, suite};
+use kiln_tests::{ONNX, Random, Tolerance, difference, gpu, oracle, suite};
 
 use super::{CLOSE, artifact, inputs, is_right, model, named, small};
 
@@ -228,5 +229,73 @@ fn networks_give_what_the_cpu_gives() {
         }
         drop(model);
         assert_eq!(double.problems(), [""; 0], "{name}");
+    }
+}
+
+/// One plan for all lengths of its dims: what is copied and what kernels do follows the lengths of
+/// each run, in sessions and in a pipeline whose runs have other ones.
+#[test]
+fn lengths_of_dims_may_change_from_run_to_run() {
+    let Some(folder) = oracle("dynamic") else { return };
+    for (name, ranges, lengths) in [
+        ("cnn", &[("batch", 4)][..], &[&[1][..], &[4], &[2], &[3]][..]),
+        ("encoder", &[("batch", 2), ("sequence", 10)], &[&[1, 1], &[2, 10], &[2, 3], &[1, 7]]),
+    ] {
+        let network = Model::open(folder.join(name).join("model.onnx"), &Limits::default());
+        let network = network.expect("a model");
+        let compiler = ranges.iter().fold(Compiler::new(), |c, r| c.dim_range(r.0, 1..=r.1));
+        let executable = compiler.compile_ranges(&network).expect("code");
+        let isa = Gpu::of(80).expect("a GPU");
+        let artifact = compiler.compile_cuda(&network, &[isa]).expect("PTX");
+        let given = |lengths: &[usize], seed: u64| -> Vec<(String, Tensor)> {
+            let mut random = Random::new(seed);
+            let tensor = |port: &Port| {
+                let mut shape = port.shape.clone();
+                for at in &port.lengths {
+                    let dim = &artifact.plan.dims[at.dim].name;
+                    let dim = ranges.iter().position(|r| r.0 == dim).expect("a dim of the model");
+                    shape[at.axis] = (lengths[dim] as i64 + at.more) as usize;
+                }
+                let tensor = match port.dtype {
+                    DType::I64 => {
+                        let count = shape.iter().product();
+                        let ids: Vec<i64> = (0..count).map(|_| random.below(50) as i64).collect();
+                        Tensor::from_slice(&shape, &ids)
+                    }
+                    _ => random.tensor(&shape),
+                };
+                (port.name.clone(), tensor)
+            };
+            artifact.plan.inputs.iter().map(tensor).collect()
+        };
+        let on_cpu = |given: &[(String, Tensor)]| -> Vec<(String, Tensor)> {
+            let named: Vec<_> = given.iter().map(|(n, t)| (n.as_str(), t.view())).collect();
+            executable.run(&named).expect("a run")
+        };
+        let close = |got: &[(String, Tensor)], want: &[(String, Tensor)]| {
+            for ((port, got), (_, want)) in got.iter().zip(want) {
+                let tolerance = Tolerance { rtol: 1e-4, atol: 1e-4 };
+                assert_eq!(difference(got, want, tolerance), None, "{name}: {port}");
+            }
+        };
+        let (double, model) = model(&artifact, Behaviour::default(), Options::default());
+        let (mut stream, mut expected, mut made) =
+            (model.stream().expect("a stream"), Vec::new(), Vec::new());
+        for (seed, lengths) in (1..).zip(lengths) {
+            let given = given(lengths, seed);
+            let named: Vec<_> = given.iter().map(|(n, t)| (n.as_str(), t.view())).collect();
+            expected.push(on_cpu(&given));
+            close(&model.run(&named).expect("a run"), &expected[expected.len() - 1]);
+            made.extend(stream.push(&named).expect("a run"));
+        }
+        while let Some(outputs) = stream.finish().expect("a run") {
+            made.push(outputs);
+        }
+        assert_eq!(made.len(), expected.len());
+        made.iter().zip(&expected).for_each(|(got, want)| close(got, want));
+        drop((stream, model));
+        assert_eq!(double.problems(), [""; 0], "{name}");
+        let captures = double.calls().iter().filter(|call| **call == "begin_capture").count();
+        assert_eq!(captures, 3, "one graph for each set of ports, whatever the lengths");
     }
 }
