@@ -240,6 +240,9 @@ fn lengths_of_dims_may_change_from_run_to_run() {
     for (name, ranges, lengths) in [
         ("cnn", &[("batch", 4)][..], &[&[1][..], &[4], &[2], &[3]][..]),
         ("encoder", &[("batch", 2), ("sequence", 10)], &[&[1, 1], &[2, 10], &[2, 3], &[1, 7]]),
+        ("decoder", &[("batch", 2), ("past", 6)], &[&[1, 1], &[2, 6], &[2, 3], &[1, 5]]),
+        ("joined", &[("batch", 4), ("sequence", 20)], &[&[1, 1], &[4, 20], &[2, 3], &[3, 8]]),
+        ("cut_far", &[("past", 40), ("sequence", 64)], &[&[1, 1], &[40, 64], &[2, 3], &[5, 2]]),
     ] {
         let network = Model::open(folder.join(name).join("model.onnx"), &Limits::default());
         let network = network.expect("a model");
