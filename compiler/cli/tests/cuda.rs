@@ -140,3 +140,77 @@ fn weights_may_lie_beside_a_file_for_gpus() {
     let opened = kiln::open_artifact(&file).expect("a file");
     assert!(kiln::load_cuda(opened, &file).is_err());
 }
+
+/// A folder with a library that looks like NVIDIA's driver, and runs kernels by the interpreter.
+fn driver(folder: &Folder) -> String {
+    let library =
+        format!("{}kiln_fake_cuda{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    let beside = std::env::current_exe().expect("this test").with_file_name(&library);
+    fs::create_dir(folder.path("driver")).expect("a folder");
+    std::os::unix::fs::symlink(beside, folder.path("driver/libcuda.so.1")).expect("a link");
+    folder.path("driver")
+}
+
+/// Runs the command with that driver; gives its output, and checks what the driver says of it.
+fn with_driver(folder: &Folder, driver: &str, behaviour: &str, code: i32, args: &[&str]) -> String {
+    let report = folder.path("report");
+    let _ = fs::remove_file(&report);
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kiln"));
+    command.args(args).env("LD_LIBRARY_PATH", driver).env("KILN_FAKE_CUDA", behaviour);
+    let output = command.env("KILN_FAKE_CUDA_REPORT", &report).output().expect("it starts");
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(code), "kiln {args:?}\n{out}\n{err}");
+    if let Ok(problems) = fs::read_to_string(&report) {
+        assert_eq!(problems, "", "kiln {args:?}");
+    }
+    out + &err
+}
+
+/// The whole way, from the search for a library to results, through the bindings of the real one.
+#[test]
+#[cfg(target_os = "linux")]
+fn the_command_runs_models_through_a_library_like_the_drivers() {
+    let folder = Folder::new();
+    let driver = driver(&folder);
+    let kiln = |behaviour: &str, code: i32, args: &[&str]| {
+        with_driver(&folder, &driver, behaviour, code, args)
+    };
+    let model = shipped("digits.onnx");
+    let out = kiln("", 0, &["doctor"]);
+    assert!(
+        out.contains("CUDA 12.4") && out.contains("cuda:0 a device that is not there"),
+        "{out}"
+    );
+    let (cpu, _) = expect(0, &flags("run", &model, &["-i", "random:3"]));
+    let asked = flags("run", &model, &["-i", "random:3", "--device", "cuda"]);
+    let out = kiln("", 0, &asked);
+    let line = |text: &str| text.lines().find(|l| l.starts_with("  0.")).map(str::to_string);
+    assert!(line(&cpu).is_some() && line(&cpu) == line(&out), "{cpu}{out}");
+    assert!(out.contains("cuda:0 a device that is not there, sm_80; memory: "), "{out}");
+    assert!(folder.path("report").as_str() > "" && fs::exists(folder.path("report")).unwrap());
+    let out = kiln("", 0, &[&asked[..], &["-v"]].concat());
+    assert!(out.contains(" registers, "), "{out}");
+    let verify = flags("verify", &model, &["--device", "cuda", "--kernels"]);
+    assert!(kiln("", 0, &verify).contains("kernels against interpreter"));
+    let short = ["--device", "cuda", "--warmup", "1ms", "--time", "5ms"];
+    assert!(kiln("", 0, &flags("bench", &model, &short)).contains("stream"));
+    assert!(kiln("", 0, &flags("profile", &model, &short)).contains("by its clocks"));
+    let file = folder.path("digits.kiln");
+    expect(0, &flags("compile", &model, &["--device", "cuda", "-o", &file]));
+    let out = kiln("", 0, &["run", &file, "-i", "random:3"]);
+    assert!(line(&cpu) == line(&out), "{cpu}{out}");
+    kiln("", 0, &["verify", &file, "--model", &model, "--device-memory", "preallocate"]);
+    // What may be missing.
+    assert!(kiln("devices=0", 5, &asked).contains("K1004"));
+    assert!(
+        kiln("", 5, &flags("run", &model, &["--device", "cuda:1"])).contains("this machine has 1")
+    );
+    assert!(kiln("sm=75", 5, &asked).contains("K1005"));
+    assert!(kiln("sm=75", 5, &["run", &file, "-i", "random"]).contains("compiled for sm_80"));
+    assert!(kiln("memory=40000", 6, &asked).contains("K1007"));
+    let limited = flags("run", &model, &["--device", "cuda", "--device-memory", "limit=1K"]);
+    assert!(kiln("", 6, &[&limited[..], &["-i", "random"]].concat()).contains("K1008"));
+    let out = kiln("memory=40000", 0, &[&asked[..], &["--fallback", "cpu"]].concat());
+    assert!(out.contains("this runs on the CPU") && line(&out) == line(&cpu), "{out}");
+}

@@ -134,6 +134,13 @@ impl State {
 }
 
 impl Double {
+    /// How many parameters a kernel has; none where there is no such kernel.
+    pub fn parameters(&self, function: Function) -> Option<usize> {
+        let state = self.state();
+        let module = state.modules.get(&(function.0 / KERNELS))?;
+        Some(module.kernels.get((function.0 % KERNELS) as usize)?.params)
+    }
+
     /// A call: counted, and failing where it is to.
     fn call<T>(&self, name: &'static str, call: impl FnOnce(&mut State) -> Answer<T>) -> Answer<T> {
         let mut state = self.state();
