@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln::DimRange;
 
-use crate::device::DeviceArgs;
+use crate::device::{DeviceArgs, Place, parse_place};
 
 /// Kiln fires a model into machine code.
 #[derive(Parser, Debug)]
@@ -421,6 +421,9 @@ pub struct InspectArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelArgs,
+    /// Let the driver of cuda or cuda:N assemble the kernels of a .kiln file, and show their registers
+    #[arg(long, value_name = "DEVICE", value_parser = parse_place)]
+    pub device: Option<Place>,
 }
 
 /// `kiln verify`

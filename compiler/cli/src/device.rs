@@ -39,7 +39,7 @@ pub struct DeviceArgs {
 }
 
 /// A device by its name.
-fn parse_place(text: &str) -> Result<Place, String> {
+pub fn parse_place(text: &str) -> Result<Place, String> {
     let wrong = || format!("`{text}` is no device; write cpu, cuda or cuda:1");
     match text.split_once(':') {
         None if text == "cpu" => Ok(Place::Cpu),

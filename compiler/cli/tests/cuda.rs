@@ -100,6 +100,7 @@ fn a_file_for_gpus_says_what_it_needs_and_is_refused_elsewhere() {
     if !has_driver() {
         expect(5, &["run", &file, "-i", "random"]);
         expect(5, &["profile", &file]);
+        expect(5, &["inspect", &file, "--device", "cuda"]);
         expect(5, &["verify", &file, "--model", &model]);
     }
 }
@@ -147,7 +148,10 @@ fn driver(folder: &Folder) -> String {
         format!("{}kiln_fake_cuda{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
     let beside = std::env::current_exe().expect("this test").with_file_name(&library);
     fs::create_dir(folder.path("driver")).expect("a folder");
-    std::os::unix::fs::symlink(beside, folder.path("driver/libcuda.so.1")).expect("a link");
+    // Both names, so that a real one is not found first.
+    for name in ["driver/libcuda.so", "driver/libcuda.so.1"] {
+        std::os::unix::fs::symlink(&beside, folder.path(name)).expect("a link");
+    }
     folder.path("driver")
 }
 
@@ -198,6 +202,8 @@ fn the_command_runs_models_through_a_library_like_the_drivers() {
     assert!(kiln("", 0, &flags("profile", &model, &short)).contains("by its clocks"));
     let file = folder.path("digits.kiln");
     expect(0, &flags("compile", &model, &["--device", "cuda", "-o", &file]));
+    assert!(kiln("", 0, &["inspect", &file, "--device", "cuda"]).contains(" registers  "));
+    kiln("", 2, &["inspect", &model, "--device", "cuda"]);
     let out = kiln("", 0, &["run", &file, "-i", "random:3"]);
     assert!(line(&cpu) == line(&out), "{cpu}{out}");
     kiln("", 0, &["verify", &file, "--model", &model, "--device-memory", "preallocate"]);

@@ -18,7 +18,7 @@ mod session;
 mod stream;
 
 pub use error::CudaError;
-pub use model::{CudaModel, MemoryPolicy, Options};
+pub use model::{CudaModel, MemoryPolicy, Options, footprints};
 pub use nvidia::{devices, driver_version};
 pub use owned::Gpu;
 pub use session::CudaSession;

@@ -91,11 +91,7 @@ impl CudaModel {
         artifact: &GpuArtifact,
         options: Options,
     ) -> Result<CudaModel, CudaError> {
-        let device = gpu.device();
-        let module = artifact.module(device.sm).ok_or_else(|| CudaError::Architecture {
-            device: device.clone(),
-            made_for: artifact.modules.iter().map(|module| module.sm).collect(),
-        })?;
+        let module = suited(gpu, artifact)?;
         let plan = &artifact.plan;
         let checked = plan.check(module.kernels.len(), artifact.constants.len());
         checked.map_err(|error| CudaError::Artifact(error.to_string()))?;
@@ -339,6 +335,28 @@ impl CudaModel {
         lanes.bytes += bytes;
         Ok(lane)
     }
+}
+
+/// What the driver makes of the kernels of a model on a device, in the order of its plan; nothing
+/// is run.
+///
+/// # Errors
+/// When the device cannot run the kernels, or the driver does not take them.
+pub fn footprints(gpu: &Gpu, artifact: &GpuArtifact) -> Result<Vec<Footprint>, CudaError> {
+    let (_module, kernels) = load(gpu, artifact, suited(gpu, artifact)?)?;
+    let what = "asking what became of a kernel";
+    let ask = |kernel: &Kernel| gpu.driver().footprint(kernel.function);
+    let footprints = kernels.iter().map(ask).collect::<Result<Vec<Footprint>, Fault>>();
+    footprints.map_err(|fault| CudaError::Driver { what, fault })
+}
+
+/// The kernels that suit a device best.
+fn suited<'a>(gpu: &Gpu, artifact: &'a GpuArtifact) -> Result<&'a Module, CudaError> {
+    let device = gpu.device();
+    artifact.module(device.sm).ok_or_else(|| CudaError::Architecture {
+        device: device.clone(),
+        made_for: artifact.modules.iter().map(|module| module.sm).collect(),
+    })
 }
 
 pub(crate) fn running(fault: Fault) -> CudaError {

@@ -12,11 +12,11 @@ use crate::commands::{inspect_cuda, model_name};
 use crate::failure::Failure;
 use crate::term::{Term, bytes};
 
-/// Prints what the file says of itself. Nothing of it runs.
-pub fn run(path: &Path, term: &Term) -> Result<(), Failure> {
+/// Prints what the file says of itself. Nothing of it runs; a device assembles its kernels.
+pub fn run(path: &Path, device: Option<usize>, term: &Term) -> Result<(), Failure> {
     let file = opened(path, term)?;
     if !file.manifest.modules.is_empty() {
-        return inspect_cuda::run(path, &file, term);
+        return inspect_cuda::run(path, file, device, term);
     }
     let (manifest, name) = (&file.manifest, model_name(path));
     let plan = &manifest.plan;

@@ -7,15 +7,27 @@ use kiln::error::sanitize;
 use kiln::gpu::{DeviceMemory, Kernel, Module};
 use kiln::manifest::{Weights, hex};
 use kiln::plan::Step;
+use kiln_cuda::Gpu;
+use kiln_cuda::driver::Footprint;
 use serde_json::{Value, json};
 
 use crate::commands::inspect_artifact::{ports, states};
-use crate::commands::model_name;
+use crate::commands::ready::opened;
+use crate::commands::{cuda, model_name};
 use crate::failure::Failure;
 use crate::term::{Term, bytes};
 
-/// Prints what the file says of itself. Nothing of it runs, and no device is asked.
-pub fn run(path: &Path, file: &ArtifactFile, term: &Term) -> Result<(), Failure> {
+/// Prints what the file says of itself. Nothing of it runs; a device is asked where it is named.
+pub fn run(
+    path: &Path,
+    file: ArtifactFile,
+    device: Option<usize>,
+    term: &Term,
+) -> Result<(), Failure> {
+    let made = match device {
+        Some(ordinal) => Some(assembled(path, ordinal, term)?),
+        None => None,
+    };
     let (manifest, name) = (&file.manifest, model_name(path));
     let plan = &manifest.plan;
     let memory = DeviceMemory::of(plan, manifest.weights.bytes());
@@ -36,14 +48,21 @@ pub fn run(path: &Path, file: &ArtifactFile, term: &Term) -> Result<(), Failure>
     let [inputs, outputs, dims, states] = lists.map(|(_, lines)| lines);
     let (producer, target) = (sanitize(&manifest.producer), sanitize(&manifest.target));
     let (hash, size) = (hex(&manifest.model_hash), file.file_bytes() as u64);
-    for (label, value) in figures(file, &memory, beside.as_deref()) {
+    for (label, value) in figures(&file, &memory, beside.as_deref()) {
         text += &format!("{label:<9} {value}\n");
     }
     // All versions have the same kernels.
     let kernels = manifest.modules.first().map_or(&[][..], |module: &Module| &module.kernels);
     for step in &plan.steps {
-        text += &step_text(step, kernels.get(step.kernel));
+        let made = made.as_ref().and_then(|made| made.get(step.kernel));
+        text += &step_text(step, kernels.get(step.kernel), made);
     }
+    let footprint = |made: &Footprint| {
+        json!({
+            "registers": made.registers, "spilled_bytes": made.spilled,
+            "shared_bytes": made.shared,
+        })
+    };
     let step = |step: &Step| json!({ "kernel": step.kernel, "name": sanitize(&step.name) });
     let value = json!({
         "artifact": name, "inputs": inputs, "outputs": outputs, "dims": dims, "states": states,
@@ -51,10 +70,19 @@ pub fn run(path: &Path, file: &ArtifactFile, term: &Term) -> Result<(), Failure>
         "file_bytes": size, "weights_file": beside, "weight_bytes": memory.weights,
         "arena_bytes": memory.arena, "port_bytes": memory.ports, "state_bytes": memory.kept,
         "device_bytes": memory.total(),
+        "assembled": made.map(|made| made.iter().map(footprint).collect::<Vec<Value>>()),
         "modules": manifest.modules.iter().map(module_json).collect::<Vec<Value>>(),
         "steps": plan.steps.iter().map(step).collect::<Vec<Value>>(),
     });
     term.report(value, &text)
+}
+
+/// What the driver of a device makes of each kernel.
+fn assembled(path: &Path, ordinal: usize, term: &Term) -> Result<Vec<Footprint>, Failure> {
+    let artifact = cuda::artifact(opened(path, term)?, path)?;
+    let gpu = Gpu::open(ordinal).map_err(|error| cuda::failure(&error))?;
+    let made = term.during("assemble", None, || kiln_cuda::footprints(&gpu, &artifact));
+    made.map_err(|error| cuda::failure(&error))
 }
 
 /// Lines on the file as a whole.
@@ -99,7 +127,7 @@ fn module_json(module: &Module) -> Value {
 }
 
 /// A launch: what it computes, and the threads of its kernel.
-fn step_text(step: &Step, kernel: Option<&Kernel>) -> String {
+fn step_text(step: &Step, kernel: Option<&Kernel>, made: Option<&Footprint>) -> String {
     let grid = kernel.map_or(String::new(), |Kernel { blocks, threads, shared, .. }| {
         let shared = match *shared {
             0 => String::new(),
@@ -107,5 +135,9 @@ fn step_text(step: &Step, kernel: Option<&Kernel>) -> String {
         };
         format!("{blocks} x {threads} threads{shared}")
     });
-    format!("{:>9} {grid:<36} {}\n", step.kernel, sanitize(&step.name))
+    let made = made.map_or(String::new(), |made| match made.spilled {
+        0 => format!("{:>3} registers  ", made.registers),
+        spilled => format!("{:>3} registers, {spilled} bytes spilled  ", made.registers),
+    });
+    format!("{:>9} {grid:<36} {made}{}\n", step.kernel, sanitize(&step.name))
 }
