@@ -223,11 +223,6 @@ impl Compiler {
         })
     }
 
-    /// The model, to be compiled for the shapes of the tensors that it is given.
-    pub fn on_demand(&self, model: &Model) -> OnDemand {
-        OnDemand::new(self.clone(), model.clone())
-    }
-
     /// The same for all lengths of dims within their ranges (`dim_range`): one executable that
     /// takes tensors of any of these shapes, in memory for the longest.
     ///

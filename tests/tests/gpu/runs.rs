@@ -302,3 +302,37 @@ fn lengths_of_dims_may_change_from_run_to_run() {
         assert_eq!(captures, 3, "one graph for each set of ports, whatever the lengths");
     }
 }
+
+/// A model with named dims is compiled for the device and the shapes that it meets; what was
+/// compiled is kept there, within bounds, and given back.
+#[test]
+fn models_are_compiled_for_the_device_on_demand() {
+    let Some(folder) = oracle("dynamic") else { return };
+    let network = Model::open(folder.join("cnn/model.onnx"), &Limits::default()).expect("a model");
+    let double = kiln_gpu::Double::new(Behaviour::default());
+    let gpu = kiln_cuda::Gpu::with(double.clone());
+    let on_device = move |compiler: &Compiler, model: &Model| {
+        let isa = Gpu::of(80).expect("a GPU");
+        let artifact = compiler.compile_cuda_of(&compiler.graph(model)?, &[isa])?;
+        // SAFETY: the text was emitted from loops that were checked against the plan.
+        let made = unsafe { CudaModel::new(&gpu, &artifact, Options::default()) };
+        Ok(made.unwrap_or_else(|why| panic!("{why}")))
+    };
+    let bytes = |model: &CudaModel| model.memory().total() as usize;
+    let compiler = Compiler::new().kept_bytes(100_000);
+    let device = compiler.on_demand_with(&network, on_device, bytes);
+    let cpu = compiler.on_demand(&network);
+    for batch in [1, 3, 1, 2, 1] {
+        let x = Random::new(batch as u64).tensor(&[batch, 3, 12, 12]);
+        let given = [("x", x.view())];
+        let model = device.executable(&given).expect("a model on the device");
+        let (got, want) = (model.run(&given).expect("a run"), cpu.run(&given).expect("a run"));
+        let close = Tolerance { rtol: 1e-4, atol: 1e-5 };
+        assert_eq!(difference(&got[0].1, &want[0].1, close), None, "batch {batch}");
+        assert!(device.kept_bytes() <= 100_000);
+    }
+    let loads = double.calls().iter().filter(|call| **call == "load").count();
+    assert_eq!((loads, device.kept()), (3, 3));
+    drop(device);
+    assert_eq!((double.taken(), double.problems()), (0, vec![]));
+}

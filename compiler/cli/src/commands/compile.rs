@@ -9,7 +9,7 @@ use kiln::{Compiler, Form, Kind, Model, identifier};
 use serde_json::json;
 
 use crate::args::{CompileArgs, Device, Emit, Weights};
-use crate::commands::cuda::refuse_for_gpus;
+use crate::commands::cuda::{parts, refuse_for_gpus};
 use crate::commands::{compiler, model_name, open, with_states};
 use crate::failure::Failure;
 use crate::files;
@@ -137,28 +137,26 @@ fn cuda(
     model: &Model,
     term: &Term,
 ) -> Result<Vec<u8>, Failure> {
-    let mut texts = Vec::new();
-    for gpu in versions(args)? {
-        if emit == Emit::Plan {
-            let graph = compiler.graph_for_ranges(model)?;
-            let artifact =
-                term.during("compile", None, || compiler.compile_cuda_of(&graph, &[gpu]))?;
-            let memory = crate::commands::cuda::parts(&artifact.memory());
-            return Ok(text(&format!("{}device memory: {memory}\n", artifact.plan)));
+    let gpus = versions(args)?;
+    let lowered = || term.during("compile", None, || compiler.cuda(model, gpus[0]));
+    let compiled = || term.during("compile", None, || compiler.compile_cuda(model, &gpus));
+    let stage = match emit {
+        Emit::Graph => kiln::graph::text::print(&compiler.graph_for_ranges(model)?),
+        Emit::Fused => kiln::graph::text::print(&lowered()?.kernels),
+        Emit::Loops => lowered()?.program.kernels.iter().map(kiln::loops::text::print).collect(),
+        Emit::Plan => {
+            let artifact = compiled()?;
+            format!("{}device memory: {}\n", artifact.plan, parts(&artifact.memory()))
         }
-        let cuda = term.during("compile", None, || compiler.cuda(model, gpu))?;
-        texts.push(match emit {
-            Emit::Graph => kiln::graph::text::print(&compiler.graph_for_ranges(model)?),
-            Emit::Fused => kiln::graph::text::print(&cuda.kernels),
-            Emit::Loops => cuda.program.kernels.iter().map(kiln::loops::text::print).collect(),
-            _ => cuda.module.text,
-        });
-        // The other stages are the same for all.
-        if emit != Emit::Ptx {
-            break;
+        // What a file has: kernels that only constants hang on ran when it was compiled.
+        _ => {
+            let artifact = compiled()?;
+            let texts = artifact.modules.iter().filter_map(|module| artifact.text(module));
+            let texts = texts.map(|text| text.to_string_lossy());
+            texts.collect::<Vec<_>>().join("\n")
         }
-    }
-    Ok(text(&texts.join("\n")))
+    };
+    Ok(text(&stage))
 }
 
 /// The versions of the instruction set that are asked for.
