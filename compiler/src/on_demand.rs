@@ -80,7 +80,8 @@ impl<E: Clone> OnDemand<E> {
     /// that decide shapes are constants in it, and not inputs.
     ///
     /// # Errors
-    /// When an input is missing or unknown, and where the model cannot be compiled for these shapes.
+    /// When an input is missing or unknown, and where the model cannot be compiled for these
+    /// shapes.
     pub fn executable(&self, inputs: &[(&str, TensorView<'_>)]) -> Result<E> {
         let ordered = self.ordered(inputs)?;
         let shaped = with_shapes(&self.0.compiler, &ordered);

@@ -421,7 +421,8 @@ pub struct InspectArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelArgs,
-    /// Let the driver of cuda or cuda:N assemble the kernels of a .kiln file, and show their registers
+    /// Let the driver of cuda or cuda:N assemble the kernels of a .kiln file, and show their
+    /// registers
     #[arg(long, value_name = "DEVICE", value_parser = parse_place)]
     pub device: Option<Place>,
 }

@@ -2,7 +2,8 @@
 //! whole on a machine without a GPU: found, opened, called by the same bindings as the real one.
 //!
 //! `KILN_FAKE_CUDA` says how it behaves: words such as `devices=0 sm=75 memory=1000`. What was not
-//! allowed, or is not taken back when the device is closed, goes to the file `KILN_FAKE_CUDA_REPORT`.
+//! allowed, or is not taken back when the device is closed, goes to the file
+//! `KILN_FAKE_CUDA_REPORT`.
 
 // The signatures are NVIDIA's; callers vouch for pointers as they do there.
 #![allow(non_snake_case)]
