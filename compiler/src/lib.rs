@@ -15,6 +15,7 @@
 pub mod backend;
 mod cache;
 mod compile;
+mod cuda;
 pub mod error;
 pub mod graph;
 mod load;
@@ -32,11 +33,12 @@ mod states;
 mod tests;
 
 pub use cache::CacheUse;
+pub use cuda::Cuda;
 pub use half;
 pub use kiln_runtime::load::ArtifactFile;
 pub use kiln_runtime::session::{Executable, RunError, Session};
-pub use kiln_runtime::{code, manifest, npz, tensor, work};
-pub use load::{is_artifact, load, load_opened, open_artifact};
+pub use kiln_runtime::{code, gpu, manifest, npz, tensor, work};
+pub use load::{is_artifact, is_cuda_artifact, load, load_cuda, load_opened, open_artifact};
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
 pub use on_demand::OnDemand;
 pub use package::{Form, Kind, Package, identifier};
@@ -44,7 +46,6 @@ pub use package::{Form, Kind, Package, identifier};
 use std::path::PathBuf;
 
 use backend::cpu::{Cpu, Emitted, emit_all};
-use backend::cuda::{self, Gpu};
 use error::Result;
 use graph::Graph;
 use graph::verify::verify;
@@ -222,11 +223,6 @@ impl Compiler {
         })
     }
 
-    /// The model, to be compiled for the shapes of the tensors that it is given.
-    pub fn on_demand(&self, model: &Model) -> OnDemand {
-        OnDemand::new(self.clone(), model.clone())
-    }
-
     /// The same for all lengths of dims within their ranges (`dim_range`): one executable that
     /// takes tensors of any of these shapes, in memory for the longest.
     ///
@@ -317,20 +313,6 @@ impl Compiler {
         package::package(contents, form, self.verify_code)
     }
 
-    /// A model as PTX text for a GPU, with all that a launch of its kernels needs.
-    pub fn cuda(&self, model: &Model, gpu: Gpu) -> Result<Cuda> {
-        self.cuda_of(&self.graph_for_ranges(model)?, gpu)
-    }
-
-    /// The same from a graph on.
-    pub fn cuda_of(&self, graph: &Graph, gpu: Gpu) -> Result<Cuda> {
-        // Bytes are multiplied as they are, by warps.
-        let kernels = (*rules::optimise(graph, self.egraph, true)?.graph).clone();
-        let program = program(&verify(kernels.clone())?, gpu.target())?;
-        let module = cuda::emit_all(&program.kernels, gpu)?;
-        Ok(Cuda { kernels, program, module })
-    }
-
     /// Every stage as text.
     pub fn stages(&self, model: &Model) -> Result<Stages> {
         self.stages_of(&self.graph_for_ranges(model)?)
@@ -352,17 +334,6 @@ impl Compiler {
             asm: emitted.asm,
         })
     }
-}
-
-/// A model for a GPU.
-#[derive(Clone, Debug)]
-pub struct Cuda {
-    /// Its graph of kernels.
-    pub kernels: Graph,
-    /// Their loops, launches and memory.
-    pub program: Program,
-    /// Their text; entries are in the order of the program's kernels.
-    pub module: cuda::Module,
 }
 
 /// The stages of a compilation, for people and tests.

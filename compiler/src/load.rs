@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
+use kiln_runtime::gpu::{EM_CUDA, GpuArtifact};
 use kiln_runtime::load::ArtifactFile;
 use kiln_runtime::manifest::ArtifactError;
 use kiln_runtime::pool::Pool;
@@ -20,6 +21,23 @@ pub fn is_artifact(path: impl AsRef<Path>) -> bool {
     let magics: [&[u8]; 5] =
         [b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\x64\x86", b"\x64\xaa", b"!<arch>\n"];
     read.is_ok() && magics.iter().any(|magic| start.starts_with(magic))
+}
+
+/// Whether a file is a compiled model for GPUs.
+pub fn is_cuda_artifact(path: impl AsRef<Path>) -> bool {
+    let mut start = [0; 20];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut start));
+    read.is_ok() && start.starts_with(b"\x7fELF") && start[18..] == EM_CUDA.to_le_bytes()
+}
+
+/// The model of a file for GPUs that was opened from `path`.
+///
+/// # Errors
+/// When the file is for CPUs, or its weights cannot be read.
+pub fn load_cuda(file: ArtifactFile, path: impl AsRef<Path>) -> Result<GpuArtifact> {
+    let path = path.as_ref();
+    let folder = path.parent().unwrap_or(Path::new(""));
+    file.gpu(folder).map_err(|error| failure(path, &error))
 }
 
 /// Opens a compiled model and checks what does not depend on the machine; runs nothing of it.
@@ -71,6 +89,8 @@ pub(crate) fn failure(path: &Path, error: &ArtifactError) -> Error {
     let kind = match error {
         ArtifactError::Version { .. }
         | ArtifactError::Target { .. }
+        | ArtifactError::Gpu
+        | ArtifactError::Cpu(_)
         | ArtifactError::Features { .. }
         | ArtifactError::Code(_) => ErrorKind::Incompatible,
         _ => ErrorKind::Io,

@@ -28,32 +28,34 @@ const SHAPE_ELEMENTS: usize = 1024;
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone)]
-pub struct OnDemand(Arc<Shared>);
+///
+/// What is compiled is an [`Executable`], or what [`Compiler::on_demand_with`] makes.
+pub struct OnDemand<E = Executable>(Arc<Shared<E>>);
 
-struct Shared {
+impl<E> Clone for OnDemand<E> {
+    fn clone(&self) -> OnDemand<E> {
+        OnDemand(self.0.clone())
+    }
+}
+
+struct Shared<E> {
     compiler: Compiler,
     model: Model,
+    compile: Box<Compile<E>>,
+    bytes: fn(&E) -> usize,
     /// Inputs whose values decide shapes, once tensors were seen.
     deciding: OnceLock<Vec<String>>,
     /// The latest used last.
-    kept: Mutex<Vec<(Key, Executable)>>,
+    kept: Mutex<Vec<(Key, E)>>,
 }
+
+/// Compiles a model for shapes that the compiler knows.
+type Compile<E> = dyn Fn(&Compiler, &Model) -> Result<E> + Send + Sync;
 
 /// Shape of each input, and its value where that decides shapes.
 type Key = Vec<(Vec<usize>, Option<Vec<u8>>)>;
 
 impl OnDemand {
-    pub(crate) fn new(compiler: Compiler, model: Model) -> OnDemand {
-        let (deciding, kept) = (OnceLock::new(), Mutex::default());
-        OnDemand(Arc::new(Shared { compiler, model, deciding, kept }))
-    }
-
-    /// The model.
-    pub fn model(&self) -> &Model {
-        &self.0.model
-    }
-
     /// Runs the model on tensors given by name, compiled for their shapes.
     ///
     /// # Errors
@@ -66,13 +68,21 @@ impl OnDemand {
         let inputs: Vec<_> = inputs.iter().filter(|(name, _)| own(name)).copied().collect();
         executable.run(&inputs).map_err(|e| usage(Diagnostic::new("K0701", e.to_string())))
     }
+}
+
+impl<E: Clone> OnDemand<E> {
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.0.model
+    }
 
     /// The executable for tensors like these; compiled where there is none yet. Values of inputs
     /// that decide shapes are constants in it, and not inputs.
     ///
     /// # Errors
-    /// As [`run`](Self::run).
-    pub fn executable(&self, inputs: &[(&str, TensorView<'_>)]) -> Result<Executable> {
+    /// When an input is missing or unknown, and where the model cannot be compiled for these
+    /// shapes.
+    pub fn executable(&self, inputs: &[(&str, TensorView<'_>)]) -> Result<E> {
         let ordered = self.ordered(inputs)?;
         let shaped = with_shapes(&self.0.compiler, &ordered);
         let deciding = match self.0.deciding.get() {
@@ -87,13 +97,13 @@ impl OnDemand {
             return Ok(known);
         }
         let compiler = with_values(&shaped, &ordered, deciding);
-        Ok(self.keep(key, compiler.compile(&self.0.model)?))
+        Ok(self.keep(key, (self.0.compile)(&compiler, &self.0.model)?))
     }
 
     /// Bytes that the specialisations that are kept take together.
     pub fn kept_bytes(&self) -> usize {
         let kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.iter().map(|(_, known)| known.memory_bytes()).sum()
+        kept.iter().map(|(_, known)| (self.0.bytes)(known)).sum()
     }
 
     /// How many specialisations are kept.
@@ -133,7 +143,7 @@ impl OnDemand {
         }
     }
 
-    fn known(&self, key: &Key) -> Option<Executable> {
+    fn known(&self, key: &Key) -> Option<E> {
         let mut kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let at = kept.iter().position(|(known, _)| known == key)?;
         let entry = kept.remove(at);
@@ -142,21 +152,44 @@ impl OnDemand {
         Some(executable)
     }
 
-    fn keep(&self, key: Key, executable: Executable) -> Executable {
+    fn keep(&self, key: Key, executable: E) -> E {
         let mut kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
         // Another thread may have compiled the same meanwhile.
         kept.retain(|(known, _)| *known != key);
         kept.push((key, executable.clone()));
         // The one unused for longest goes first; the new one stays whatever its size.
-        let mut bytes: usize = kept.iter().map(|(_, known)| known.memory_bytes()).sum();
+        let mut bytes: usize = kept.iter().map(|(_, known)| (self.0.bytes)(known)).sum();
         while bytes > self.0.compiler.kept_bytes && kept.len() > 1 {
-            bytes -= kept.remove(0).1.memory_bytes();
+            bytes -= (self.0.bytes)(&kept.remove(0).1);
         }
         executable
     }
 }
 
 impl Compiler {
+    /// The model, to be compiled for the shapes of the tensors that it is given.
+    pub fn on_demand(&self, model: &Model) -> OnDemand {
+        self.on_demand_with(model, Compiler::compile, Executable::memory_bytes)
+    }
+
+    /// The same where something else is made of the model, such as one for a GPU; `bytes` says how
+    /// much memory that takes.
+    pub fn on_demand_with<E>(
+        &self,
+        model: &Model,
+        compile: impl Fn(&Compiler, &Model) -> Result<E> + Send + Sync + 'static,
+        bytes: fn(&E) -> usize,
+    ) -> OnDemand<E> {
+        OnDemand(Arc::new(Shared {
+            compiler: self.clone(),
+            model: model.clone(),
+            compile: Box::new(compile),
+            bytes,
+            deciding: OnceLock::new(),
+            kept: Mutex::default(),
+        }))
+    }
+
     /// The compiler for tensors like these: their shapes settle dims, and the values that decide
     /// other shapes become constants.
     ///

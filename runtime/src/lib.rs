@@ -8,6 +8,8 @@
 pub mod artifact;
 pub mod code;
 pub mod cpu;
+pub mod given;
+pub mod gpu;
 pub mod hash;
 pub mod load;
 pub mod manifest;

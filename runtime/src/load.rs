@@ -9,6 +9,7 @@ use memmap2::{Mmap, MmapMut, MmapOptions};
 use crate::artifact::{Artifact, Constants};
 use crate::code::Code;
 use crate::cpu;
+use crate::gpu::GpuArtifact;
 use crate::hash::hashes;
 use crate::manifest::{self, ArtifactError, Hash, Manifest, Sections, Weights};
 use crate::pool::Pool;
@@ -66,7 +67,10 @@ impl ArtifactFile {
     /// # Errors
     /// When the file is for another target, or the processor lacks a feature.
     pub fn check_machine(&self) -> Result<(), ArtifactError> {
-        let Manifest { target, features, .. } = &self.manifest;
+        let Manifest { target, features, modules, .. } = &self.manifest;
+        if !modules.is_empty() {
+            return Err(ArtifactError::Gpu);
+        }
         if !cpu::runs(target) {
             let (found, expected) = (target.clone(), cpu::triple());
             return Err(ArtifactError::Target { found, expected });
@@ -74,6 +78,31 @@ impl ArtifactFile {
         match cpu::missing(features) {
             missing if missing.is_empty() => Ok(()),
             missing => Err(ArtifactError::Features { missing: Names(missing) }),
+        }
+    }
+
+    /// The model for a GPU. Weights that lie outside are looked for in `folder`.
+    ///
+    /// # Errors
+    /// When the file is for CPUs, or its weights cannot be read or are others.
+    pub fn gpu(self, folder: &Path) -> Result<GpuArtifact, ArtifactError> {
+        if self.manifest.modules.is_empty() {
+            return Err(ArtifactError::Cpu(self.manifest.target));
+        }
+        let constants = self.constants(folder)?;
+        let text = self.map[self.sections.text.clone()].to_vec();
+        let Manifest { plan, modules, .. } = self.manifest;
+        Ok(GpuArtifact { plan, text, modules, constants })
+    }
+
+    /// The constants, which stay where the file is mapped.
+    fn constants(&self, folder: &Path) -> Result<Constants, ArtifactError> {
+        match &self.manifest.weights {
+            Weights::Inside { .. } => Ok(match self.sections.weights.clone() {
+                Some(range) => Constants::mapped(self.map.clone(), range),
+                None => Constants::from_bytes(&[]),
+            }),
+            Weights::External { file, bytes, hash } => weights(&folder.join(file), *bytes, hash),
         }
     }
 
@@ -86,13 +115,7 @@ impl ArtifactFile {
     /// As [`Executable::load`].
     pub unsafe fn load(self, folder: &Path, pool: Arc<Pool>) -> Result<Executable, ArtifactError> {
         self.check_machine()?;
-        let constants = match &self.manifest.weights {
-            Weights::Inside { .. } => match self.sections.weights.clone() {
-                Some(range) => Constants::mapped(self.map.clone(), range),
-                None => Constants::from_bytes(&[]),
-            },
-            Weights::External { file, bytes, hash } => weights(&folder.join(file), *bytes, hash)?,
-        };
+        let constants = self.constants(folder)?;
         let text = &self.map[self.sections.text.clone()];
         let faster =
             self.manifest.faster.into_iter().find(|f| cpu::missing(&f.features).is_empty());

@@ -11,6 +11,7 @@
 //!
 //! The hash finds damage, not malice: a file is as trustworthy as the place that it comes from.
 
+use std::ffi::CStr;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use std::path::PathBuf;
 use object::{Object, ObjectSection};
 use serde::{Deserialize, Serialize};
 
+use crate::gpu;
 pub use crate::hash::Hash;
 use crate::hash::hash_without;
 use crate::plan::{Plan, PlanError};
@@ -25,7 +27,7 @@ use crate::session::Names;
 
 /// Name of the section with the manifest; Mach-O spells it `__kiln`.
 pub const SECTION: &str = ".kiln";
-/// Name of the section with the code; Mach-O spells it `__text`.
+/// Name of the section with the code, or with text for GPUs; Mach-O spells it `__text`.
 pub const TEXT: &str = ".text";
 /// Name of the section with the constants; Mach-O spells it `__weights`.
 pub const WEIGHTS: &str = ".weights";
@@ -33,7 +35,7 @@ pub const WEIGHTS: &str = ".weights";
 /// The first bytes of a manifest. No text, so that no text is taken for one.
 pub const MAGIC: [u8; 8] = *b"\x89KILN\r\n\x1a";
 /// Version of the format; another one is refused.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 const HASH: Range<usize> = 16..48;
 const HEADER_BYTES: usize = HASH.end;
@@ -59,6 +61,9 @@ pub struct Manifest {
     pub entries: Vec<usize>,
     /// The same kernels as code for processors that can do more, the fastest first.
     pub faster: Vec<Faster>,
+    /// Kernels for GPUs, as text in the section [`TEXT`]; a file for CPUs has none, one for GPUs
+    /// has no entries.
+    pub modules: Vec<gpu::Module>,
     /// The constants.
     pub weights: Weights,
 }
@@ -170,6 +175,14 @@ pub enum ArtifactError {
         /// Size of the code.
         expected: usize,
     },
+    /// A module for GPUs that cannot be what the text says.
+    #[error("the kernels for GPUs of version {sm}: {why}")]
+    Module {
+        /// Version of the instruction set.
+        sm: u32,
+        /// What is wrong.
+        why: &'static str,
+    },
     /// The name of the external weights leads out of the folder.
     #[error("the weights are in `{0}`, expected the name of a file in the same folder")]
     FileName(String),
@@ -179,6 +192,12 @@ pub enum ArtifactError {
     /// The plan names what is not there.
     #[error("the plan of the compiled model: {0}")]
     Plan(#[from] PlanError),
+    /// Made for a GPU.
+    #[error("the model was compiled for a GPU; run it with --device cuda, or by kiln-cuda")]
+    Gpu,
+    /// Made for a CPU.
+    #[error("the model was compiled for {0}, not for a GPU; compile it with --device cuda")]
+    Cpu(String),
     /// Made for another kind of machine.
     #[error("the model was compiled for {found}, this machine is {expected}; compile it here")]
     Target {
@@ -271,7 +290,7 @@ pub fn find(file: &[u8]) -> Result<(Manifest, Sections), ArtifactError> {
             }
         }
     }
-    check(&manifest, text.len())?;
+    check(&manifest, &file[text.clone()])?;
     Ok((manifest, Sections { text, weights }))
 }
 
@@ -324,19 +343,49 @@ fn payload(file: &[u8], section: Range<usize>) -> Result<&[u8], ArtifactError> {
     Ok(&rest[..len])
 }
 
-fn check(manifest: &Manifest, text_bytes: usize) -> Result<(), ArtifactError> {
+fn check(manifest: &Manifest, text: &[u8]) -> Result<(), ArtifactError> {
+    let constants = manifest.weights.bytes();
     let faster = manifest.faster.iter().map(|set| &set.entries);
     for entries in [&manifest.entries].into_iter().chain(faster) {
         for (index, &found) in entries.iter().enumerate() {
-            if found >= text_bytes {
-                return Err(ArtifactError::Entry { index, found, expected: text_bytes });
+            if found >= text.len() {
+                return Err(ArtifactError::Entry { index, found, expected: text.len() });
             }
         }
-        manifest.plan.check(entries.len(), manifest.weights.bytes())?;
+        if manifest.modules.is_empty() {
+            manifest.plan.check(entries.len(), constants)?;
+        }
+    }
+    for module in &manifest.modules {
+        check_module(module, text)?;
+        manifest.plan.check(module.kernels.len(), constants)?;
     }
     let arena = manifest.plan.arena_bytes;
     if isize::try_from(arena).map_or(true, |bytes| bytes > isize::MAX / 2) {
         return Err(ArtifactError::Arena(arena));
+    }
+    Ok(())
+}
+
+/// Threads of a block, at most, on every GPU.
+const MOST_THREADS: u32 = 1024;
+
+fn check_module(module: &gpu::Module, text: &[u8]) -> Result<(), ArtifactError> {
+    let wrong = |why| Err(ArtifactError::Module { sm: module.sm, why });
+    let Some(text) = text.get(module.text.clone()) else {
+        return wrong("their text is not in the file");
+    };
+    if CStr::from_bytes_with_nul(text).is_err() {
+        return wrong("their text does not end where it should");
+    }
+    for kernel in &module.kernels {
+        if kernel.name.is_empty() || kernel.name.contains('\0') {
+            return wrong("a kernel has no name");
+        }
+        let blocks = 1..=i32::MAX as u32;
+        if !blocks.contains(&kernel.blocks) || !(1..=MOST_THREADS).contains(&kernel.threads) {
+            return wrong("a kernel has no blocks or threads, or too many");
+        }
     }
     Ok(())
 }

@@ -5,12 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::artifact::Artifact;
-use crate::plan::{DIMS, Dims, Length, Plan, PlanError, Port};
+use crate::given::{check, run_named};
+use crate::plan::{Plan, PlanError, Port};
 use crate::pool::Pool;
 pub use crate::run_error::{Names, RunError};
 use crate::scratch::{Scratch, room_bytes};
-use crate::state::State;
-use crate::tensor::{DType, Tensor, TensorView, TensorViewMut, size_bytes};
+use crate::state::{self, State};
+use crate::tensor::{Tensor, TensorView, TensorViewMut};
 use crate::work::Profile;
 
 /// A compiled model, ready to run from any thread; clones share everything.
@@ -210,18 +211,7 @@ impl Session {
     /// # Errors
     /// Where no state that is kept in place has that dim, or one is shorter already.
     pub fn rewind(&mut self, dim: &str, length: usize) -> Result<(), RunError> {
-        let plan = &self.executable.0.artifact.plan;
-        let fail = || RunError::Rewind { dim: dim.into(), length };
-        let number = plan.dims.iter().position(|d| d.name == dim).ok_or_else(fail)?;
-        let mut states: Vec<&mut State> =
-            self.states.iter_mut().filter(|state| state.has(plan, number)).collect();
-        // All of them or none.
-        let shapes = states.iter().map(|state| state.shape_at(plan, number, length));
-        let shapes = shapes.collect::<Option<Vec<_>>>().filter(|s| !s.is_empty());
-        for (state, shape) in states.iter_mut().zip(shapes.ok_or_else(fail)?) {
-            state.go_back(shape);
-        }
-        Ok(())
+        state::rewind(&mut self.states, self.executable.plan(), dim, length)
     }
 
     /// Gives a state a value, by the name of its input.
@@ -229,22 +219,9 @@ impl Session {
     /// # Errors
     /// When there is no such state, or the tensor is none for the input.
     pub fn set_state(&mut self, input: &str, value: Tensor) -> Result<(), RunError> {
-        let inputs = self.executable.inputs();
-        let kept = || self.states.iter().map(|s| inputs[s.input].name.clone()).collect();
-        let found = self.states.iter().position(|s| inputs[s.input].name == input);
-        let Some(at) = found else {
-            let (found, expected) = (input.to_string(), Names(kept()));
-            return Err(RunError::UnknownInput { found, expected });
-        };
-        let port = &inputs[self.states[at].input];
-        if value.dtype() != port.dtype {
-            return Err(RunError::DType { found: value.dtype(), expected: port.clone() });
-        }
-        if !port.admits(value.shape()) {
-            let found = value.shape().to_vec();
-            return Err(RunError::Shape { found, expected: port.clone() });
-        }
-        self.states[at].set(self.executable.plan(), &mut self.scratch.rooms, value);
+        let plan = self.executable.plan();
+        let at = state::to_set(&self.states, plan, input, &value)?;
+        self.states[at].set(plan, &mut self.scratch.rooms, value);
         Ok(())
     }
 
@@ -276,40 +253,13 @@ impl Session {
     ) -> Result<Vec<(String, Tensor)>, RunError> {
         let executable = self.executable.clone();
         let mut states = std::mem::take(&mut self.states);
-        let result = self.run_with(executable.plan(), inputs, &mut states, ends);
+        let plan = executable.plan();
+        let result = state::run(plan, &mut states, inputs, |views, outputs| {
+            self.launch(plan, views, outputs, ends)?;
+            Ok(*self.scratch.dims)
+        });
         self.states = states;
         result
-    }
-
-    fn run_with(
-        &mut self,
-        plan: &Plan,
-        inputs: &[(&str, TensorView<'_>)],
-        states: &mut [State],
-        ends: Option<&mut Vec<u64>>,
-    ) -> Result<Vec<(String, Tensor)>, RunError> {
-        let mut all = inputs.to_vec();
-        for state in states.iter() {
-            let name = plan.inputs[state.input].name.as_str();
-            if inputs.iter().any(|(given, _)| *given == name) {
-                return Err(RunError::DuplicateInput(name.to_string()));
-            }
-            all.push((name, state.view(plan)?));
-        }
-        let made = run_named(plan, &all, |views, outputs| self.launch(plan, views, outputs, ends))?;
-        let (mut given, mut kept) = (Vec::with_capacity(made.len()), Vec::new());
-        for (port, tensor) in made {
-            match states.iter().any(|state| state.output == port) {
-                true => kept.push((port, tensor)),
-                false => given.push((plan.outputs[port].name.clone(), tensor)),
-            }
-        }
-        for state in states {
-            let made = kept.iter().position(|(port, _)| *port == state.output);
-            let made = made.map(|at| kept.swap_remove(at).1);
-            state.advance(plan, &self.scratch.dims, made);
-        }
-        Ok(given)
     }
 
     /// As [`Executable::run_into`], but never allocates. For sessions that keep nothing.
@@ -412,131 +362,5 @@ impl Shared {
                 ends.push(begin.elapsed().as_nanos() as u64);
             }
         }
-    }
-}
-
-/// Runs on tensors given by name; gives the outputs that are not kept in place, by number.
-fn run_named(
-    plan: &Plan,
-    inputs: &[(&str, TensorView<'_>)],
-    run_into: impl FnOnce(&[TensorView<'_>], &mut [TensorViewMut<'_>]) -> Result<(), RunError>,
-) -> Result<Vec<(usize, Tensor)>, RunError> {
-    let views = by_port(plan, inputs)?;
-    let dims = lengths(plan, &views)?;
-    let shapes: Vec<Vec<usize>> = plan.outputs.iter().map(|port| port.shape_for(&dims)).collect();
-    let mut outputs: Vec<(usize, Tensor)> = (0..shapes.len())
-        .filter(|&port| !plan.is_output_kept(port))
-        .map(|port| (port, Tensor::zeros(plan.outputs[port].dtype, &shapes[port])))
-        .collect();
-    let mut made = outputs.iter_mut();
-    let target = |(port, shape)| match plan.is_output_kept(port) {
-        true => TensorViewMut { dtype: plan.outputs[port].dtype, shape, bytes: &mut [] },
-        false => made.next().expect("a tensor for each output that is not kept").1.view_mut(),
-    };
-    let mut targets: Vec<TensorViewMut> =
-        shapes.iter().map(Vec::as_slice).enumerate().map(target).collect();
-    run_into(&views, &mut targets)?;
-    Ok(outputs)
-}
-
-/// Puts tensors given by name into the order of the ports.
-fn by_port<'a>(
-    plan: &Plan,
-    inputs: &[(&str, TensorView<'a>)],
-) -> Result<Vec<TensorView<'a>>, RunError> {
-    for (index, (name, _)) in inputs.iter().enumerate() {
-        if !plan.inputs.iter().any(|port| port.name == *name) {
-            let expected = Names(plan.inputs.iter().map(|port| port.name.clone()).collect());
-            return Err(RunError::UnknownInput { found: name.to_string(), expected });
-        }
-        if inputs[..index].iter().any(|(earlier, _)| earlier == name) {
-            return Err(RunError::DuplicateInput(name.to_string()));
-        }
-    }
-    let find = |port: &Port| {
-        let given = inputs.iter().find(|(name, _)| port.name == *name);
-        given
-            .map(|(_, view)| *view)
-            .ok_or_else(|| RunError::MissingInput { expected: port.clone() })
-    };
-    plan.inputs.iter().map(find).collect()
-}
-
-fn check(
-    plan: &Plan,
-    inputs: &[TensorView<'_>],
-    outputs: &[TensorViewMut<'_>],
-) -> Result<Dims, RunError> {
-    check_count("inputs", inputs.len(), plan.inputs.len())?;
-    check_count("outputs", outputs.len(), plan.outputs.len())?;
-    let dims = lengths(plan, inputs)?;
-    // What is kept in place comes without bytes: the run knows its memory.
-    let bytes = |kept: bool, len: usize| (!kept).then_some(len);
-    for (i, (port, view)) in plan.inputs.iter().zip(inputs).enumerate() {
-        let bytes = bytes(plan.is_input_kept(i), view.bytes.len());
-        check_port(port, &dims, (view.dtype, view.shape, bytes))?;
-    }
-    for (i, (port, view)) in plan.outputs.iter().zip(outputs).enumerate() {
-        let bytes = bytes(plan.is_output_kept(i), view.bytes.len());
-        check_port(port, &dims, (view.dtype, view.shape, bytes))?;
-    }
-    Ok(dims)
-}
-
-/// The lengths of dims that the shapes of inputs give. Does not allocate where they fit.
-fn lengths(plan: &Plan, inputs: &[TensorView<'_>]) -> Result<Dims, RunError> {
-    let mut dims = [0; DIMS];
-    let mut known = [false; DIMS];
-    for (port, view) in plan.inputs.iter().zip(inputs) {
-        for &Length { axis, dim, more } in &port.lengths {
-            let extent = *view.shape.get(axis).ok_or_else(|| RunError::Shape {
-                found: view.shape.to_vec(),
-                expected: port.clone(),
-            })?;
-            let found = i64::try_from(extent).unwrap_or(i64::MAX).saturating_sub(more);
-            let range = &plan.dims[dim];
-            if !usize::try_from(found).is_ok_and(|n| (range.least..=range.most).contains(&n)) {
-                let (dim, port) = (range.clone(), port.name.clone());
-                return Err(RunError::Range { axis, found, dim, port });
-            }
-            if known[dim] && dims[dim] != found {
-                let (before, dim) = (dims[dim], range.name.clone());
-                let port = port.name.clone();
-                return Err(RunError::Differ { axis, found, before, dim, port });
-            }
-            (known[dim], dims[dim]) = (true, found);
-        }
-    }
-    Ok(dims)
-}
-
-fn check_count(what: &'static str, found: usize, expected: usize) -> Result<(), RunError> {
-    if found == expected { Ok(()) } else { Err(RunError::Count { what, found, expected }) }
-}
-
-fn check_port(
-    port: &Port,
-    dims: &Dims,
-    (dtype, shape, bytes): (DType, &[usize], Option<usize>),
-) -> Result<(), RunError> {
-    if dtype != port.dtype {
-        return Err(RunError::DType { found: dtype, expected: port.clone() });
-    }
-    let expected = |(axis, &most): (usize, &usize)| {
-        let length = port.lengths.iter().find(|l| l.axis == axis);
-        length.map_or(most as i64, |l| dims[l.dim] + l.more)
-    };
-    let fits = shape.len() == port.shape.len()
-        && port.shape.iter().enumerate().map(expected).eq(shape.iter().map(|&e| e as i64));
-    if !fits {
-        return Err(RunError::Shape { found: shape.to_vec(), expected: port.clone() });
-    }
-    // `Plan::check` made sure that the size exists.
-    let expected_bytes = size_bytes(dtype, shape).unwrap_or(usize::MAX);
-    match bytes {
-        Some(found) if found != expected_bytes => {
-            Err(RunError::Bytes { found, expected_bytes, expected: port.clone() })
-        }
-        Some(_) | None => Ok(()),
     }
 }

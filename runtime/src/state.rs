@@ -5,10 +5,11 @@
 //! longest: a run writes what is new behind what is there. Any other is a tensor that a run makes
 //! anew.
 
+use crate::given::run_named;
 use crate::memory::AlignedBytes;
-use crate::plan::{Dims, Plan, PlanState, Port};
-use crate::session::RunError;
-use crate::tensor::{Tensor, TensorView};
+use crate::plan::{DIMS, Dims, Plan, PlanState, Port};
+use crate::run_error::{Names, RunError};
+use crate::tensor::{Tensor, TensorView, TensorViewMut};
 
 /// An input and the output that it takes its next value from.
 #[derive(Clone, Debug)]
@@ -160,6 +161,89 @@ impl State {
             *now = Some(shape);
         }
     }
+}
+
+/// The state that takes a value, by the name of its input, when the input admits it.
+///
+/// # Errors
+/// When there is no such state, or the tensor is none for the input.
+pub fn to_set(
+    states: &[State],
+    plan: &Plan,
+    input: &str,
+    value: &Tensor,
+) -> Result<usize, RunError> {
+    let ports = &plan.inputs;
+    let Some(at) = states.iter().position(|s| ports[s.input].name == input) else {
+        let kept = states.iter().map(|s| ports[s.input].name.clone()).collect();
+        return Err(RunError::UnknownInput { found: input.to_string(), expected: Names(kept) });
+    };
+    let port = &ports[states[at].input];
+    if value.dtype() != port.dtype {
+        return Err(RunError::DType { found: value.dtype(), expected: port.clone() });
+    }
+    if !port.admits(value.shape()) {
+        let found = value.shape().to_vec();
+        return Err(RunError::Shape { found, expected: port.clone() });
+    }
+    Ok(at)
+}
+
+/// Forgets the last rows of states that grow: those that are as long as the named dim become as
+/// long as when it was that long.
+///
+/// # Errors
+/// Where no state that is kept in place has that dim, or one is shorter already.
+pub fn rewind(states: &mut [State], plan: &Plan, dim: &str, length: usize) -> Result<(), RunError> {
+    let fail = || RunError::Rewind { dim: dim.into(), length };
+    let number = plan.dims.iter().position(|d| d.name == dim).ok_or_else(fail)?;
+    let mut states: Vec<&mut State> = states.iter_mut().filter(|s| s.has(plan, number)).collect();
+    // All of them or none.
+    let shapes = states.iter().map(|state| state.shape_at(plan, number, length));
+    let shapes = shapes.collect::<Option<Vec<_>>>().filter(|s| !s.is_empty());
+    for (state, shape) in states.iter_mut().zip(shapes.ok_or_else(fail)?) {
+        state.go_back(shape);
+    }
+    Ok(())
+}
+
+/// A run with states: gives the outputs that are not kept, and takes what is kept into the states.
+/// `launch` runs on tensors in the order of the ports, and gives the lengths of dims.
+///
+/// # Errors
+/// When a state has no value, a tensor is missing, unknown, or does not fit, and those of `launch`.
+pub fn run<E: From<RunError>>(
+    plan: &Plan,
+    states: &mut [State],
+    inputs: &[(&str, TensorView<'_>)],
+    launch: impl FnOnce(&[TensorView<'_>], &mut [TensorViewMut<'_>]) -> Result<Dims, E>,
+) -> Result<Vec<(String, Tensor)>, E> {
+    let mut all = inputs.to_vec();
+    for state in states.iter() {
+        let name = plan.inputs[state.input].name.as_str();
+        if inputs.iter().any(|(given, _)| *given == name) {
+            return Err(RunError::DuplicateInput(name.to_string()).into());
+        }
+        all.push((name, state.view(plan)?));
+    }
+    let mut dims = [0; DIMS];
+    let made = run_named(plan, &all, |views, outputs| {
+        dims = launch(views, outputs)?;
+        Ok::<(), E>(())
+    })?;
+    let (mut given, mut kept) = (Vec::with_capacity(made.len()), Vec::new());
+    for (port, tensor) in made {
+        match states.iter().any(|state| state.output == port) {
+            true => kept.push((port, tensor)),
+            false => given.push((plan.outputs[port].name.clone(), tensor)),
+        }
+    }
+    for state in states {
+        let made = kept.iter().position(|(port, _)| *port == state.output);
+        let made = made.map(|at| kept.swap_remove(at).1);
+        state.advance(plan, &dims, made);
+    }
+    Ok(given)
 }
 
 /// Whether an output may be the next value of an input.

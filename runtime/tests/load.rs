@@ -54,6 +54,7 @@ fn manifest() -> Manifest {
         plan: executable(1, 4).plan().clone(),
         entries: vec![0],
         faster: Vec::new(),
+        modules: Vec::new(),
         weights: Weights::Inside { bytes: 4 * N },
     }
 }

@@ -4,8 +4,14 @@
 mod file;
 
 use file::{artifact, sealed, sections};
-use kiln_runtime::manifest::{MAGIC, Manifest, SECTION, TEXT, WEIGHTS, Weights, encode, find};
-use kiln_runtime::plan::{Place, Plan, Port, Step};
+use std::path::Path;
+
+use kiln_runtime::gpu::{DeviceMemory, Kernel, Module, Ports, Spot, TRIPLE};
+use kiln_runtime::load::ArtifactFile;
+use kiln_runtime::manifest::{
+    ArtifactError, MAGIC, Manifest, SECTION, TEXT, WEIGHTS, Weights, encode, find,
+};
+use kiln_runtime::plan::{Place, Plan, PlanState, Port, Step};
 use kiln_runtime::tensor::DType;
 use kiln_runtime::work::{Term, Work};
 use object::BinaryFormat;
@@ -43,6 +49,7 @@ fn manifest() -> Manifest {
         },
         entries: vec![0],
         faster: Vec::new(),
+        modules: Vec::new(),
         weights: Weights::Inside { bytes: CONSTANTS.len() },
     }
 }
@@ -99,10 +106,88 @@ fn damage_with_a_right_hash_never_panics() {
             changed[at] = random() as u8;
         }
         if let Ok((manifest, _)) = find(&sealed(BinaryFormat::Elf, &CODE, &changed, &CONSTANTS)) {
-            let entries = manifest.entries.len();
-            assert_eq!(manifest.plan.check(entries, manifest.weights.bytes()), Ok(()));
+            let kernels = manifest.modules.iter().map(|module| module.kernels.len());
+            for entries in
+                kernels.chain(manifest.modules.is_empty().then_some(manifest.entries.len()))
+            {
+                assert_eq!(manifest.plan.check(entries, manifest.weights.bytes()), Ok(()));
+            }
         }
     }
+}
+
+/// A text for GPUs, and what a file says of it.
+const TEXT_FOR_GPUS: &[u8] = b".version 7.4\0.version 8.0\0";
+
+fn for_gpus() -> Manifest {
+    let module = |sm, text| {
+        let kernel = Kernel { name: "relu".into(), blocks: 1, threads: 6, shared: 0 };
+        Module { sm, text, kernels: vec![kernel] }
+    };
+    let modules = vec![module(80, 0..13), module(90, 13..26)];
+    Manifest { target: TRIPLE.into(), entries: Vec::new(), modules, ..manifest() }
+}
+
+#[test]
+fn files_for_gpus_are_found_and_every_flipped_bit_is_refused() {
+    let mut file = artifact(&for_gpus(), TEXT_FOR_GPUS, &CONSTANTS);
+    assert_eq!(find(&file).expect("an artifact").0, for_gpus());
+    for byte in 0..file.len() {
+        for bit in 0..8 {
+            file[byte] ^= 1 << bit;
+            assert!(find(&file).is_err(), "bit {bit} of byte {byte}");
+            file[byte] ^= 1 << bit;
+        }
+    }
+    let opened = ArtifactFile::from_bytes(&file).expect("an artifact");
+    assert!(matches!(opened.check_machine(), Err(ArtifactError::Gpu)));
+    let loaded = opened.gpu(Path::new("")).expect("a model for GPUs");
+    for (sm, version) in [(80, "7.4"), (89, "7.4"), (90, "8.0"), (120, "8.0")] {
+        let module = loaded.module(sm).expect("a module");
+        let text = loaded.text(module).expect("its text").to_str();
+        assert_eq!(text, Ok(format!(".version {version}").as_str()));
+    }
+    assert!(loaded.module(75).is_none());
+    let file = artifact(&manifest(), &CODE, &CONSTANTS);
+    let opened = ArtifactFile::from_bytes(&file).expect("an artifact");
+    assert!(matches!(opened.gpu(Path::new("")), Err(ArtifactError::Cpu(_))));
+}
+
+#[test]
+fn modules_that_cannot_be_are_refused() {
+    let refused = |change: &dyn Fn(&mut Module)| {
+        let mut manifest = for_gpus();
+        change(&mut manifest.modules[1]);
+        let file = artifact(&manifest, TEXT_FOR_GPUS, &CONSTANTS);
+        find(&file).expect_err("an error").to_string()
+    };
+    assert!(refused(&|m| m.text = 13..1000).contains("version 90: their text is not in the file"));
+    assert!(refused(&|m| m.text = 0..26).contains("does not end where it should"));
+    assert!(refused(&|m| m.text = 13..25).contains("does not end where it should"));
+    assert!(refused(&|m| m.kernels[0].name = "a\0b".into()).contains("a kernel has no name"));
+    assert!(refused(&|m| m.kernels[0].threads = 1025).contains("or too many"));
+    assert!(refused(&|m| m.kernels[0].blocks = 0).contains("no blocks or threads"));
+    assert!(refused(&|m| m.kernels.clear()).contains("runs kernel 0"));
+}
+
+#[test]
+fn ports_of_a_device_lie_apart_and_states_share_their_place() {
+    let mut plan = manifest().plan;
+    let port = |name: &str, extent| Port::new(name, DType::F32, &[extent]);
+    plan.inputs = vec![port("a", 100), port("past", 70), port("b", 1)];
+    plan.outputs = vec![port("next", 70), port("y", 33)];
+    plan.states = vec![PlanState { input: 1, output: 0, in_place: true }];
+    let ports = Ports::of(&plan);
+    assert_eq!(ports.inputs, [Spot::Given(256), Spot::Kept(0), Spot::Given(768)]);
+    assert_eq!(ports.outputs, [Spot::Kept(0), Spot::Given(1024)]);
+    assert_eq!((ports.dims, ports.bytes, ports.kept), (0, 1280, 512));
+    let memory = DeviceMemory::of(&plan, 1000);
+    assert_eq!(memory, DeviceMemory { weights: 1000, arena: 64, ports: 1280, kept: 512 });
+    assert_eq!((memory.total(), memory.lane(2)), (2856, 64 + 2 * 1280 + 512));
+    // Sizes that no memory has do not overflow.
+    plan.inputs =
+        vec![port("a", usize::MAX / 8), port("past", usize::MAX / 8), port("b", usize::MAX / 8)];
+    assert_eq!(Ports::of(&plan).outputs[0], Spot::Kept(0));
 }
 
 /// The same for the tables of the file around it.
@@ -150,7 +235,7 @@ fn errors_say_what_is_wrong() {
         text(&sealed(BinaryFormat::Elf, &CODE, &encoded, &CONSTANTS))
     };
     let version = changed(MAGIC.len(), 1);
-    assert!(version.contains("has format 1, this Kiln reads format 3"), "{version}");
+    assert!(version.contains("has format 1, this Kiln reads format 4"), "{version}");
     assert!(changed(13, 0xff).contains("the manifest has"));
     assert!(changed(12, 9).contains("does not parse"));
     let changed = |change: &dyn Fn(&mut Manifest)| {

@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln::DimRange;
 
+use crate::device::{DeviceArgs, Place, parse_place};
+
 /// Kiln fires a model into machine code.
 #[derive(Parser, Debug)]
 #[command(name = "kiln", version, propagate_version = true, max_term_width = 100)]
@@ -16,7 +18,7 @@ use kiln::DimRange;
     kiln profile model.onnx                    where the time goes\n  \
     kiln verify model.onnx -i test_data_set_0  compare with the reference\n  \
     kiln compile model.onnx --emit loops       look at a stage\n\n\
-    COMPILED MODELS (.so, .o) ARE CODE: run, bench, profile and verify execute them\n  \
+    COMPILED MODELS (.so, .o, .kiln) ARE CODE: run, bench, profile and verify execute them\n  \
     with your rights.\n  \
     Give only files whose origin you trust. inspect checks a file and executes nothing of it.\n\n\
     EXIT CODES:\n  \
@@ -125,7 +127,7 @@ pub enum Command {
 #[derive(Args, Clone, Debug, Default)]
 pub struct ModelArgs {
     /// The model, an .onnx file; run, bench, profile, inspect and verify also take compiled ones,
-    /// .so or .o
+    /// .so or .o, or .kiln for GPUs
     pub model: PathBuf,
     /// Extent of a named dimension of the inputs, or its range LEAST..MOST and what to compile for
     /// where no tensor settles it, such as batch=1..8@4; may be given several times
@@ -213,11 +215,11 @@ pub struct CompileArgs {
     /// library or object: model.so and model.h
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// What to write (default: what the ending of the output says, .so, .o, .a or .h; plan
-    /// without an output)
+    /// What to write (default: what the ending of the output says, .so, .o, .a or .h, .kiln or
+    /// .ptx for GPUs; plan without an output)
     #[arg(long, value_name = "WHAT")]
     pub emit: Option<Emit>,
-    /// What the model is compiled for; for cuda there is text so far: --emit ptx, loops, fused
+    /// What the model is compiled for; for cuda there are .kiln files, which kiln runs, and text
     #[arg(long, value_name = "DEVICE", value_enum, default_value_t = Device::Cpu)]
     pub device: Device,
     /// Versions of the GPU's instruction set, one text each: 80 (the default) runs on all later
@@ -273,6 +275,8 @@ pub enum Emit {
     Asm,
     /// PTX, for a GPU (--device cuda).
     Ptx,
+    /// A compiled model for GPUs (--device cuda), which kiln runs.
+    Kiln,
     /// Order of kernels and places in memory.
     Plan,
     /// A shared library.
@@ -321,6 +325,9 @@ pub struct RunArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub given: GivenArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub device: DeviceArgs,
     /// Runs, each with the states that the one before left; the outputs are those of the last
     #[arg(long, value_name = "N", default_value_t = 1)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
@@ -337,6 +344,9 @@ pub struct BenchArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub given: GivenArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub device: DeviceArgs,
     /// How long to run before measuring
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_time)]
     pub warmup: Duration,
@@ -369,11 +379,16 @@ pub struct CalibrationArgs {
     and of memory beyond all caches. A kernel can be above 100 %: Winograd's convolutions need\n\
     fewer products than the model states, and what is in a cache is read faster than memory.\n\
     The last row has the sums of all.\n\n\
+    On a GPU, times are between events of the device, without copies of inputs and outputs, and\n\
+    the machine's figures are those of its clocks.\n\n\
     The trace has one run, that of median time, for chrome://tracing or ui.perfetto.dev.")]
 pub struct ProfileArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub given: GivenArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub device: DeviceArgs,
     /// How long to run before measuring
     #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = parse_time)]
     pub warmup: Duration,
@@ -406,6 +421,10 @@ pub struct InspectArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelArgs,
+    /// Let the driver of cuda or cuda:N assemble the kernels of a .kiln file, and show their
+    /// registers
+    #[arg(long, value_name = "DEVICE", value_parser = parse_place)]
+    pub device: Option<Place>,
 }
 
 /// `kiln verify`
@@ -423,6 +442,9 @@ pub struct VerifyArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub inputs: InputArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub device: DeviceArgs,
     /// What to compare a compiled model with: the .onnx file that it was made of
     #[arg(long = "model", value_name = "MODEL")]
     pub reference: Option<PathBuf>,
@@ -489,7 +511,7 @@ fn parse_pair(text: &str) -> Result<(String, String), String> {
 }
 
 /// A number of bytes, with a suffix for a power of 1024.
-fn parse_size(text: &str) -> Result<u64, String> {
+pub fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = || format!("`{text}` is no size; write bytes, or a number with K, M, G or T");
     let upper = text.to_ascii_uppercase();
     let trimmed = upper.trim_end_matches('B').trim_end_matches('I');

@@ -30,6 +30,7 @@ impl Inputs {
 }
 
 /// What the flags give, before the types and shapes of the inputs are known.
+#[derive(Clone)]
 pub struct Given {
     slots: Slots,
     seed: Option<u64>,
@@ -173,6 +174,7 @@ fn numbered(folder: &Path, kind: &str) -> Result<Vec<(String, Tensor)>, Failure>
 }
 
 /// Tensors beside the names of their inputs.
+#[derive(Clone)]
 struct Slots {
     names: Vec<String>,
     tensors: Vec<Option<Tensor>>,

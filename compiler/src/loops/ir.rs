@@ -267,6 +267,11 @@ impl Loops {
         extent
     }
 
+    /// Whether its outermost loop is one over blocks.
+    pub fn has_blocks(&self) -> bool {
+        matches!(self.body[..], [Stmt::For { kind: Kind::Block, .. }])
+    }
+
     /// How many lanes its vector loops have; none where there are no such loops.
     pub fn lanes(&self) -> Option<usize> {
         fn of(body: &[Stmt]) -> Option<usize> {

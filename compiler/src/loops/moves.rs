@@ -9,7 +9,7 @@ use super::ir::{Expr, Kind, Loops, Number, Place, Stmt};
 use super::lower::{Lower, Lowering, origin_place};
 use super::{boxes, nest};
 use crate::graph::op::{Affine, BinaryFn, ReduceFn, Type};
-use crate::graph::used::span;
+use crate::graph::used::{Span, span};
 
 impl Lower<'_> {
     /// Rows along the last axis: those in the border are filled, others copied between fills.
@@ -29,7 +29,9 @@ impl Lower<'_> {
             let store = Stmt::Store { buffer: out, place: origin_place(), value: (*value).clone() };
             return Ok(self.finish(vec![store]));
         };
-        let (mut index, outer) = self.axes(&ty.shape[..last])?;
+        // What surrounds rows that are in use is so too: only axes without a border may be in part.
+        let spans: Vec<Option<Span>> = (0..last).map(|axis| span(&ty, axis)).collect();
+        let (mut index, outer) = self.axes_in_use(&ty.shape[..last], &spans)?;
         let (before, after) = borders[last];
         let source = self.ty(x).shape.clone();
         self.target = self.target.for_axis(source[last]);

@@ -3,6 +3,7 @@
 
 mod driver;
 mod elf;
+pub mod gpu;
 mod header;
 mod object;
 
@@ -141,6 +142,7 @@ fn files(contents: Contents, form: &Form, verify: bool) -> Packed<Package> {
         plan,
         entries,
         faster: sets.iter().zip(faster).map(|((cpu, _), e)| set(cpu, e)).collect(),
+        modules: Vec::new(),
         weights,
     });
     code.manifest(&manifest);
@@ -164,7 +166,7 @@ fn features(cpu: &Cpu) -> Vec<String> {
 }
 
 /// What is run, and the kernels in it: others were only needed to compute constants.
-fn used(plan: &Plan) -> (Plan, Vec<usize>) {
+pub fn used(plan: &Plan) -> (Plan, Vec<usize>) {
     let mut kept: Vec<usize> = plan.steps.iter().map(|step| step.kernel).collect();
     kept.sort_unstable();
     kept.dedup();

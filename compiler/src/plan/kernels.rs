@@ -74,9 +74,16 @@ pub struct Program {
 
 /// Lowers every kernel of a graph.
 pub fn program(graph: &Verified<Graph>, target: Target) -> Result<Program> {
+    program_folded(graph, target, target)
+}
+
+/// The same where what hangs on constants only is computed by another machine, `folds`. Kernels
+/// that make ready constants for others are loops of the target; that machine runs them too.
+pub fn program_folded(graph: &Verified<Graph>, target: Target, folds: Target) -> Result<Program> {
     let mut build = Build {
         graph,
         target,
+        folds,
         program: Program::default(),
         known: HashMap::new(),
         dims: None,
@@ -99,6 +106,7 @@ pub fn program(graph: &Verified<Graph>, target: Target) -> Result<Program> {
 struct Build<'a> {
     graph: &'a Graph,
     target: Target,
+    folds: Target,
     program: Program,
     known: HashMap<[u8; 32], usize>,
     /// The slot of the dims' lengths, once a kernel asks for it.
@@ -168,7 +176,9 @@ impl Build<'_> {
         let body = &self.graph.bodies[body];
         let args =
             Arguments { scalars: &scalars, constant: &constant_args, appended: self.appended(id) };
-        lower(body, &self.graph.constants, args, self.target, &node.origin).map_err(|refused| {
+        let constant = constant_args.iter().all(|constant| *constant);
+        let target = if constant { self.folds } else { self.target };
+        lower(body, &self.graph.constants, args, target, &node.origin).map_err(|refused| {
             let ops: Vec<String> = body
                 .nodes
                 .iter()
@@ -219,8 +229,10 @@ impl Build<'_> {
                 .collect();
             // A kernel over nothing writes nothing; it counts as one that writes its result.
             let written = written_slot(&kernel, &slots).unwrap_or(out);
+            // Threads of a block are for the target alone.
             let constant = slots.iter().all(|&s| s == written || self.program.slots[s].constant)
-                && (written != out || self.program.slots[out].constant);
+                && (written != out || self.program.slots[out].constant)
+                && (self.folds == self.target || !kernel.has_blocks());
             if constant && written != out {
                 self.program.slots[written].constant = true;
             }

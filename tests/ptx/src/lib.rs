@@ -14,7 +14,7 @@ use std::fmt;
 
 pub use memory::Memory;
 pub use parse::{Kernel, Module, parse};
-pub use run::{Copies, Counts, launch};
+pub use run::{Copies, Counts, address, launch, launch_at, piece};
 
 /// What a kernel does wrong.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -68,6 +68,31 @@ impl Memory {
         }
     }
 
+    /// Writes bytes from outside of a launch; false where they are not inside.
+    pub fn put(&mut self, at: usize, bytes: &[u8]) -> bool {
+        let range = at..at.saturating_add(bytes.len());
+        let Some(place) = self.bytes.get_mut(range.clone()) else { return false };
+        place.copy_from_slice(bytes);
+        self.known[range].fill(true);
+        true
+    }
+
+    /// Bytes from outside of a launch, if all of them have been written.
+    pub fn get(&self, at: usize, len: usize) -> Result<&[u8], String> {
+        let range = at..at.saturating_add(len);
+        let outside = || format!("bytes {range:?} of {} are outside", self.bytes.len());
+        let bytes = self.bytes.get(range.clone()).ok_or_else(outside)?;
+        match self.known[range].iter().position(|known| !known) {
+            None => Ok(bytes),
+            Some(i) => Err(format!("byte {} of {} is never written", at + i, self.bytes.len())),
+        }
+    }
+
+    /// Number of bytes.
+    pub fn size(&self) -> usize {
+        self.bytes.len()
+    }
+
     /// Forgets who touched it.
     pub fn settle(&mut self) {
         self.written.fill(Touch::default());

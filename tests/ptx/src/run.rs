@@ -63,8 +63,8 @@ pub enum Copies {
 pub(crate) struct Block<'a> {
     kernel: &'a Kernel,
     memory: &'a mut [Memory],
-    /// The memory of each parameter.
-    params: &'a [usize],
+    /// The address that each parameter has.
+    params: &'a [u64],
     pub(crate) shared: Memory,
     copies: Copies,
     counts: Counts,
@@ -82,6 +82,29 @@ pub fn launch(
     memory: &mut [Memory],
     params: &[usize],
 ) -> Result<Counts, Fault> {
+    let params: Vec<u64> = params.iter().map(|&piece| address(piece)).collect();
+    launch_at(kernel, (blocks, threads), copies, memory, &params)
+}
+
+/// The address at which a piece of memory begins.
+pub fn address(piece: usize) -> u64 {
+    (piece as u64 + 1) << BUFFER
+}
+
+/// The piece of memory that an address is in, and the byte of it.
+pub fn piece(address: u64) -> Option<(usize, usize)> {
+    let (piece, at) = (address >> BUFFER, address & ((1 << BUFFER) - 1));
+    Some((piece.checked_sub(1)? as usize, at as usize))
+}
+
+/// The same with parameters that are addresses.
+pub fn launch_at(
+    kernel: &Kernel,
+    (blocks, threads): (usize, usize),
+    copies: Copies,
+    memory: &mut [Memory],
+    params: &[u64],
+) -> Result<Counts, Fault> {
     let fault = |why: String| {
         let (kernel, instruction) = (kernel.name.clone(), String::new());
         Fault { kernel, instruction, block: 0, thread: 0, why }
@@ -90,7 +113,13 @@ pub fn launch(
         let (most, wanted, given) = (kernel.threads, kernel.params, params.len());
         return Err(fault(format!("{threads} threads of {most}, {given} buffers of {wanted}")));
     }
-    params.iter().for_each(|&piece| memory[piece].settle());
+    let mut touched: Vec<usize> = params.iter().filter_map(|&at| Some(piece(at)?.0)).collect();
+    touched.sort_unstable();
+    touched.dedup();
+    for number in touched {
+        let memory = memory.get_mut(number);
+        memory.ok_or_else(|| fault(format!("there is no memory {number}")))?.settle();
+    }
     let (mut span, mut counts) = (1, Counts::default());
     for number in 0..blocks {
         let thread = || Thread {
@@ -255,8 +284,7 @@ impl Block<'_> {
                 self.write(t, *reg, value);
             }
             Code::Param(to, number) => {
-                let piece = self.params[*number] as u64 + 1;
-                self.write(t, *to, piece << BUFFER);
+                self.write(t, *to, self.params[*number]);
             }
             Code::Load(space, ty, regs, place) => self.load(t, (*space, *ty), regs, *place)?,
             Code::Store(space, ty, regs, place) => self.store(t, (*space, *ty), regs, *place)?,

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use kiln::plan::Plan;
 use kiln::tensor::{Tensor, TensorView, TensorViewMut};
 use kiln::work::Profile;
 use kiln::{Executable, RunError, Session};
@@ -36,25 +37,11 @@ impl<'a> Again<'a> {
             let outputs = outputs.into_iter().map(|(_, tensor)| tensor).collect();
             return Ok(Again { executable, inputs, way: Way::Into(outputs) });
         }
-        let (mut session, mut others) = (executable.session(), Vec::new());
-        let mut lengths: Vec<(String, usize)> = Vec::new();
-        for ((name, view), port) in inputs.named().into_iter().zip(&plan.inputs) {
-            let state = plan.states.iter().find(|s| plan.inputs[s.input].name == name);
-            let Some(state) = state else {
-                others.push((name, view));
-                continue;
-            };
-            let value = Tensor::from_bytes(view.dtype, view.shape, view.bytes);
-            let value = value.expect("a view has the bytes of its shape");
+        let mut session = executable.session();
+        let Split { states, others, lengths } = split(plan, inputs);
+        for (name, value) in states {
             session.set_state(name, value).map_err(failure)?;
-            for length in port.lengths.iter().filter(|_| state.in_place) {
-                let dim = plan.dims[length.dim].name.clone();
-                let long = usize::try_from(view.shape[length.axis] as i64 - length.more);
-                lengths.extend(long.ok().map(|long| (dim, long)));
-            }
         }
-        lengths.sort();
-        lengths.dedup();
         Ok(Again { executable, inputs, way: Way::Session(Box::new(session), others, lengths) })
     }
 
@@ -102,6 +89,39 @@ impl<'a> Again<'a> {
         }
         Ok(times)
     }
+}
+
+/// Inputs of a model that keeps states.
+pub struct Split<'a> {
+    /// Values of states that are given.
+    pub states: Vec<(&'a str, Tensor)>,
+    /// The other inputs.
+    pub others: Vec<(&'a str, TensorView<'a>)>,
+    /// How long dims are before a run, of states that are appended to where they lie.
+    pub lengths: Vec<(String, usize)>,
+}
+
+/// Sets the states apart.
+pub fn split<'a>(plan: &Plan, inputs: &'a Inputs) -> Split<'a> {
+    let mut split = Split { states: Vec::new(), others: Vec::new(), lengths: Vec::new() };
+    for (name, view) in inputs.named() {
+        let state = plan.states.iter().find(|s| plan.inputs[s.input].name == name);
+        let Some(state) = state else {
+            split.others.push((name, view));
+            continue;
+        };
+        let value = Tensor::from_bytes(view.dtype, view.shape, view.bytes);
+        split.states.push((name, value.expect("a view has the bytes of its shape")));
+        let port = &plan.inputs[state.input];
+        for length in port.lengths.iter().filter(|_| state.in_place) {
+            let dim = plan.dims[length.dim].name.clone();
+            let long = usize::try_from(view.shape[length.axis] as i64 - length.more);
+            split.lengths.extend(long.ok().map(|long| (dim, long)));
+        }
+    }
+    split.lengths.sort();
+    split.lengths.dedup();
+    split
 }
 
 fn go_back(session: &mut Session, lengths: &[(String, usize)]) -> Result<(), RunError> {

@@ -9,6 +9,7 @@ use kiln::{Compiler, Form, Kind, Model, identifier};
 use serde_json::json;
 
 use crate::args::{CompileArgs, Device, Emit, Weights};
+use crate::commands::cuda::{parts, refuse_for_gpus};
 use crate::commands::{compiler, model_name, open, with_states};
 use crate::failure::Failure;
 use crate::files;
@@ -26,6 +27,7 @@ pub fn run(args: &CompileArgs, term: &Term) -> Result<(), Failure> {
     let (model, _) = open(&args.model, term)?;
     let compiler = with_states(compiler(&args.model, &args.build), &args.states).target(cpu);
     let contents = match kind(emit) {
+        _ if emit == Emit::Kiln => kiln_file(args, &compiler, &model, term)?,
         _ if args.device == Device::Cuda => cuda(args, emit, &compiler, &model, term)?,
         Some(kind) => package(args, (emit, kind), &compiler, &model, term)?,
         None => {
@@ -39,9 +41,13 @@ pub fn run(args: &CompileArgs, term: &Term) -> Result<(), Failure> {
                 Emit::Loops => &stages.loops,
                 Emit::Clif => &stages.clif,
                 Emit::Asm => &stages.asm,
-                Emit::Plan | Emit::Ptx | Emit::So | Emit::Obj | Emit::Staticlib | Emit::Header => {
-                    &stages.plan
-                }
+                Emit::Plan
+                | Emit::Ptx
+                | Emit::Kiln
+                | Emit::So
+                | Emit::Obj
+                | Emit::Staticlib
+                | Emit::Header => &stages.plan,
             })
         }
     };
@@ -66,6 +72,7 @@ fn what(args: &CompileArgs) -> Result<Emit, Failure> {
     let emit = match (args.emit, ending) {
         (Some(emit), _) => emit,
         (None, Some("ptx")) => Emit::Ptx,
+        (None, Some("kiln")) => Emit::Kiln,
         (None, Some("so")) => Emit::So,
         (None, Some("o" | "obj")) => Emit::Obj,
         (None, Some("a" | "lib")) => Emit::Staticlib,
@@ -80,13 +87,21 @@ fn what(args: &CompileArgs) -> Result<Emit, Failure> {
     if !args.sm.is_empty() && args.device != Device::Cuda {
         return Err(Failure::usage("--sm is for GPUs").help("say --device cuda as well"));
     }
-    if (emit == Emit::Ptx) != (args.device == Device::Cuda)
-        && !matches!(emit, Emit::Graph | Emit::Fused | Emit::Loops)
-    {
-        return Err(Failure::usage("this is not what that device runs")
-            .help("--device cuda goes with --emit ptx, loops, fused or graph"));
+    if args.device == Device::Cuda {
+        refuse_for_gpus(&args.build)?;
+        if args.target.is_some() || args.cpu.is_some() {
+            return Err(Failure::usage("--target and --cpu are for CPUs").help("say --sm for GPUs"));
+        }
     }
-    let binary = matches!(emit, Emit::So | Emit::Obj | Emit::Staticlib);
+    let for_gpu = matches!(emit, Emit::Ptx | Emit::Kiln);
+    if for_gpu != (args.device == Device::Cuda)
+        && !matches!(emit, Emit::Graph | Emit::Fused | Emit::Loops | Emit::Plan)
+    {
+        return Err(Failure::usage("this is not what that device runs").help(
+            "--device cuda goes with -o model.kiln, or --emit ptx, plan, loops, fused, graph",
+        ));
+    }
+    let binary = matches!(emit, Emit::So | Emit::Obj | Emit::Staticlib | Emit::Kiln);
     if binary && args.output.is_none() && std::io::stdout().is_terminal() {
         return Err(Failure::usage("a library or object is no text for a terminal")
             .help("give a file with -o model.so"));
@@ -109,6 +124,7 @@ fn kind(emit: Emit) -> Option<Kind> {
         | Emit::Clif
         | Emit::Asm
         | Emit::Ptx
+        | Emit::Kiln
         | Emit::Plan => None,
     }
 }
@@ -121,27 +137,65 @@ fn cuda(
     model: &Model,
     term: &Term,
 ) -> Result<Vec<u8>, Failure> {
-    let mut texts = Vec::new();
+    let gpus = versions(args)?;
+    let lowered = || term.during("compile", None, || compiler.cuda(model, gpus[0]));
+    let compiled = || term.during("compile", None, || compiler.compile_cuda(model, &gpus));
+    let stage = match emit {
+        Emit::Graph => kiln::graph::text::print(&compiler.graph_for_ranges(model)?),
+        Emit::Fused => kiln::graph::text::print(&lowered()?.kernels),
+        Emit::Loops => lowered()?.program.kernels.iter().map(kiln::loops::text::print).collect(),
+        Emit::Plan => {
+            let artifact = compiled()?;
+            format!("{}device memory: {}\n", artifact.plan, parts(&artifact.memory()))
+        }
+        // What a file has: kernels that only constants hang on ran when it was compiled.
+        _ => {
+            let artifact = compiled()?;
+            let texts = artifact.modules.iter().filter_map(|module| artifact.text(module));
+            let texts = texts.map(|text| text.to_string_lossy());
+            texts.collect::<Vec<_>>().join("\n")
+        }
+    };
+    Ok(text(&stage))
+}
+
+/// The versions of the instruction set that are asked for.
+fn versions(args: &CompileArgs) -> Result<Vec<Gpu>, Failure> {
     let versions = if args.sm.is_empty() { &[80][..] } else { &args.sm };
-    for &sm in versions {
-        let gpu = Gpu::of(sm).ok_or_else(|| {
+    let version = |&sm: &u32| {
+        Gpu::of(sm).ok_or_else(|| {
             let known: Vec<String> = Gpu::known().iter().map(u32::to_string).collect();
             Failure::usage(format!("--sm {sm} is not known"))
                 .help(format!("give one of {}", known.join(", ")))
-        })?;
-        let cuda = term.during("compile", None, || compiler.cuda(model, gpu))?;
-        texts.push(match emit {
-            Emit::Graph => kiln::graph::text::print(&compiler.graph_for_ranges(model)?),
-            Emit::Fused => kiln::graph::text::print(&cuda.kernels),
-            Emit::Loops => cuda.program.kernels.iter().map(kiln::loops::text::print).collect(),
-            _ => cuda.module.text,
-        });
-        // The other stages are the same for all.
-        if emit != Emit::Ptx {
-            break;
-        }
+        })
+    };
+    versions.iter().map(version).collect()
+}
+
+/// Compiles to a file for GPUs, and writes weights that go beside it.
+fn kiln_file(
+    args: &CompileArgs,
+    compiler: &Compiler,
+    model: &Model,
+    term: &Term,
+) -> Result<Vec<u8>, Failure> {
+    let path = args.output.as_deref().filter(|path| *path != Path::new("-"));
+    let stem = path.unwrap_or(&args.model.model).file_stem().unwrap_or_default();
+    let name = args.name.clone().unwrap_or_else(|| identifier(&stem.to_string_lossy()));
+    let weights = path.map(|path| path.with_extension("weights"));
+    let weights = weights.filter(|_| args.weights == Weights::External);
+    let file_name = |path: &PathBuf| path.file_name().map(|n| n.to_string_lossy().into_owned());
+    let beside = weights.as_ref().and_then(file_name);
+    let form = Form { kind: Kind::Object, name, file: None, weights: beside };
+    let gpus = versions(args)?;
+    let package = term.during("compile", None, || compiler.package_cuda(model, &gpus, &form))?;
+    if let (Some(path), Some(weights)) = (&weights, &package.weights) {
+        files::write(path, |out| out.write_all(weights.bytes()))?;
+        term.note(format_args!("wrote {} ({})", model_name(path), bytes(weights.len() as u64)));
     }
-    Ok(text(&texts.join("\n")))
+    let memory = bytes(package.scratch_bytes as u64);
+    term.note(format_args!("a run takes {memory} of device memory, with the weights"));
+    Ok(package.file)
 }
 
 /// Compiles to a library, object or header, and writes what goes beside it.

@@ -1,5 +1,9 @@
 //! `kiln doctor`: what this machine offers, and whether compiled models can run here.
 
+use kiln::backend::cuda::Gpu;
+use kiln::error::sanitize;
+use kiln_cuda::CudaError;
+use kiln_cuda::driver::Device;
 use serde_json::{Value, json};
 
 use crate::args::DoctorArgs;
@@ -35,6 +39,9 @@ pub fn run(args: &DoctorArgs, term: &Term) -> Result<(), Failure> {
         ("node limit", limits.max_nodes.to_string()),
         ("memory limit", bytes(limits.max_bytes)),
     ];
+    let (cuda, gpus) = gpus();
+    rows.push(("cuda driver", cuda.clone()));
+    rows.extend(gpus.iter().map(|gpu| ("gpu", gpu_text(gpu))));
     let file = match args.calibrate {
         true => Some(peak::keep(folder, &peaks)?.display().to_string()),
         false => None,
@@ -49,6 +56,7 @@ pub fn run(args: &DoctorArgs, term: &Term) -> Result<(), Failure> {
         "processor": processor(), "features": listed, "vectors": vectors, "threads": threads,
         "memory_bytes": memory, "machine_code": code_text,
         "peaks": peaks.iter().map(Peak::json).collect::<Vec<Value>>(), "calibration": file,
+        "cuda": { "driver": cuda, "devices": gpus.iter().map(gpu_json).collect::<Vec<Value>>() },
         "limits": { "nodes": limits.max_nodes, "bytes": limits.max_bytes },
     });
     term.report(value, &text)?;
@@ -63,6 +71,35 @@ fn calibrate(all: usize, term: &Term) -> Result<Vec<Peak>, Failure> {
     let powers = (0..).map(|power| 1 << power).take_while(|&threads| threads < all);
     let counts: Vec<usize> = powers.chain([all]).collect();
     term.during("measure the machine", None, || counts.into_iter().map(peak::best).collect())
+}
+
+/// The version of NVIDIA's driver, or why there is none, and the devices that it knows.
+fn gpus() -> (String, Vec<Device>) {
+    let found =
+        kiln_cuda::driver_version().and_then(|version| Ok((version, kiln_cuda::devices()?)));
+    match found {
+        Ok((version, devices)) => (format!("CUDA {version}"), devices),
+        Err(CudaError::NoDriver) => ("none".into(), Vec::new()),
+        Err(error) => (sanitize(&error.to_string()), Vec::new()),
+    }
+}
+
+fn gpu_text(gpu: &Device) -> String {
+    let Device { ordinal, name, sm, memory, processors, .. } = gpu;
+    let runs = match Gpu::for_device(*sm) {
+        Some(_) => "",
+        None => "; too old for Kiln's kernels",
+    };
+    let (name, memory) = (sanitize(name), bytes(*memory));
+    format!("cuda:{ordinal} {name}, sm_{sm}, {memory}, {processors} multiprocessors{runs}")
+}
+
+fn gpu_json(gpu: &Device) -> Value {
+    json!({
+        "ordinal": gpu.ordinal, "name": sanitize(&gpu.name), "sm": gpu.sm,
+        "memory_bytes": gpu.memory, "multiprocessors": gpu.processors,
+        "runs": Gpu::for_device(gpu.sm).is_some(),
+    })
 }
 
 fn target() -> String {

@@ -7,13 +7,23 @@ use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
 use crate::commands::{inspect_artifact, model_name, open};
+use crate::device::Place;
 use crate::failure::Failure;
 use crate::term::{Term, bytes};
 
 /// Prints inputs, outputs, operators and sizes.
 pub fn run(args: &InspectArgs, term: &Term) -> Result<(), Failure> {
-    if kiln::is_artifact(&args.model.model) {
-        return inspect_artifact::run(&args.model.model, term);
+    let path = &args.model.model;
+    let device = match args.device {
+        Some(Place::Cuda(ordinal)) if kiln::is_cuda_artifact(path) => Some(ordinal),
+        Some(_) => {
+            return Err(Failure::usage("--device shows what its driver makes of a .kiln file")
+                .help("leave --device out, or write such a file: kiln compile --device cuda"));
+        }
+        None => None,
+    };
+    if kiln::is_artifact(path) {
+        return inspect_artifact::run(path, device, term);
     }
     let (model, _) = open(&args.model, term)?;
     let mut ops: BTreeMap<String, usize> = BTreeMap::new();

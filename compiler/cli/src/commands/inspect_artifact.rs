@@ -7,20 +7,20 @@ use kiln::manifest::{Weights, hex};
 use kiln::plan::{Plan, PlanState, Port};
 use serde_json::{Value, json};
 
-use crate::commands::model_name;
 use crate::commands::ready::opened;
+use crate::commands::{inspect_cuda, model_name};
 use crate::failure::Failure;
 use crate::term::{Term, bytes};
 
-/// Prints what the file says of itself. Nothing of it runs.
-pub fn run(path: &Path, term: &Term) -> Result<(), Failure> {
+/// Prints what the file says of itself. Nothing of it runs; a device assembles its kernels.
+pub fn run(path: &Path, device: Option<usize>, term: &Term) -> Result<(), Failure> {
     let file = opened(path, term)?;
+    if !file.manifest.modules.is_empty() {
+        return inspect_cuda::run(path, file, device, term);
+    }
     let (manifest, name) = (&file.manifest, model_name(path));
     let plan = &manifest.plan;
     let here = file.check_machine().err().map(|error| sanitize(&error.to_string()));
-    let ports = |ports: &[Port]| -> Vec<String> {
-        ports.iter().map(|port| sanitize(&port.to_string())).collect()
-    };
     let (inputs, outputs) = (ports(&plan.inputs), ports(&plan.outputs));
     let (size, text_size) = (file.file_bytes() as u64, file.sections.text.len() as u64);
     let weights = manifest.weights.bytes() as u64;
@@ -80,8 +80,13 @@ pub fn run(path: &Path, term: &Term) -> Result<(), Failure> {
     term.report(value, &text)
 }
 
+/// Inputs or outputs as people read them.
+pub fn ports(ports: &[Port]) -> Vec<String> {
+    ports.iter().map(|port| sanitize(&port.to_string())).collect()
+}
+
 /// Pairs of inputs and outputs that are kept from run to run.
-fn states(plan: &Plan) -> Vec<String> {
+pub fn states(plan: &Plan) -> Vec<String> {
     let pair = |state: &PlanState| {
         let (input, output) = (&plan.inputs[state.input].name, &plan.outputs[state.output].name);
         let how = if state.in_place { " in place" } else { "" };

@@ -46,7 +46,8 @@ pub fn locate(
     Ok(wrong.unwrap_or(Place::stage("plan")))
 }
 
-fn place(stage: &'static str, graph: &Graph, id: NodeId) -> Place {
+/// A stage and the node that a kernel comes from.
+pub fn place(stage: &'static str, graph: &Graph, id: NodeId) -> Place {
     Place { stage, node: Some(sanitize(&graph.node(id).origin)) }
 }
 
@@ -89,7 +90,7 @@ pub fn probe(
 }
 
 /// The graph with every computed value as an output.
-fn probed(fused: &Graph) -> Graph {
+pub fn probed(fused: &Graph) -> Graph {
     let mut probed = fused.clone();
     let computed = |id: &NodeId| !matches!(fused.node(*id).op, Op::Input(_) | Op::Const(_));
     let kernels = fused.ids().filter(computed);
@@ -105,13 +106,16 @@ fn results(executable: &Executable, inputs: &[Value]) -> Result<Vec<Tensor>, Fai
     Ok(found.into_iter().map(|(_, tensor)| tensor).collect())
 }
 
-struct Seen {
-    worst: f64,
-    wrong: Option<NodeId>,
+/// What a comparison of all results shows.
+pub struct Seen {
+    /// Largest difference, in units of the largest element of a result.
+    pub worst: f64,
+    /// The first node whose result is wrong.
+    pub wrong: Option<NodeId>,
 }
 
 /// Compares what code gave for all outputs of a graph.
-fn look(graph: &Graph, values: &[Value], found: &[Tensor], tolerance: Tolerance) -> Seen {
+pub fn look(graph: &Graph, values: &[Value], found: &[Tensor], tolerance: Tolerance) -> Seen {
     let mut seen = Seen { worst: 0.0, wrong: None };
     for (found, (_, id)) in found.iter().zip(&graph.outputs) {
         let expected = values[id.index()].to_tensor();

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use crate::args::ProfileArgs;
 use crate::commands::again::Again;
-use crate::commands::model_name;
 use crate::commands::ready::{Ready, ready};
+use crate::commands::{cuda, model_name};
 use crate::failure::Failure;
 use crate::files;
 use crate::peak::{Peak, known_or_measured};
@@ -70,19 +70,63 @@ impl Row {
 
 /// Measures and prints.
 pub fn run(args: &ProfileArgs, term: &Term) -> Result<(), Failure> {
-    let Ready { executable, inputs, .. } = ready(&args.given, true, term)?;
+    let (device, given) = (&args.device, &args.given);
+    let on_device = cuda::on_device(device, &given.model, term, |gpu| {
+        let ready = cuda::ready(gpu, device, given, true, term)?;
+        let profiles = |length| cuda::profiles(&ready, length, MIN_RUNS, MAX_RUNS);
+        term.during("warm up", Some(args.warmup), || profiles(args.warmup))?;
+        let runs = term.during("measure", Some(args.time), || profiles(args.time))?;
+        let machine = Machine {
+            on: sanitize(&gpu.device().name),
+            peak: cuda::peak(gpu),
+            from: "by its clocks".into(),
+            file: None,
+        };
+        report(args, ready.model.plan(), &runs, &machine, term)
+    })?;
+    if on_device.is_some() {
+        return Ok(());
+    }
+    let Ready { executable, inputs, .. } = ready(given, true, term)?;
     let (plan, threads) = (executable.plan(), executable.pool().threads());
     let folder = args.calibration.calibration.as_deref();
     let (peak, file) = known_or_measured(folder, threads, term)?;
     let mut run = Again::new(&executable, &inputs)?;
     term.during("warm up", Some(args.warmup), || run.measure(args.warmup, usize::MAX))?;
     let runs = term.during("measure", Some(args.time), || profiles(&mut run, args.time))?;
-    let mut rows = rows(plan, &runs, peak);
+    let file = file.map(|path| path.display().to_string());
+    let from = file.as_ref().map_or("measured now".to_string(), |path| format!("from {path}"));
+    let machine = Machine { on: format!("{threads} threads"), peak, from, file };
+    report(args, plan, &runs, &machine, term)
+}
+
+/// What a model was measured on.
+struct Machine {
+    /// Threads, or the name of a GPU.
+    on: String,
+    /// What it can do at most.
+    peak: Peak,
+    /// Where that is from.
+    from: String,
+    /// The file, where there is one.
+    file: Option<String>,
+}
+
+/// Prints a row for each kernel, and writes the trace.
+fn report(
+    args: &ProfileArgs,
+    plan: &Plan,
+    runs: &[Profile],
+    machine: &Machine,
+    term: &Term,
+) -> Result<(), Failure> {
+    let Machine { on, peak, from, file } = machine;
+    let mut rows = rows(plan, runs, *peak);
     let total: u64 = rows.iter().map(|row| row.ns).sum();
     rows.sort_by_key(|row| std::cmp::Reverse(row.ns));
-    let median = median_run(&runs);
+    let median = median_run(runs);
     if let Some(path) = &args.trace {
-        let trace = trace(plan, median, &rows, threads);
+        let trace = trace(plan, median, &rows, on);
         files::write(path, |out| writeln!(out, "{trace}"))?;
         term.note(format_args!("wrote {}", path.display()));
     }
@@ -95,18 +139,16 @@ pub fn run(args: &ProfileArgs, term: &Term) -> Result<(), Failure> {
         bytes: sum(&|row| row.bytes),
         least: [sum(&|row| row.least[0]), sum(&|row| row.least[1])],
     };
-    let from = file.map(|path| path.display().to_string());
     let mut peaks = peak.json();
-    peaks["file"] = json!(from);
+    peaks["file"] = json!(file);
     let value = json!({
-        "model": model_name(&args.given.model.model), "threads": threads, "runs": runs.len(),
-        "run_us": median.total() as f64 / 1e3, "peak": peaks,
+        "model": model_name(&args.given.model.model), "threads": peak.threads, "on": on,
+        "runs": runs.len(), "run_us": median.total() as f64 / 1e3, "peak": peaks,
         "kernels": rows.iter().map(|row| row.json(total, plan)).collect::<Vec<_>>(),
         "total": all.json(total, plan),
     });
-    let from = from.map_or("measured now".to_string(), |path| format!("from {path}"));
     let time = milliseconds(Duration::from_nanos(median.total()));
-    let mut text = format!("{} runs on {threads} threads, {time} each\n", runs.len());
+    let mut text = format!("{} runs on {on}, {time} each\n", runs.len());
     text += &format!("this machine: {} ({from})\n\n", peak.text());
     text += "        time  share  GFLOP/s    GB/s  roof          kernel\n";
     text.extend(rows.iter().chain([&all]).map(|row| row.text(total)));
@@ -151,16 +193,14 @@ fn rows(plan: &Plan, runs: &[Profile], peak: Peak) -> Vec<Row> {
 }
 
 /// A run as Chrome's trace viewer and Perfetto read it.
-fn trace(plan: &Plan, run: &Profile, rows: &[Row], threads: usize) -> Value {
+fn trace(plan: &Plan, run: &Profile, rows: &[Row], on: &str) -> Value {
     let meta = |name: &str, value: String| {
         json!({
             "ph": "M", "pid": 1, "tid": 1, "name": name, "args": { "name": value },
         })
     };
-    let mut events = vec![
-        meta("process_name", "kiln".into()),
-        meta("thread_name", format!("kernels, on {threads} threads")),
-    ];
+    let mut events =
+        vec![meta("process_name", "kiln".into()), meta("thread_name", format!("kernels, on {on}"))];
     let mut row_of: Vec<Option<&Row>> = vec![None; plan.steps.len()];
     rows.iter().for_each(|row| row.steps.iter().for_each(|&step| row_of[step] = Some(row)));
     for (index, step) in plan.steps.iter().enumerate() {

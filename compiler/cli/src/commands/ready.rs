@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use kiln::plan::Plan;
 use kiln::{ArtifactFile, Executable};
 
 use crate::args::{BuildArgs, CacheArgs, GivenArgs, InputArgs, ModelArgs, Precision, StateArgs};
@@ -52,7 +53,7 @@ pub fn ready(given: &GivenArgs, fallback: bool, term: &Term) -> Result<Ready, Fa
             (given, executable, begin.elapsed())
         }
     };
-    let inputs = complete(given, &executable, fallback)?;
+    let inputs = complete(given, executable.plan(), fallback)?;
     Ok(Ready { executable, inputs, read, compile: Some(compile) })
 }
 
@@ -74,14 +75,13 @@ pub fn loaded(
     let executable = unsafe { kiln::load_opened(file, path, threads(build)) }?;
     let read = begin.elapsed();
     let names = executable.inputs().iter().map(|port| port.name.clone()).collect();
-    let inputs = complete(input::gather(names, inputs, fallback)?, &executable, fallback)?;
+    let inputs = complete(input::gather(names, inputs, fallback)?, executable.plan(), fallback)?;
     Ok(Ready { executable, inputs, read, compile: None })
 }
 
 /// Tensors for all inputs; states that are not given begin as the model says, unless anything may
 /// be made up.
-fn complete(given: Given, executable: &Executable, fallback: bool) -> Result<Inputs, Failure> {
-    let plan = executable.plan();
+pub fn complete(given: Given, plan: &Plan, fallback: bool) -> Result<Inputs, Failure> {
     let mut ports = Vec::new();
     for (index, port) in plan.longest_inputs().into_iter().enumerate() {
         let is_state = plan.states.iter().any(|state| state.input == index);
@@ -93,7 +93,7 @@ fn complete(given: Given, executable: &Executable, fallback: bool) -> Result<Inp
 }
 
 /// States are decided when a model is compiled.
-fn refuse_states(model: &ModelArgs, states: &StateArgs) -> Result<(), Failure> {
+pub fn refuse_states(model: &ModelArgs, states: &StateArgs) -> Result<(), Failure> {
     if states.state.is_empty() {
         return Ok(());
     }

@@ -10,8 +10,9 @@ use kiln::{Executable, RunError};
 use serde_json::{Value, json};
 
 use crate::args::RunArgs;
-use crate::commands::model_name;
+use crate::commands::again::{Split, split};
 use crate::commands::ready::ready;
+use crate::commands::{cuda, model_name};
 use crate::failure::Failure;
 use crate::files;
 use crate::input::Inputs;
@@ -20,9 +21,20 @@ use crate::term::{Term, milliseconds};
 
 /// Runs the model and writes its outputs, or a summary of them.
 pub fn run(args: &RunArgs, term: &Term) -> Result<(), Failure> {
-    let ready = ready(&args.given, false, term)?;
-    let outputs = steps(&ready.executable, &ready.inputs, args.steps, term);
-    let outputs = outputs.map_err(|error| Failure::usage(error.to_string()))?;
+    let (device, given) = (&args.device, &args.given);
+    let on_device = cuda::on_device(device, &given.model, term, |gpu| {
+        let ready = cuda::ready(gpu, device, given, false, term)?;
+        let outputs = cuda::steps(&ready.model, &ready.inputs, (args.steps, false), term);
+        outputs.map_err(|error| cuda::failure(&error))
+    })?;
+    let outputs = match on_device {
+        Some(outputs) => outputs,
+        None => {
+            let ready = ready(given, false, term)?;
+            let outputs = steps(&ready.executable, &ready.inputs, args.steps, term);
+            outputs.map_err(|error| Failure::usage(error.to_string()))?
+        }
+    };
     let Some(path) = &args.output else {
         let name = model_name(&args.given.model.model);
         let list: Vec<Value> = outputs.iter().map(|(name, t)| summary_json(name, t)).collect();
@@ -45,17 +57,14 @@ pub fn steps(
     term: &Term,
 ) -> Result<Vec<(String, Tensor)>, RunError> {
     let (mut session, plan) = (executable.session(), executable.plan());
-    let is_state = |name: &str| plan.states.iter().any(|s| plan.inputs[s.input].name == name);
-    let (states, inputs): (Vec<_>, Vec<_>) =
-        inputs.named().into_iter().partition(|(name, _)| is_state(name));
-    for (name, view) in states {
-        let value = Tensor::from_bytes(view.dtype, view.shape, view.bytes);
-        session.set_state(name, value.expect("a view has the bytes of its shape"))?;
+    let Split { states, others, .. } = split(plan, inputs);
+    for (name, value) in states {
+        session.set_state(name, value)?;
     }
     let mut outputs = Vec::new();
     for step in 0..count {
         let begin = Instant::now();
-        outputs = session.run(&inputs)?;
+        outputs = session.run(&others)?;
         term.detail(format_args!("run {}: {}", step + 1, milliseconds(begin.elapsed())));
     }
     for state in &plan.states {

@@ -7,7 +7,9 @@ use serde_json::{Value, json};
 
 use crate::args::VerifyArgs;
 use crate::commands::locate::{Place, Probe, locate, probe};
-use crate::commands::{compile, compiler, gather, model_name, open, verify_artifact, with_cache};
+use crate::commands::{
+    compile, compiler, cuda, gather, model_name, open, verify_artifact, verify_cuda, with_cache,
+};
 use crate::failure::{Exit, Failure};
 use crate::input::Inputs;
 use crate::stats::{Difference, Tolerance};
@@ -38,11 +40,17 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     let (model, _) = open(&args.model, term)?;
     let compiler = with_cache(compiler(&args.model, &args.build), &args.cache);
     let (given, compiler) = gather(&model, &args.inputs, true, &compiler)?;
+    let graph = compiler.graph(&model)?;
+    let on_device = cuda::on_device(&args.device, &args.model, term, |gpu| {
+        verify_cuda::verify(args, (gpu, &compiler, &graph), given.clone(), term)
+    })?;
+    if on_device.is_some() {
+        return Ok(());
+    }
     let (executable, _) = compile(&model, &compiler, term)?;
     let inputs = given.complete(executable.inputs())?;
     let found = executable.run(&inputs.named());
     let found = found.map_err(|error| Failure::usage(error.to_string()))?;
-    let graph = compiler.graph(&model)?;
     let values: Vec<Meaning> =
         inputs.tensors.iter().map(|(_, t)| Meaning::from_tensor(t)).collect();
     let expected = term.during("interpret", None, || eval(&graph, &values));

@@ -2,17 +2,18 @@
 
 use std::time::Instant;
 
+use kiln::ArtifactFile;
 use kiln::error::sanitize;
 use kiln::graph::eval::{Value as Meaning, eval};
 use kiln::tensor::{Tensor, TensorView};
 
 use crate::args::{ModelArgs, VerifyArgs};
-use crate::commands::ready::{loaded, opened, refuse_flags};
+use crate::commands::ready::{complete, loaded, opened, refuse_flags};
 use crate::commands::run::steps;
 use crate::commands::verify::{Row, report, row, stored};
-use crate::commands::{compiler, open};
+use crate::commands::{compiler, cuda, open};
 use crate::failure::{Exit, Failure};
-use crate::input::Inputs;
+use crate::input::{self, Inputs};
 use crate::stats::Tolerance;
 use crate::term::Term;
 
@@ -33,13 +34,11 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     let begin = Instant::now();
     let file = opened(&args.model.model, term)?;
     let model_hash = file.manifest.model_hash;
-    let ready = loaded(file, &args.model.model, &args.build, &args.inputs, true, begin)?;
-    let found = steps(&ready.executable, &ready.inputs, 1, term);
-    let found = found.map_err(|error| Failure::usage(error.to_string()))?;
+    let (inputs, found) = found(args, file, begin, term)?;
     let mut rows: Vec<Row> = Vec::new();
     if let Some(reference) = &args.reference {
         let reference = ModelArgs { model: reference.clone(), ..args.model.clone() };
-        let expected = interpret(args, &reference, &ready.inputs, model_hash, term)?;
+        let expected = interpret(args, &reference, &inputs, model_hash, term)?;
         for (name, tensor) in &found {
             let same = expected.iter().find(|(output, _)| output == name);
             let (_, expected) = same.ok_or_else(|| {
@@ -52,7 +51,7 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
             rows.push(row(name, "interpreter", tensor, expected, tolerance));
         }
     }
-    rows.extend(stored(&found, &ready.inputs, tolerance));
+    rows.extend(stored(&found, &inputs, tolerance));
     if rows.is_empty() {
         let text = "there is nothing to compare the compiled model with";
         return Err(Failure::usage(text)
@@ -61,6 +60,33 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     report(args, &rows, None, None, term)?;
     let wrong = rows.iter().any(|row| row.difference.outside > 0);
     if wrong { Err(Failure::said(Exit::Mismatch)) } else { Ok(()) }
+}
+
+/// Inputs, and what the compiled model gives for them, on the device that it is for.
+fn found(
+    args: &VerifyArgs,
+    file: ArtifactFile,
+    begin: Instant,
+    term: &Term,
+) -> Result<(Inputs, Vec<(String, Tensor)>), Failure> {
+    let path = &args.model.model;
+    if file.manifest.modules.is_empty() {
+        // Flags for GPUs are refused.
+        cuda::on_device(&args.device, &args.model, term, |_| Ok(()))?;
+        let ready = loaded(file, path, &args.build, &args.inputs, true, begin)?;
+        let found = steps(&ready.executable, &ready.inputs, 1, term);
+        return Ok((ready.inputs, found.map_err(|error| Failure::usage(error.to_string()))?));
+    }
+    let artifact = cuda::artifact(file, path)?;
+    let done = cuda::on_device(&args.device, &args.model, term, |gpu| {
+        let names = artifact.plan.inputs.iter().map(|port| port.name.clone()).collect();
+        let given = input::gather(names, &args.inputs, true)?;
+        let inputs = complete(given, &artifact.plan, true)?;
+        let (model, _) = cuda::load(gpu, &args.device, &artifact, term)?;
+        let found = cuda::steps(&model, &inputs, (1, false), term);
+        Ok((inputs, found.map_err(|error| cuda::failure(&error))?))
+    })?;
+    Ok(done.expect("a model for GPUs runs on one, or fails"))
 }
 
 /// What the model means on these inputs.

@@ -51,6 +51,11 @@ impl Gpu {
         GPUS.into_iter().find(|gpu| gpu.sm == sm)
     }
 
+    /// The latest one whose text a device of that version can run.
+    pub fn for_device(sm: u32) -> Option<Gpu> {
+        GPUS.into_iter().filter(|gpu| gpu.sm <= sm).max_by_key(|gpu| gpu.sm)
+    }
+
     /// Versions that there are.
     pub fn known() -> Vec<u32> {
         GPUS.iter().map(|gpu| gpu.sm).collect()

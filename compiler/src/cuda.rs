@@ -1,0 +1,113 @@
+//! Compiling for GPUs: the same pipeline to text, and to all that it takes to run it.
+
+use kiln_runtime::gpu::{GpuArtifact, Kernel, Module};
+
+use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{self, Entry, Gpu};
+use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::graph::Graph;
+use crate::graph::verify::verify;
+use crate::loops::ir::Loops;
+use crate::plan::kernels::{Program, program, program_folded};
+use crate::{Compiler, Form, Model, Package, compile, package, rules};
+
+/// A model as text for a GPU.
+#[derive(Clone, Debug)]
+pub struct Cuda {
+    /// Its graph of kernels.
+    pub kernels: Graph,
+    /// Their loops, launches and memory.
+    pub program: Program,
+    /// Their text; entries are in the order of the program's kernels.
+    pub module: cuda::Module,
+}
+
+impl Compiler {
+    /// A model as PTX text for a GPU, with all that a launch of its kernels needs.
+    pub fn cuda(&self, model: &Model, gpu: Gpu) -> Result<Cuda> {
+        self.cuda_of(&self.graph_for_ranges(model)?, gpu)
+    }
+
+    /// The same from a graph on.
+    pub fn cuda_of(&self, graph: &Graph, gpu: Gpu) -> Result<Cuda> {
+        let kernels = self.optimise_cuda(graph)?;
+        let program = program(&verify(kernels.clone())?, gpu.target())?;
+        let module = cuda::emit_all(&program.kernels, gpu)?;
+        Ok(Cuda { kernels, program, module })
+    }
+
+    /// A model for GPUs that have one of these versions of the instruction set or a later one.
+    ///
+    /// # Errors
+    /// As [`compile`](Self::compile), and where a kernel has no PTX.
+    pub fn compile_cuda(&self, model: &Model, gpus: &[Gpu]) -> Result<GpuArtifact> {
+        self.compile_cuda_of(&self.graph_for_ranges(model)?, gpus)
+    }
+
+    /// The same from a graph on. Kernels are lowered for the earliest version, and emitted for all:
+    /// they share the plan, its memory and the constants.
+    pub fn compile_cuda_of(&self, graph: &Graph, gpus: &[Gpu]) -> Result<GpuArtifact> {
+        self.build_cuda(&self.optimise_cuda(graph)?, gpus)
+    }
+
+    /// The graph as kernels for GPUs.
+    pub fn optimise_cuda(&self, graph: &Graph) -> Result<Graph> {
+        Ok((*rules::optimise(graph, self.egraph, true)?.graph).clone())
+    }
+
+    /// A graph of kernels for GPUs.
+    ///
+    /// # Errors
+    /// As [`compile_cuda`](Self::compile_cuda).
+    pub fn build_cuda(&self, kernels: &Graph, gpus: &[Gpu]) -> Result<GpuArtifact> {
+        let mut gpus = gpus.to_vec();
+        gpus.sort_by_key(|gpu| gpu.sm);
+        gpus.dedup();
+        let Some(first) = gpus.first() else {
+            let diagnostic = Diagnostic::new("K0702", "no version of the instruction set");
+            return Err(Error::new(ErrorKind::Usage, diagnostic.help("give --sm, such as 80")));
+        };
+        // Constants have the same bits on every machine that compiles: 128 bits are everywhere.
+        let here = Cpu::host(false);
+        let program = program_folded(&verify(kernels.clone())?, first.target(), here.target())?;
+        let folding = compile::emit_constants(&program, &here, self.verify_code)?;
+        let (plan, constants) = compile::assemble(kernels, &program, &folding, self.threads)?;
+        let (plan, kept) = package::used(&plan);
+        let loops: Vec<Loops> = kept.iter().map(|&k| program.kernels[k].clone()).collect();
+        let (mut text, mut modules) = (Vec::new(), Vec::new());
+        for gpu in gpus {
+            let module = cuda::emit_all(&loops, gpu)?;
+            let start = text.len();
+            text.extend(module.text.into_bytes());
+            // The driver reads up to a zero.
+            text.push(0);
+            let kernels = module.entries.iter().map(kernel).collect::<Result<Vec<Kernel>>>()?;
+            modules.push(Module { sm: gpu.sm, text: start..text.len(), kernels });
+        }
+        Ok(GpuArtifact { plan, text, modules, constants })
+    }
+
+    /// A model that was compiled for GPUs as a file.
+    ///
+    /// # Errors
+    /// As [`compile_cuda`](Self::compile_cuda).
+    pub fn package_cuda(&self, model: &Model, gpus: &[Gpu], form: &Form) -> Result<Package> {
+        package::gpu::package(self.compile_cuda(model, gpus)?, model.hash(), form)
+    }
+}
+
+/// What a launch of a kernel takes.
+fn kernel(entry: &Entry) -> Result<Kernel> {
+    let number = |what: &str, number: usize| {
+        u32::try_from(number).map_err(|_| {
+            let diagnostic = Diagnostic::new("K0701", format!("{number} {what} of a kernel"));
+            Error::new(ErrorKind::Model, diagnostic.node(entry.name.clone()))
+        })
+    };
+    Ok(Kernel {
+        name: entry.name.clone(),
+        blocks: number("blocks", entry.blocks)?,
+        threads: number("threads", entry.threads)?,
+        shared: number("bytes of shared memory", entry.shared)?,
+    })
+}
