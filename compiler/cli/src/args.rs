@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln::DimRange;
+use kiln::{DimRange, Precision};
 
 /// Kiln fires a model into machine code.
 #[derive(Parser, Debug)]
@@ -152,22 +153,21 @@ pub struct BuildArgs {
     /// smaller differences, slower
     #[arg(long, help_heading = "Compiler")]
     pub exact_conv: bool,
-    /// What weights of products of matrices are kept as: bf16 rounds them to 8 bits of mantissa,
-    /// takes half the memory, and all else is computed in f32
-    #[arg(long, value_name = "TYPE", default_value = "f32", help_heading = "Compiler")]
+    /// What products with weights are made of, f32 or bf16, which rounds both their operands to 8
+    /// bits of mantissa: half the memory for weights, twice the speed on CPUs with AVX512_BF16. Sums
+    /// and all else are f32
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = precision(),
+        help_heading = "Compiler")]
     pub precision: Precision,
     /// Use 128-bit vectors only
     #[arg(long, help_heading = "Compiler")]
     pub no_wide: bool,
 }
 
-/// What weights are kept as.
-#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Precision {
-    /// As the model has them
-    F32,
-    /// Rounded to the upper half of an f32
-    Bf16,
+/// Reads a precision by its name.
+fn precision() -> impl TypedValueParser<Value = Precision> {
+    let names = PossibleValuesParser::new(Precision::ALL.map(Precision::name));
+    names.map(|name| Precision::ALL.into_iter().find(|p| p.name() == name).unwrap_or_default())
 }
 
 /// Where compiled models are kept.

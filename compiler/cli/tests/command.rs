@@ -36,7 +36,7 @@ fn run_reads_an_archive_and_writes_one() {
 }
 
 #[test]
-fn weights_in_bf16_change_results_a_little() {
+fn products_of_bf16_change_results_a_little() {
     let model = shipped("digits.onnx");
     let args = ["--dim", "batch=1", "--precision", "bf16", "--atol", "0.02"];
     let value = json(0, &[&["verify", &model], &args[..]].concat());

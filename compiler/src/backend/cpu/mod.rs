@@ -1,6 +1,7 @@
 //! Code for CPUs: one walk over the loops, and emitters behind it. Cranelift can emit every
 //! kernel; wide code takes those that it can on x86-64 with AVX2 or AVX-512.
 
+pub mod bf16;
 pub mod clif;
 pub mod cpuid;
 pub mod dot;
@@ -15,6 +16,7 @@ mod weave;
 pub mod wide;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::graph::scalar::Dots;
 use crate::loops::ir::Loops;
 
 pub use self::target::Cpu;
@@ -52,8 +54,11 @@ pub fn emit_all(kernels: &[Loops], cpu: &Cpu, verify: bool, texts: bool) -> Resu
         let compiled = match cpu.wide_lanes {
             wide if wide < lanes => clif::compile(kernel, &*isa, lanes, texts),
             // Instructions for dot products are those of the whole width.
-            wide => wide::compile(kernel, lanes, cpu.dots() && lanes == wide, texts)
-                .or_else(|_| clif::compile(kernel, &*isa, lanes, texts)),
+            wide => {
+                let dots = if lanes == wide { cpu.dots() } else { Dots::default() };
+                wide::compile(kernel, lanes, dots, texts)
+                    .or_else(|_| clif::compile(kernel, &*isa, lanes, texts))
+            }
         };
         match compiled {
             Ok(compiled) => {
@@ -82,6 +87,8 @@ mod tests {
     use super::Cpu;
     use crate::Compiler;
     use crate::graph::op::Type;
+    use crate::graph::scalar::Dots;
+    use crate::rules::optimise;
     use crate::tests::{check, graph_of};
     use kiln_runtime::tensor::{DType, Tensor};
 
@@ -99,7 +106,7 @@ mod tests {
             let v4 = Cpu::named(None, Some("x86-64-v4")).expect("a level of x86-64");
             let program = Compiler::new()
                 .target(v4)
-                .lower(&crate::rules::optimise(&graph, true, false).expect("a sound graph").graph);
+                .lower(&optimise(&graph, true, Dots::default()).expect("a sound graph").graph);
             let program = program.expect("kernels");
             let lanes = program.kernels.last().and_then(|k| k.lanes());
             let want = match width {
