@@ -250,14 +250,20 @@ impl Compiler {
         }
         let dims = model.settle(&self.shapes, &self.dims)?;
         let graph = model.import_ranges(&self.limits, dims, &self.dims, &self.values)?;
-        Ok(precision::rounded(states::keep(graph, &self.states)?, self.precision, self.exact))
+        Ok(self.rounded(states::keep(graph, &self.states)?))
     }
 
     /// The graph of a model, rounded as `precision` says.
     pub fn graph(&self, model: &Model) -> Result<Graph> {
         let dims = model.settle(&self.shapes, &self.dims)?;
         let graph = model.import(&self.limits, dims, &self.shapes, &self.values)?;
-        Ok(precision::rounded(states::keep(graph, &self.states)?, self.precision, self.exact))
+        Ok(self.rounded(states::keep(graph, &self.states)?))
+    }
+
+    /// A graph with the operands of its products rounded as [`precision`](Self::precision) says:
+    /// graphs of models are so already.
+    pub fn rounded(&self, graph: Graph) -> Graph {
+        precision::rounded(graph, self.precision, self.exact)
     }
 
     /// The graph as kernels.
