@@ -8,7 +8,7 @@
 use kiln_runtime::tensor::DType;
 
 use crate::graph::op::{Contract, Op, Type};
-use crate::graph::{Args, Graph, NodeId, Origin};
+use crate::graph::{Args, Graph, Node, NodeId, Origin};
 use crate::rules::cost::tile_of_products;
 
 /// What the operands of products with weights are rounded to.
@@ -106,15 +106,24 @@ fn through_bf16(graph: &mut Graph, x: NodeId, origin: &Origin) -> NodeId {
 }
 
 /// A value as bf16. What is inside a border is rounded before it gets that, so that whatever computes
-/// it stores both.
+/// it stores both; and what has axes joined before they are, so that it is read in its own axes.
 fn short(graph: &mut Graph, x: NodeId, origin: &Origin) -> NodeId {
     let node = graph.node(x).clone();
     let (op, args) = match node.op {
-        Op::Pad(_) => (node.op, node.args.iter().map(|&a| short(graph, a, origin)).collect()),
+        Op::Pad(_) | Op::Reshape(_) if joins(graph, &node) => {
+            (node.op, node.args.iter().map(|&a| short(graph, a, origin)).collect())
+        }
         _ => (Op::Cast(DType::BF16), Args::from_slice(&[x])),
     };
     // Not folded, so that kernels see what they widen.
     graph.push(op, args, Type { dtype: DType::BF16, ..node.ty }, origin)
+}
+
+/// Whether a node, where it is a reshape, joins axes: not where it only drops or adds some of extent 1.
+fn joins(graph: &Graph, node: &Node) -> bool {
+    let long = |ty: &Type| ty.shape.iter().copied().filter(|&e| e != 1).collect::<Vec<_>>();
+    let is_reshape = matches!(node.op, Op::Reshape(_));
+    !is_reshape || long(graph.ty(node.args[0])).len() > long(&node.ty).len()
 }
 
 #[cfg(test)]
