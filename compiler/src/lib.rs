@@ -243,7 +243,8 @@ impl Compiler {
         Ok(self.find_or_build(model, &self.graph_for_ranges(model)?)?.0)
     }
 
-    /// The graph of a model for all lengths of dims within their ranges, rounded as `precision` says.
+    /// The graph of a model for all lengths of dims within their ranges, rounded as `precision`
+    /// says.
     pub fn graph_for_ranges(&self, model: &Model) -> Result<Graph> {
         if self.dims.iter().all(|(_, range)| range.least == range.most) {
             return self.graph(model);

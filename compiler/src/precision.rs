@@ -105,8 +105,9 @@ fn through_bf16(graph: &mut Graph, x: NodeId, origin: &Origin) -> NodeId {
     graph.push(Op::Cast(DType::F32), Args::from_slice(&[short]), ty, origin)
 }
 
-/// A value as bf16. What is inside a border is rounded before it gets that, so that whatever computes
-/// it stores both; and what has axes joined before they are, so that it is read in its own axes.
+/// A value as bf16. What is inside a border is rounded before it gets that, so that whatever
+/// computes it stores both; and what has axes joined before they are, so that it is read in its own
+/// axes.
 fn short(graph: &mut Graph, x: NodeId, origin: &Origin) -> NodeId {
     let node = graph.node(x).clone();
     let (op, args) = match node.op {
@@ -119,7 +120,8 @@ fn short(graph: &mut Graph, x: NodeId, origin: &Origin) -> NodeId {
     graph.push(op, args, Type { dtype: DType::BF16, ..node.ty }, origin)
 }
 
-/// Whether a node, where it is a reshape, joins axes: not where it only drops or adds some of extent 1.
+/// Whether a node, where it is a reshape, joins axes: not where it only drops or adds some of
+/// extent 1.
 fn joins(graph: &Graph, node: &Node) -> bool {
     let long = |ty: &Type| ty.shape.iter().copied().filter(|&e| e != 1).collect::<Vec<_>>();
     let is_reshape = matches!(node.op, Op::Reshape(_));

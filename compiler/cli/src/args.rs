@@ -154,8 +154,8 @@ pub struct BuildArgs {
     #[arg(long, help_heading = "Compiler")]
     pub exact_conv: bool,
     /// What products with weights are made of, f32 or bf16, which rounds both their operands to 8
-    /// bits of mantissa: half the memory for weights, twice the speed on CPUs with AVX512_BF16. Sums
-    /// and all else are f32
+    /// bits of mantissa: half the memory for weights, twice the speed on CPUs with AVX512_BF16.
+    /// Sums and all else are f32
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = precision(),
         help_heading = "Compiler")]
     pub precision: Precision,

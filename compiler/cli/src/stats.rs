@@ -91,9 +91,9 @@ pub struct Tolerance {
 }
 
 impl Tolerance {
-    /// That of a person, or what the precision leaves open: sums of f32 in another order. Where they
-    /// are rounded to bf16, two that are nearly the same may become neighbours, 2^-8 apart, and layer
-    /// after layer adds as much.
+    /// That of a person, or what the precision leaves open: sums of f32 in another order. Where
+    /// they are rounded to bf16, two that are nearly the same may become neighbours, 2^-8 apart,
+    /// and layer after layer adds as much.
     pub fn of(rtol: Option<f64>, atol: Option<f64>, precision: Precision) -> Tolerance {
         let (relative, absolute) = match precision {
             Precision::F32 => (1e-3, 1e-5),

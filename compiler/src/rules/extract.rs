@@ -96,8 +96,8 @@ pub fn extract(saturated: &Saturated, cheapest: &Cheapest, original: &Graph) -> 
     (build.graph, build.classes)
 }
 
-/// The same value in another layout, or before it is widened, has the users of the value; a value made by merging has its
-/// parts as users.
+/// The same value in another layout, or before it is widened, has the users of the value; a value
+/// made by merging has its parts as users.
 fn inherit_users(saturated: &Saturated, users: &mut HashMap<Id, f64>) {
     let egraph = &saturated.egraph;
     let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();

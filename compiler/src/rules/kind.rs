@@ -387,7 +387,8 @@ impl Body<'_> {
     }
 }
 
-/// Whether an operation on a dtype only makes wider numbers of those that contractions sum in words.
+/// Whether an operation on a dtype only makes wider numbers of those that contractions sum in
+/// words.
 pub(super) fn is_widening(op: &Op, from: DType) -> bool {
     match op {
         Op::Cast(DType::I32) => matches!(from, DType::I16 | DType::I8 | DType::U8),
