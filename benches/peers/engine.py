@@ -1,6 +1,6 @@
 """Measures one engine on one model and prints the object that `kiln bench --json` prints.
 
-    engine.py ENGINE MODEL THREADS SECONDS
+    engine.py ENGINE MODEL THREADS SECONDS [PRECISION]
 """
 import json
 import os
@@ -33,7 +33,7 @@ def inputs(path):
     return feed
 
 
-def onnxruntime(path, feed, threads):
+def onnxruntime(path, feed, threads, _):
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -49,12 +49,12 @@ def onnxruntime(path, feed, threads):
     return lambda: session.run_with_iobinding(binding)
 
 
-def openvino(path, feed, threads):
+def openvino(path, feed, threads, precision):
     import openvino as ov
 
     core = ov.Core()
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32",  # the default is bf16 where the CPU has it
+        "INFERENCE_PRECISION_HINT": precision,  # the default is bf16 where the CPU has it
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
@@ -68,7 +68,7 @@ def openvino(path, feed, threads):
     return request.infer
 
 
-def tract(path, feed, threads):
+def tract(path, feed, threads, _):
     """The wheel has no pool of threads."""
     import tract
 
@@ -82,7 +82,7 @@ def tract(path, feed, threads):
     return lambda: runnable.run(given)
 
 
-def jax(path, feed, threads):
+def jax(path, feed, threads, _):
     """Through a small reader of ONNX that knows the operators of ops.py; weights are arguments."""
     import jax
     from jax import numpy as jnp, lax, nn
@@ -160,10 +160,11 @@ def peak_rss_mb():
 
 
 def main():
-    engine, path, threads, seconds = sys.argv[1:5]
+    engine, path, threads, seconds, *rest = sys.argv[1:]
+    precision = rest[0] if rest else "f32"
     feed = inputs(path)
     start = time.perf_counter()
-    run = ENGINES[engine](path, feed, int(threads))
+    run = ENGINES[engine](path, feed, int(threads), precision)
     load_ms = (time.perf_counter() - start) * 1e3
     times = measure(run, float(seconds))
     at = lambda percent: times[min(len(times) - 1, len(times) * percent // 100)]

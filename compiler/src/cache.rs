@@ -25,6 +25,7 @@ use crate::backend::cpu::Cpu;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::load::failure;
+use crate::precision::Precision;
 
 /// Age from which on a temporary file without a living writer is removed.
 const STALE: Duration = Duration::from_secs(3600);
@@ -58,9 +59,10 @@ impl std::fmt::Display for CacheUse {
 }
 
 /// The name of a compiled graph: equal names, equal code.
-pub(crate) fn key(graph: &Graph, options: [bool; 3], cpu: &Cpu) -> String {
+pub(crate) fn key(graph: &Graph, options: [bool; 2], precision: Precision, cpu: &Cpu) -> String {
     let compiler = (env!("CARGO_PKG_VERSION"), env!("KILN_SOURCE"));
     let emitter = (cranelift_codegen::VERSION, manifest::VERSION);
+    let options = (options, precision.name());
     let mut text = format!("{compiler:?} {emitter:?} {options:?} {cpu:?}\n{}\n", graph.describe());
     let constants: Vec<&[u8]> = graph.constants.iter().map(|c| &c.bytes[..]).collect();
     hashes(&constants).iter().for_each(|hash| text += &manifest::hex(hash));

@@ -6,10 +6,11 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Entry, Gpu};
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::Graph;
+use crate::graph::scalar::Dots;
 use crate::graph::verify::verify;
 use crate::loops::ir::Loops;
 use crate::plan::kernels::{Program, program, program_folded};
-use crate::{Compiler, Form, Model, Package, compile, package, rules};
+use crate::{Compiler, Form, Model, Package, Precision, compile, package, rules};
 
 /// A model as text for a GPU.
 #[derive(Clone, Debug)]
@@ -51,8 +52,22 @@ impl Compiler {
     }
 
     /// The graph as kernels for GPUs.
+    ///
+    /// # Errors
+    /// As [`compile`](Self::compile), and where a [`precision`](Self::precision) is asked for that
+    /// there are no kernels of.
     pub fn optimise_cuda(&self, graph: &Graph) -> Result<Graph> {
-        Ok((*rules::optimise(graph, self.egraph, true)?.graph).clone())
+        if self.precision != Precision::F32 {
+            let diagnostic =
+                Diagnostic::new("K0704", "no kernels of that precision for this device")
+                    .found(format!("{} for a GPU", self.precision.name()))
+                    .expected("f32")
+                    .help("leave the precision out, or compile for a CPU");
+            return Err(Error::new(ErrorKind::Incompatible, diagnostic));
+        }
+        // Bytes are multiplied as they are, by warps.
+        let dots = Dots { whole: true, halves: false };
+        Ok((*rules::optimise(graph, self.egraph, dots)?.graph).clone())
     }
 
     /// A graph of kernels for GPUs.

@@ -25,6 +25,7 @@ mod on_demand;
 pub mod onnx;
 mod package;
 pub mod plan;
+mod precision;
 mod ranges;
 pub mod rules;
 mod states;
@@ -42,6 +43,7 @@ pub use load::{is_artifact, is_cuda_artifact, load, load_cuda, load_opened, open
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
 pub use on_demand::OnDemand;
 pub use package::{Form, Kind, Package, identifier};
+pub use precision::Precision;
 
 use std::path::PathBuf;
 
@@ -62,7 +64,7 @@ pub struct Compiler {
     egraph: bool,
     wide: bool,
     exact: bool,
-    bf16_weights: bool,
+    precision: Precision,
     target: Option<Cpu>,
     verify_code: bool,
     limits: Limits,
@@ -88,7 +90,7 @@ impl Compiler {
             egraph: true,
             wide: true,
             exact: false,
-            bf16_weights: false,
+            precision: Precision::F32,
             target: None,
             verify_code: cfg!(debug_assertions),
             limits: Limits::default(),
@@ -123,11 +125,11 @@ impl Compiler {
         Compiler { exact, ..self }
     }
 
-    /// Whether weights of products of matrices are rounded to bf16, 8 bits of mantissa, and kept in
-    /// half the memory: what reads few rows, such as a decoder, waits for its weights and takes 0.6
-    /// of its time. All else is computed in f32, and convolutions of 3 by 3 keep their weights.
-    pub fn bf16_weights(self, bf16_weights: bool) -> Compiler {
-        Compiler { bf16_weights, ..self }
+    /// What the operands of products with weights are rounded to; all else is computed as the model
+    /// says. With bf16, weights take half the memory, and CPUs with AVX512_BF16 multiply twice as
+    /// fast; sums are f32.
+    pub fn precision(self, precision: Precision) -> Compiler {
+        Compiler { precision, ..self }
     }
 
     /// The CPU that code is made for; by default the one that this runs on.
@@ -191,10 +193,14 @@ impl Compiler {
 
     /// The CPU that code is made for.
     pub fn cpu(&self) -> Cpu {
-        match (&self.target, self.wide) {
+        let cpu = match (&self.target, self.wide) {
             (None, wide) => Cpu::host(wide),
             (Some(cpu), true) => cpu.clone(),
             (Some(cpu), false) => cpu.clone().narrow(),
+        };
+        match self.precision {
+            Precision::F32 => cpu.without_halves(),
+            Precision::Bf16 => cpu,
         }
     }
 
@@ -215,7 +221,7 @@ impl Compiler {
         };
         let cpu = self.cpu();
         cpu.must_run_here()?;
-        let key = cache::key(graph, [self.egraph, self.exact, self.bf16_weights], &cpu);
+        let key = cache::key(graph, [self.egraph, self.exact], self.precision, &cpu);
         cache::compile(folder, &key, self.threads, |name| {
             let form =
                 Form { kind: Kind::Shared, name: name.to_string(), file: None, weights: None };
@@ -232,35 +238,38 @@ impl Compiler {
         Ok(self.find_or_build(model, &self.graph_for_ranges(model)?)?.0)
     }
 
-    /// The graph of a model for all lengths of dims within their ranges.
+    /// The graph of a model for all lengths of dims within their ranges, rounded as `precision`
+    /// says.
     pub fn graph_for_ranges(&self, model: &Model) -> Result<Graph> {
         if self.dims.iter().all(|(_, range)| range.least == range.most) {
             return self.graph(model);
         }
         let dims = model.settle(&self.shapes, &self.dims)?;
         let graph = model.import_ranges(&self.limits, dims, &self.dims, &self.values)?;
-        states::keep(graph, &self.states)
+        Ok(self.rounded(states::keep(graph, &self.states)?))
     }
 
-    /// The graph of a model.
+    /// The graph of a model, rounded as `precision` says.
     pub fn graph(&self, model: &Model) -> Result<Graph> {
         let dims = model.settle(&self.shapes, &self.dims)?;
         let graph = model.import(&self.limits, dims, &self.shapes, &self.values)?;
-        states::keep(graph, &self.states)
+        Ok(self.rounded(states::keep(graph, &self.states)?))
+    }
+
+    /// A graph with the operands of its products rounded as [`precision`](Self::precision) says:
+    /// graphs of models are so already.
+    pub fn rounded(&self, graph: Graph) -> Graph {
+        precision::rounded(graph, self.precision, self.exact)
     }
 
     /// The graph as kernels.
     pub fn optimise(&self, graph: &Graph) -> Result<Graph> {
-        Ok((*rules::optimise(graph, self.egraph, self.cpu().bytes())?.graph).clone())
+        Ok((*rules::optimise(graph, self.egraph, self.cpu().wanted_dots())?.graph).clone())
     }
 
     /// The loops of a graph of kernels.
     pub fn lower(&self, kernels: &Graph) -> Result<Program> {
-        let weights = match self.bf16_weights {
-            true => tensor::DType::BF16,
-            false => tensor::DType::F32,
-        };
-        let target = Target { exact: self.exact, weights, ..self.cpu().target() };
+        let target = Target { exact: self.exact, ..self.cpu().target() };
         program(&verify(kernels.clone())?, target)
     }
 

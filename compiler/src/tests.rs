@@ -6,13 +6,13 @@ use crate::backend::cpu::{Cpu, emit_all};
 use crate::compile::{assemble, emit_constants, load};
 use crate::graph::eval::{Data, Value, eval};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
-use crate::graph::scalar::round_float;
+use crate::graph::scalar::{Dots, round_float};
 use crate::graph::verify::Verified;
 use crate::graph::{Graph, Node, NodeId};
 use crate::loops::lower::Target;
 use crate::plan::kernels::{Program, program};
 use crate::plan::order::unfused;
-use crate::{Compiler, loops, plan};
+use crate::{loops, plan};
 
 fn ramp(ty: &Type, seed: u64) -> Value {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -209,7 +209,7 @@ fn grouped(groups: usize, [channels, outputs]: [usize; 2], graph: &mut Graph, x:
 
 /// Compiles a graph whose result is stored inside a border, by the kernel that computes it.
 fn bordered(graph: &Graph, tolerance: f64) {
-    let fused = crate::rules::optimise(graph, false, false).unwrap().graph;
+    let fused = crate::rules::optimise(graph, false, Dots::default()).unwrap().graph;
     let inside = |n: &Node| match n.op {
         Op::Fused(body) => {
             let nodes = &fused.bodies[body as usize].nodes;
@@ -540,7 +540,7 @@ fn convolutions_by_minimal_filtering() {
     ];
     for (shape, out) in sizes {
         let graph = three_by_three(shape, out);
-        let optimised = crate::rules::optimise(&graph, true, false).unwrap().graph;
+        let optimised = crate::rules::optimise(&graph, true, Dots::default()).unwrap().graph;
         check_kernels(&graph, &optimised, 3e-5);
         let kernels = |exact| {
             let target = Target { exact, ..Cpu::host(true).target() };
@@ -556,44 +556,5 @@ fn convolutions_by_minimal_filtering() {
             "{}",
             crate::graph::text::print(&optimised)
         );
-    }
-}
-
-#[test]
-fn weights_in_bf16_are_those_that_were_rounded() {
-    let mut state = 5u32;
-    let mut numbers = |count: usize| -> Vec<f32> {
-        let next = |_| {
-            state = state.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..count).map(next).collect()
-    };
-    for [m, k, n] in [[1, 70, 96], [5, 33, 37], [23, 64, 16], [3, 9, 5]] {
-        let (x, w) = (Tensor::from_slice(&[m, k], &numbers(m * k)), numbers(k * n));
-        let of = |w: &[f32]| {
-            let (mut graph, o) = (Graph::default(), "product".into());
-            let a = graph.input("x", Type::new(DType::F32, &[m, k]));
-            let b = graph.tensor(&Tensor::from_slice(&[k, n], w), &o);
-            let y = graph.matmul(a, b, &o).expect("fits");
-            let y = graph.binary_number(BinaryFn::Max, y, 0.0, &o).expect("fits");
-            graph.outputs.push(("y".into(), y));
-            graph
-        };
-        let rounded: Vec<f32> = w.iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect();
-        for wide in [false, true] {
-            let run = |graph: &Graph, compiler: Compiler| {
-                let kernels = compiler.optimise(graph).unwrap_or_else(|e| panic!("{e}"));
-                let program = compiler.lower(&kernels).unwrap_or_else(|e| panic!("{e}"));
-                let text: String = program.kernels.iter().map(crate::loops::text::print).collect();
-                let executable = compiler.build(&kernels).unwrap_or_else(|e| panic!("{e}"));
-                let y = executable.run(&[("x", x.view())]).unwrap_or_else(|e| panic!("{e}"));
-                (y[0].1.bytes().to_vec(), text.contains("bf16"))
-            };
-            let short = run(&of(&w), Compiler::new().wide(wide).bf16_weights(true));
-            let long = run(&of(&rounded), Compiler::new().wide(wide));
-            assert!(short.1 && !long.1, "{m} x {k} x {n}");
-            assert_eq!(short.0, long.0, "{m} x {k} x {n}, wide {wide}");
-        }
     }
 }

@@ -4,12 +4,12 @@
 
 use std::path::Path;
 
-use kiln::Compiler;
 use kiln::graph::eval::Value;
 use kiln::graph::op::{BinaryFn, Op, Type};
 use kiln::graph::{Graph, NodeId};
 use kiln::onnx::{ImportOptions, import};
 use kiln::tensor::{DType, Tensor};
+use kiln::{Compiler, Limits, Model, Precision};
 use kiln_tests::cases::read_case;
 use kiln_tests::{Random, oracle, run_compiled};
 
@@ -26,6 +26,18 @@ const NETWORKS: [&str; 6] = [
     "light_squeezenet_random",
     "mobilenet_v2",
     "resnet18",
+];
+
+/// Networks whose products are of bf16, and what that changes of their outputs, relative to the
+/// largest: each operand is rounded by up to 2^-9 of itself, and layer after layer adds as much.
+const OF_BF16: [(&str, f64); 7] = [
+    ("bert_base_opset23", 4.5e-2),
+    ("encoder", 3e-3),
+    ("gpt2_decode_opset23", 1e-2),
+    ("light_resnet50_random", 2e-2),
+    ("mobilenet_v2", 1.2e-2),
+    ("resnet18", 6e-3),
+    ("vit_b16_opset23", 1e-2),
 ];
 
 fn f64_for(dtype: DType) -> DType {
@@ -198,4 +210,32 @@ fn networks() {
         beyond.extend((fewer > NETWORK || exact > NETWORK).then_some(name));
     }
     assert!(beyond.is_empty(), "more than {NETWORK:e} of the largest output: {beyond:?}");
+}
+
+#[test]
+fn networks_in_bf16() {
+    let Some(models) = oracle("models") else { return };
+    let mut beyond = Vec::new();
+    for (name, bound) in OF_BF16 {
+        let folder = models.join(name);
+        let inputs = read_case(&folder, &folder).unwrap_or_else(|e| panic!("{name}: {e}")).inputs;
+        let path = folder.join("model.onnx");
+        let model = Model::open(path, &Limits::default()).unwrap_or_else(|e| panic!("{e}"));
+        let run = |precision| {
+            let compiler = Compiler::new().precision(precision);
+            let graph = compiler.graph(&model).unwrap_or_else(|e| panic!("{name}: {e}"));
+            run_compiled(&graph, &inputs, &compiler).unwrap_or_else(|e| panic!("{name}: {e}"))
+        };
+        let [exact, rounded] = Precision::ALL.map(run);
+        let far = exact.iter().zip(&rounded).map(|(exact, rounded)| {
+            let (error, largest) =
+                errors(std::slice::from_ref(rounded), std::slice::from_ref(exact));
+            error / largest.max(f64::MIN_POSITIVE)
+        });
+        let far = far.fold(0.0, f64::max);
+        println!("{name}: {far:.2e} of the largest output");
+        assert!(far > 1e-5, "{name}: nothing was rounded");
+        beyond.extend((far > bound).then_some(name));
+    }
+    assert!(beyond.is_empty(), "more than was rounded: {beyond:?}");
 }

@@ -2,7 +2,7 @@
 
 use kiln::onnx::read_tensor;
 use kiln::tensor::{DType, Tensor, TensorView};
-use kiln::{Compiler, Executable, Limits, Model, Session};
+use kiln::{Compiler, Executable, Limits, Model, Precision, Session};
 use kiln_tests::{Random, Tolerance, difference, oracle};
 
 fn executable(name: &str, compiler: &Compiler) -> Option<Executable> {
@@ -126,6 +126,30 @@ fn a_cache_may_begin_empty() {
     let names = caches();
     inputs.extend(names.iter().map(|(input, _)| (input.as_str(), cache.view())));
     assert_eq!(best(&on_demand.run(&inputs).expect("a step")), tokens[0]);
+}
+
+/// Products are of bf16 in both, whose caches lie apart.
+#[test]
+fn steps_in_bf16_are_the_same_with_caches_in_place_and_by_hand() {
+    let compiler = Compiler::new().dim_range("past", 1..=40).precision(Precision::Bf16);
+    let Some(plain) = executable("language", &compiler) else { return };
+    let in_place = executable("language", &compiler.state("past_*", "present_*"));
+    let in_place = in_place.expect("the same model");
+    let (mut by_hand, mut kept) = (session(&plain), start(in_place.session()));
+    for position in 0..30 {
+        let (token, place) = (number(position * 7 % 50), number(position));
+        let given = [("token", token.view()), ("position", place.view())];
+        let [a, b] = [&mut by_hand, &mut kept].map(|s| s.run(&given).expect("a step").remove(0));
+        let tolerance = Tolerance { rtol: 2f64.powi(-6), atol: 2f64.powi(-6) };
+        assert_eq!(difference(&b.1, &a.1, tolerance), None, "step {position}");
+    }
+    let exact = Compiler::new().dim_range("past", 1..=40);
+    let mut exact = session(&executable("language", &exact).expect("the same model"));
+    let zero = number(0);
+    let given = [("token", zero.view()), ("position", zero.view())];
+    let (want, got) = (exact.run(&given), session(&plain).run(&given));
+    let (want, got) = (want.expect("a step").remove(0), got.expect("a step").remove(0));
+    assert_ne!(want.1.bytes(), got.1.bytes(), "nothing was rounded");
 }
 
 fn start(mut session: Session) -> Session {

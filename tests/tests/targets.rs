@@ -9,7 +9,7 @@ use kiln::graph::Graph;
 use kiln::graph::eval::Value;
 use kiln::onnx::{ImportOptions, import};
 use kiln::tensor::Tensor;
-use kiln::{Compiler, Executable, Form, Kind};
+use kiln::{Compiler, Executable, Form, Kind, Precision};
 use kiln_tests::cases::{Case, read_case};
 use kiln_tests::machines::{Emulator, Machine, emulators, machines};
 use kiln_tests::{Tolerance, difference, oracle, run_compiled, skip};
@@ -156,9 +156,19 @@ fn several_levels_are_loaded() {
         skip("this machine is older than x86-64-v3");
         return;
     }
+    for precision in Precision::ALL {
+        let compiler = Compiler::new().precision(precision);
+        let graph = compiler.rounded(graph.clone());
+        let [multi, here] = ["multi", "x86-64-v3"].map(|name| compiler.clone().target(level(name)));
+        loaded_as(&graph, &case.inputs, &multi, &here);
+    }
+}
+
+/// The file of one compiler gives the same bytes as the kernels of another one.
+#[cfg(target_arch = "x86_64")]
+fn loaded_as(graph: &Graph, inputs: &[Tensor], compiler: &Compiler, here: &Compiler) {
     let form = Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
-    let compiler = Compiler::new().target(level("multi"));
-    let package = compiler.package_of(&graph, [0; 32], &form).expect("a package");
+    let package = compiler.package_of(graph, [0; 32], &form).expect("a package");
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("net.so");
     fs::write(&path, package.file).expect("a file");
@@ -166,11 +176,10 @@ fn several_levels_are_loaded() {
     // SAFETY: the file was written above.
     let loaded = unsafe { Executable::load(&path, pool) }.expect("a file that loads");
     let names: Vec<String> = graph.inputs.iter().map(|port| port.0.clone()).collect();
-    let inputs: Vec<_> =
-        names.iter().map(String::as_str).zip(case.inputs.iter().map(Tensor::view)).collect();
-    let got = loaded.run(&inputs).expect("a run");
-    let here = Compiler::new().target(level("x86-64-v3"));
-    let want = run_compiled(&graph, &case.inputs, &here).expect("a run");
+    let views: Vec<_> =
+        names.iter().map(String::as_str).zip(inputs.iter().map(Tensor::view)).collect();
+    let got = loaded.run(&views).expect("a run");
+    let want = run_compiled(graph, inputs, here).expect("a run");
     for ((_, got), want) in got.iter().zip(&want) {
         assert_eq!(got.bytes(), want.bytes());
     }

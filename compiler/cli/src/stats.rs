@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use kiln::Precision;
 use kiln::half::{bf16, f16};
 use kiln::tensor::{DType, Element, Tensor};
 
@@ -85,11 +86,31 @@ pub struct Tolerance {
     pub rtol: f64,
     /// Absolute.
     pub atol: f64,
+    /// Whether the absolute one counts in units of the largest element, or of 1 where that is less.
+    pub of_largest: bool,
 }
 
 impl Tolerance {
+    /// That of a person, or what the precision leaves open: sums of f32 in another order. Where
+    /// they are rounded to bf16, two that are nearly the same may become neighbours, 2^-8 apart,
+    /// and layer after layer adds as much.
+    pub fn of(rtol: Option<f64>, atol: Option<f64>, precision: Precision) -> Tolerance {
+        let (relative, absolute) = match precision {
+            Precision::F32 => (1e-3, 1e-5),
+            Precision::Bf16 => (2f64.powi(-6), 2f64.powi(-6)),
+        };
+        Tolerance {
+            rtol: rtol.unwrap_or(relative),
+            atol: atol.unwrap_or(absolute),
+            of_largest: atol.is_none() && precision == Precision::Bf16,
+        }
+    }
+
     /// The difference of two tensors; those of another type or shape differ everywhere.
     pub fn compare(self, found: &Tensor, expected: &Tensor) -> Difference {
+        if self.of_largest {
+            return self.inside(expected).compare(found, expected);
+        }
         if found.dtype() == expected.dtype() && found.shape() == expected.shape() {
             return compare(found, expected, self.rtol, self.atol);
         }
@@ -102,7 +123,7 @@ impl Tolerance {
     pub fn inside(self, expected: &Tensor) -> Tolerance {
         let finite = values(expected).into_iter().filter(|value| value.is_finite());
         let largest = finite.fold(0.0f64, |largest, value| largest.max(value.abs()));
-        Tolerance { atol: self.atol * largest.max(1.0), ..self }
+        Tolerance { atol: self.atol * largest.max(1.0), of_largest: false, ..self }
     }
 }
 
@@ -112,7 +133,7 @@ mod tests {
 
     #[test]
     fn another_shape_differs_everywhere() {
-        let tolerance = Tolerance { rtol: 1e-3, atol: 1e-5 };
+        let tolerance = Tolerance::of(None, None, Precision::F32);
         let (a, b) = (Tensor::zeros(DType::F32, &[4]), Tensor::zeros(DType::F32, &[2, 2]));
         assert_eq!(tolerance.compare(&a, &b).outside, 4);
         assert_eq!(tolerance.compare(&a, &a).outside, 0);

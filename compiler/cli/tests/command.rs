@@ -36,12 +36,18 @@ fn run_reads_an_archive_and_writes_one() {
 }
 
 #[test]
-fn weights_in_bf16_change_results_a_little() {
+fn products_of_bf16_change_results_a_little() {
     let model = shipped("digits.onnx");
-    let args = ["--dim", "batch=1", "--precision", "bf16", "--atol", "0.02"];
+    let args = ["--dim", "batch=1", "--precision", "bf16", "--kernels"];
     let value = json(0, &[&["verify", &model], &args[..]].concat());
     let text = value.to_string();
     assert_eq!(value["ok"], true, "{text}");
+    let rows = value["outputs"].as_array().expect("comparisons");
+    let against = |what: &str| rows.iter().find(|row| row["against"] == what).expect("one");
+    let apart = |what: &str| against(what)["max_abs"].as_f64().expect("a number");
+    // Rounding shows, and code rounds what the interpreter does.
+    assert!(apart("f32") > 1e-5 && apart("f32") < 0.02, "{text}");
+    assert!(apart("interpreter") < apart("f32"), "{text}");
     let (_, err) = expect(2, &["run", &model, "--precision", "bf8"]);
     assert!(err.contains("possible values: f32, bf16"), "{err}");
     let folder = Folder::new();
@@ -51,6 +57,11 @@ fn weights_in_bf16_change_results_a_little() {
     let half = ["compile", &model, "--dim", "batch=1", "--precision", "bf16", "-o", &file];
     let short = expect(0, &half);
     assert!(fs::metadata(&file).expect("a file").len() < bytes, "{long:?} {short:?}");
+    let with = ["verify", &file, "--model", &model, "--dim", "batch=1", "--precision", "bf16"];
+    expect(0, &with);
+    let exact = ["verify", &file, "--model", &model, "--dim", "batch=1"];
+    let (_, err) = expect(4, &exact);
+    assert!(err.is_empty() || err.contains("differ"), "{err}");
     let (_, err) = expect(2, &["run", &file, "--precision", "bf16"]);
     assert!(err.contains("--precision is for models that are compiled"), "{err}");
 }

@@ -1,6 +1,7 @@
 //! Backends: from loops to code. One walk over the loops (`emit.rs`), and machines behind it that
 //! turn its steps into instructions.
 
+pub mod bf16;
 pub mod cpu;
 pub mod cuda;
 pub mod dot;

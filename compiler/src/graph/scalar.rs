@@ -70,13 +70,27 @@ pub enum Parts {
     Pairs,
     /// Four bytes: those of the first factor are u8, those of the second one i8.
     Quads,
+    /// Two bf16.
+    Halves,
+}
+
+/// The dot products of parts that a machine has instructions for.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Dots {
+    /// Of integers.
+    pub whole: bool,
+    /// Of bf16.
+    pub halves: bool,
 }
 
 impl Parts {
+    /// All of them.
+    pub const ALL: [Parts; 3] = [Parts::Pairs, Parts::Quads, Parts::Halves];
+
     /// How many there are.
     pub fn count(self) -> usize {
         match self {
-            Parts::Pairs => 2,
+            Parts::Pairs | Parts::Halves => 2,
             Parts::Quads => 4,
         }
     }
@@ -85,7 +99,15 @@ impl Parts {
     pub fn of(factors: [DType; 2]) -> Option<Parts> {
         let [x, y] = factors;
         let fits = |p: &Parts| p.dtypes() == factors || p.dtypes() == [y, x];
-        [Parts::Pairs, Parts::Quads].into_iter().find(fits)
+        Parts::ALL.into_iter().find(fits)
+    }
+
+    /// What their products are added as.
+    pub fn sum(self) -> DType {
+        match self {
+            Parts::Pairs | Parts::Quads => DType::I32,
+            Parts::Halves => DType::F32,
+        }
     }
 
     /// What they are in the first and in the second factor.
@@ -93,14 +115,23 @@ impl Parts {
         match self {
             Parts::Pairs => [DType::I16, DType::I16],
             Parts::Quads => [DType::U8, DType::I8],
+            Parts::Halves => [DType::BF16, DType::BF16],
         }
     }
 }
 
-/// The products of the parts of x and y, and z, added as i32.
+/// The products of the parts of x and y, and z, added. Those of bf16 are added to z as `fma` does,
+/// the last one first, as `vdpbf16ps` does; which takes numbers below the least normal one as 0.
 pub fn dot(parts: Parts, x: Number, y: Number, z: Number) -> Number {
+    if let (Number::Int(x), Number::Int(y), Parts::Halves) = (x, y, parts) {
+        let part = |word: i128, k: usize| {
+            let bits = (word >> (16 * k)) as u16;
+            Number::Float(half::bf16::from_bits(bits).to_f64())
+        };
+        return [1, 0].into_iter().fold(z, |sum, k| fma(DType::F32, part(x, k), part(y, k), sum));
+    }
     let (Number::Int(x), Number::Int(y), Number::Int(z)) = (x, y, z) else {
-        unreachable!("parts are integers")
+        unreachable!("parts of words are added as they are multiplied")
     };
     let [first, second] = parts.dtypes();
     let products = (0..parts.count()).map(|k| {

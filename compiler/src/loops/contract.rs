@@ -207,6 +207,12 @@ pub fn widened(e: &Expr) -> Option<(BufferId, &Affine)> {
     }
 }
 
+/// The same of an operand that lanes hold as f32, and keep as bf16 or as it is.
+fn float<'e>(lower: &Lower, e: &'e Expr) -> Option<(BufferId, &'e Affine)> {
+    let kept = if let Expr::Cast(..) = e { DType::BF16 } else { DType::F32 };
+    widened(e).filter(|l| lower.buffers[l.0].dtype == kept)
+}
+
 /// Which operand goes into lanes, and whether it is packed.
 #[derive(Clone, Copy)]
 pub struct Roles {
@@ -220,9 +226,9 @@ pub struct Roles {
 
 fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
     let n = *product.vars.last()? as usize;
-    let loads = [plain_load(&product.operands[0])?, plain_load(&product.operands[1])?];
     let words = product.parts.is_some();
-    let float = loads.iter().all(|l| lower.buffers[l.0].dtype == DType::F32);
+    let load = |e| if words { plain_load(e) } else { float(lower, e) };
+    let loads = [load(&product.operands[0])?, load(&product.operands[1])?];
     let steps = loads.map(|l| l.1.coefficient(n));
     let constant = loads.map(|l| lower.is_constant(l.0));
     let lanes = match steps {
@@ -239,7 +245,7 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
     let epilogue = Stmt::Store { buffer, place, value: (*product.result).clone() };
     let fits = (!packed || packable(lower, loads[lanes]))
         && nest::is_vector(&lower.buffers, &[epilogue], n as Var);
-    ((float || words) && fits && !product.summed.is_empty()).then_some(Roles {
+    (fits && !product.summed.is_empty()).then_some(Roles {
         both: steps[1 - lanes] != 0,
         lanes,
         packed,
@@ -251,7 +257,7 @@ fn roles(lower: &Lower, product: &Product) -> Option<Roles> {
 fn is_read_often(lower: &Lower, product: &Product, lanes: usize) -> bool {
     const ROWS: usize = 64;
     const ELEMENTS: usize = 1 << 14;
-    let Some((_, panel)) = plain_load(&product.operands[lanes]) else { return false };
+    let Some((_, panel)) = widened(&product.operands[lanes]) else { return false };
     let stays = |v: &&Var| panel.coefficient(**v as usize) == 0;
     let rows: usize =
         product.vars.iter().filter(stays).map(|&v| lower.extents[v as usize]).product();
@@ -267,21 +273,17 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
         _ if roles.both => 1,
         _ => 2,
     };
-    let panel_loads = plain_load(&product.operands[roles.lanes]);
+    let panel_loads = widened(&product.operands[roles.lanes]);
     let (source, affine) = panel_loads.ok_or_else(|| Refused("a packed load".into()))?;
     // The sum runs in the order of the broadcast operand's memory, largest steps first.
     let mut summed = product.summed.clone();
-    let other = plain_load(&product.operands[1 - roles.lanes]).map(|l| l.1.clone());
+    let other = widened(&product.operands[1 - roles.lanes]).map(|l| l.1.clone());
     let step = |v: &Var| other.as_ref().map_or(0, |a| a.coefficient(*v as usize).abs());
     summed.sort_by_key(|v| std::cmp::Reverse(step(v)));
-    // Weights may be kept in half the memory.
-    let kept = match lower.buffers[source].dtype {
-        DType::F32 if lower.is_constant(source) && !roles.both => lower.target.weights,
-        dtype => dtype,
-    };
     if narrow::fits(&lower, &product, roles) {
-        return narrow::lower(&lower, product, roles, (&summed, kept), lowered);
+        return narrow::lower(&lower, product, roles, &summed, lowered);
     }
+    let kept = lower.buffers[source].dtype;
     let strips = strips(extent, lower.target.lanes, vectors);
     let scratch = roles.packed.then(|| {
         let len = packed_len(&lower, &product, affine) / extent * panel_elements(&strips);
@@ -293,8 +295,7 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
         if let Some(scratch) = scratch {
             let order = panel_order(&product, affine, &summed, n);
             let axes = (&order[..], n);
-            let to = (scratch.0, scratch.1, kept);
-            let (pack, place) = pack(&lower, source, affine, axes, strip, to, product.parts)?;
+            let (pack, place) = pack(&lower, source, affine, axes, strip, scratch, product.parts)?;
             lowered.kernels.push(pack);
             panel = Some(Panels { scratch, place, kept });
         }
@@ -305,8 +306,8 @@ fn tiles(lower: Lower, product: Product, roles: Roles, lowered: &mut Lowered) ->
 
 /// The innermost result axis along which only the broadcast operand moves.
 fn row_axis(product: &Product, roles: Roles) -> Option<Var> {
-    let panel = plain_load(&product.operands[roles.lanes])?.1;
-    let other = plain_load(&product.operands[1 - roles.lanes])?.1;
+    let panel = widened(&product.operands[roles.lanes])?.1;
+    let other = widened(&product.operands[1 - roles.lanes])?.1;
     let (_, outer) = product.vars.split_last()?;
     let free =
         |v: &&Var| panel.coefficient(**v as usize) == 0 && other.coefficient(**v as usize) != 0;
@@ -416,7 +417,7 @@ fn panel_moves(body: &[Stmt], roles: Roles, var: Var) -> bool {
 fn rows_of(body: &[Stmt], vars: &[Var], roles: Roles) -> Option<Var> {
     let operands = factors(body)?;
     let panel = widened(operands[roles.lanes])?.1;
-    let other = plain_load(operands[1 - roles.lanes])?.1;
+    let other = widened(operands[1 - roles.lanes])?.1;
     let alone = |moves: &Affine, stays: &Affine| {
         let alone =
             |v: &&Var| moves.coefficient(**v as usize) != 0 && stays.coefficient(**v as usize) == 0;
@@ -587,8 +588,7 @@ pub fn repacked(
     let order = panel_order(product, affine, &product.summed, n);
     let (scratch, len) = (lowered.scratch.len(), packed_len(lower, product, affine));
     lowered.scratch.push((DType::F32, len));
-    let (kernel, packed) =
-        pack(lower, buffer, affine, (&order, n), strip, (scratch, len, DType::F32), None)?;
+    let (kernel, packed) = pack(lower, buffer, affine, (&order, n), strip, (scratch, len), None)?;
     lowered.kernels.push(kernel);
     let to = lower.buffer(DType::F32, len, Scope::Global, Param::Scratch(scratch));
     let place = packed.substitute(&|v| match v {

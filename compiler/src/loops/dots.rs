@@ -82,8 +82,7 @@ fn sum_in_lanes(lower: &Lower, product: &Product, n: Var) -> Option<Var> {
     let float = operands.iter().all(|o| lower.buffers[o.0].dtype == DType::F32);
     let fixed = product.vars.iter().chain(&product.summed).all(|&v| lower.span(v).is_none());
     let short = extent(n) < lanes && product.parts.is_none();
-    // Weights that are kept as bf16 are those of panels.
-    if !(float && fixed && short && lower.target.weights == DType::F32) {
+    if !(float && fixed && short) {
         return None;
     }
     let neighbours = |v: Var| {

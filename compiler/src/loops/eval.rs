@@ -199,7 +199,7 @@ impl Run<'_> {
                 let word = (0..4 / bytes).rev().fold(0, |word, k| {
                     let part = match elements.get(at + k) {
                         Number::Int(v) => v,
-                        Number::Float(v) => v as i128,
+                        Number::Float(v) => scalar::bf16(v).to_bits().into(),
                     };
                     (word << (8 * bytes)) | (part & ((1 << (8 * bytes)) - 1))
                 });

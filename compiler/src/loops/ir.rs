@@ -228,10 +228,11 @@ pub enum Expr {
     /// All lanes of a register buffer (a power of two of them), folded as a tree: lane i with
     /// lane i + n/2, and so on with the half.
     Fold(ReduceFn, BufferId),
-    /// `buffer[place]` and the elements after it, two i16 or four bytes, as the parts of an i32:
-    /// the first is the lowest one.
+    /// `buffer[place]` and the elements after it, two i16 or bf16 or four bytes, as the parts of an
+    /// i32: the first is the lowest one.
     Word(BufferId, Place),
-    /// The products of the parts of x and y, and z, all added as i32.
+    /// The products of the parts of x and y, and z, all added: as i32, or as f32 where the parts
+    /// are bf16.
     Dot(Parts, Arc<Expr>, Arc<Expr>, Arc<Expr>),
 }
 
@@ -335,6 +336,7 @@ pub fn dtype(buffers: &[Buffer], e: &Expr) -> DType {
         Expr::Unary(_, x) | Expr::Fma(x, _, _) | Expr::Select(_, x, _) => dtype(buffers, x),
         Expr::Binary(f, ..) if f.is_comparison() => DType::Bool,
         Expr::Binary(_, x, _) => dtype(buffers, x),
-        Expr::Word(..) | Expr::Dot(..) => DType::I32,
+        Expr::Word(..) => DType::I32,
+        Expr::Dot(parts, ..) => parts.sum(),
     }
 }

@@ -5,8 +5,6 @@
 
 use std::sync::Arc;
 
-use kiln_runtime::tensor::DType;
-
 use super::contract::{Product, Roles, plain_load, tile, zero};
 use super::ir::{Expr, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
@@ -29,18 +27,18 @@ pub fn fits(lower: &Lower, product: &Product, roles: Roles) -> bool {
         && product.vars.iter().chain(&product.summed).all(settled)
 }
 
-/// Its kernels; weights are kept as this dtype.
+/// Its kernels.
 pub fn lower(
     parent: &Lower,
     product: Product,
     roles: Roles,
-    (summed, kept): (&[Var], DType),
+    summed: &[Var],
     lowered: &mut Lowered,
 ) -> Lowering<()> {
     let n = *product.vars.last().ok_or_else(|| Refused("a result without axes".into()))?;
     let load = plain_load(&product.operands[roles.lanes]);
     let (source, affine) = load.ok_or_else(|| Refused("a packed load".into()))?;
-    let lanes = parent.target.lanes;
+    let (lanes, kept) = (parent.target.lanes, parent.buffers[source].dtype);
     let strip = Strip { start: 0, tiles: 1, width: lanes, vectors: 1, packed: 0 };
     let len = packed_len(parent, &product, affine) / parent.extents[usize::from(n)] * lanes;
     let panels = lowered.scratch.len();
@@ -51,7 +49,7 @@ pub fn lower(
     let at = Place::affine(Affine::axis(all.into()));
     lowered.kernels.push(nest::store_nest(clear, vec![all], to, at, Arc::new(zero(kept))));
     let order = panel_order(&product, affine, summed, n);
-    let memory = (panels, len, kept);
+    let memory = (panels, len);
     let (kernel, place) = pack(parent, source, affine, (&order, n), strip, memory, product.parts)?;
     lowered.kernels.push(kernel);
     // Sums by rows, each a vector long.

@@ -98,14 +98,14 @@ pub fn panel_order(product: &Product, affine: &Affine, summed: &[Var], n: Var) -
 /// of an element in terms of the product's variables, with the tile as variable 255 and the
 /// element within the tile as variable 254.
 /// The elements of a word, which lie apart as `parts` says, come side by side. Where they go has a
-/// number, a length and a dtype.
+/// number and a length.
 pub fn pack(
     lower: &Lower,
     source: BufferId,
     affine: &Affine,
     (order, n): (&[Var], Var),
     strip: Strip,
-    (scratch, len, kept): (usize, usize, DType),
+    (scratch, len): (usize, usize),
     parts: Option<(Parts, i64)>,
 ) -> Lowering<(Loops, Affine)> {
     let mut packer = lower.fresh();
@@ -113,7 +113,7 @@ pub fn pack(
     let dtype = from.dtype;
     let source = packer.buffer(dtype, from.len, Scope::Global, from.param);
     let count = parts.map_or(1, |p| p.0.count());
-    let to = packer.buffer(kept, len, Scope::Global, Param::Scratch(scratch));
+    let to = packer.buffer(dtype, len, Scope::Global, Param::Scratch(scratch));
     // Outer axes of the result come before the tile in memory, as they do in the loops.
     let tile = packer.var(strip.tiles)?;
     let inner: Vec<Var> =
@@ -156,10 +156,7 @@ pub fn pack(
         place = place.plus(part as usize, 1);
         read = read.plus(part as usize, step);
     }
-    let mut value = Arc::new(Expr::Load(source, Place::affine(read)));
-    if kept != dtype {
-        value = Arc::new(Expr::Cast(kept, value));
-    }
+    let value = Arc::new(Expr::Load(source, Place::affine(read)));
     Ok((nest::store_nest(packer, vars, to, Place::affine(place), value), packed))
 }
 

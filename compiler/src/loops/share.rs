@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::contract::plain_load;
+use super::contract::widened;
 use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Number, Place, Scope, Stmt, Var, work};
 use super::rewrite::{prune, substitute};
 use crate::graph::op::{Affine, BinaryFn};
@@ -330,7 +330,7 @@ fn operands(body: &[Stmt]) -> Option<[(BufferId, &Affine); 2]> {
     let mut found = None;
     each_store(body, &mut |_, _, value| {
         if let (None, Expr::Fma(x, y, _) | Expr::Dot(_, x, y, _)) = (found, value) {
-            found = plain_load(x).zip(plain_load(y));
+            found = widened(x).zip(widened(y));
         }
     });
     found.map(|(x, y)| [x, y])

@@ -1,7 +1,5 @@
 //! What loops need to know of a machine.
 
-use kiln_runtime::tensor::DType;
-
 /// What a machine can do, as far as loops need to know.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Target {
@@ -11,8 +9,8 @@ pub struct Target {
     pub registers: usize,
     /// Whether a sum is that of the products that the model writes down, and not of fewer others.
     pub exact: bool,
-    /// What weights that are packed are kept as, F32 or BF16.
-    pub weights: DType,
+    /// Whether products of bf16 are summed two at a time.
+    pub halves: bool,
     /// Threads of a block of a GPU; 0 for a CPU.
     pub threads: usize,
 }

@@ -476,10 +476,12 @@ fn call(cursor: &mut Cursor, name: &str, buffers: &[Buffer]) -> Parsed<Expr> {
     Ok(e)
 }
 
-fn dot_name(parts: Parts) -> &'static str {
+/// The name of a dot product of such parts.
+pub fn dot_name(parts: Parts) -> &'static str {
     match parts {
         Parts::Pairs => "dot2",
         Parts::Quads => "dot4",
+        Parts::Halves => "dot2bf16",
     }
 }
 
@@ -500,7 +502,7 @@ fn apply(name: &str, args: &[Arc<Expr>]) -> Option<Expr> {
         }
         [x, y, z] if name == "select" => Expr::Select(x.clone(), y.clone(), z.clone()),
         [x, y, z] if name.starts_with("dot") => {
-            let parts = [Parts::Pairs, Parts::Quads].into_iter().find(|p| dot_name(*p) == name)?;
+            let parts = Parts::ALL.into_iter().find(|p| dot_name(*p) == name)?;
             Expr::Dot(parts, x.clone(), y.clone(), z.clone())
         }
         [x, y, z] if name == "fma" => Expr::Fma(x.clone(), y.clone(), z.clone()),

@@ -161,16 +161,16 @@ fn dtype(loops: &Loops, e: &Expr) -> Result<DType, Unproven> {
         }
         Expr::Word(n, place) => {
             let found = dtype(loops, &Expr::Load(*n, place.clone()))?;
-            let part = matches!(found, DType::I16 | DType::I8 | DType::U8);
+            let part = matches!(found, DType::I16 | DType::I8 | DType::U8 | DType::BF16);
             unless(part, || format!("a word of {found}"))?;
             DType::I32
         }
-        Expr::Dot(_, x, y, z) => {
-            for e in [x, y, z] {
+        Expr::Dot(parts, x, y, z) => {
+            for (e, wanted) in [(x, DType::I32), (y, DType::I32), (z, parts.sum())] {
                 let found = dtype(loops, e)?;
-                unless(found == DType::I32, || format!("a dot product of {found}"))?;
+                unless(found == wanted, || format!("a dot product of {found}"))?;
             }
-            DType::I32
+            parts.sum()
         }
         Expr::Fold(_, n) => {
             let lanes = buffer(*n)?.len;

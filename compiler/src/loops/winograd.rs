@@ -110,7 +110,7 @@ pub fn lower(
     let order = [conv.ic, conv.window[0], conv.window[1]];
     let (buffer, affine) = &conv.weights;
     let (kernel, _) =
-        pack(lower, *buffer, affine, (&order, conv.oc), strip, (given, lens[0], short), None)?;
+        pack(lower, *buffer, affine, (&order, conv.oc), strip, (given, lens[0]), None)?;
     let mut add = |name: &str, kernel: Loops| {
         lowered.kernels.push(Loops { name: name.into(), ..kernel });
     };

@@ -1,9 +1,9 @@
-//! Sums of products of short integers, two or four products at a time.
+//! Sums of products of short numbers, two or four products at a time.
 //!
-//! Both operands are integers that the contraction widens: two i16, or one u8 and one i8 where the
-//! target has instructions for these. The one that is broadcast has neighbours along the sum side
-//! by side in memory, so that a word of them is read as one i32; the other one is packed with the
-//! parts of its words side by side. Products and sums are i32, as those that they stand for.
+//! Both operands are numbers that the contraction widens: two i16, or one u8 and one i8, or two
+//! bf16 where the target has instructions for these. The one that is broadcast has neighbours along
+//! the sum side by side in memory, so that a word of them is read as one i32; the other one is
+//! packed with the parts of its words side by side. Sums are what they stand for, i32 or f32.
 
 use std::sync::Arc;
 
@@ -14,10 +14,17 @@ use super::ir::{Expr, Parts, Place, Var};
 use super::lower::{Lower, Lowering};
 use crate::graph::op::Affine;
 
-/// The load of short integers that an i32 is widened from.
+/// The load of short numbers that an operand is widened from.
 fn short<'e>(lower: &Lower, e: &'e Expr) -> Option<(usize, &'e Affine)> {
-    let Expr::Cast(DType::I32, x) = e else { return None };
-    plain_load(x).filter(|l| lower.buffers[l.0].dtype.bytes() <= 2)
+    let Expr::Cast(to, x) = e else { return None };
+    let load = plain_load(x)?;
+    let from = lower.buffers[load.0].dtype;
+    let fits = match to {
+        DType::I32 => from.bytes() <= 2,
+        DType::F32 => from == DType::BF16 && lower.target.halves,
+        _ => false,
+    };
+    fits.then_some(load)
 }
 
 /// A product of short integers with its operands as they are before they are widened.
@@ -43,7 +50,7 @@ pub fn in_words(lower: &mut Lower, product: &Product) -> Lowering<Option<Product
         _ => return Ok(None),
     };
     let dtypes = [other, panel].map(|load| lower.buffers[load.0].dtype);
-    let known = [Parts::Pairs, Parts::Quads].into_iter().find(|p| p.dtypes() == dtypes);
+    let known = Parts::ALL.into_iter().find(|p| p.dtypes() == dtypes);
     let Some(parts) = known else { return Ok(None) };
     let count = parts.count();
     let fits = |&&var: &&Var| {
@@ -64,7 +71,7 @@ pub fn in_words(lower: &mut Lower, product: &Product) -> Lowering<Option<Product
     };
     let read = |l: (usize, &Affine)| Arc::new(Expr::Word(l.0, Place::affine(spread(l.1))));
     let operands = match parts {
-        Parts::Pairs => [read(x), read(y)],
+        Parts::Pairs | Parts::Halves => [read(x), read(y)],
         Parts::Quads => [read(other), read(panel)],
     };
     let summed = product.summed.iter().map(|&v| if v == whole { word } else { v });
@@ -174,7 +181,7 @@ mod tests {
                 let text: String = program.kernels.iter().map(crate::loops::text::print).collect();
                 assert!(text.contains("dot"), "{sizes:?}\n{text}");
                 // Bytes are multiplied directly.
-                let bytes = compiler.cpu().bytes();
+                let bytes = compiler.cpu().wanted_dots().whole;
                 assert_eq!(text.contains("dot4("), bytes, "{sizes:?}\n{text}");
                 assert_eq!(text.contains(".products"), few && !bytes, "{sizes:?}");
                 let inputs = [Value::from_tensor(&given)];

@@ -1,7 +1,9 @@
 //! Rules of arithmetic. Constants are met by their values, so they hold for numbers of any layout.
 
 use egg::Id;
+use kiln_runtime::tensor::DType;
 
+use super::integers::cast_from;
 use super::lang::{ENode, Egg};
 use super::table::{add, find, shape};
 use crate::graph::eval::Value;
@@ -133,6 +135,10 @@ pub(super) fn scale_into_contract(egraph: &mut Egg, node: &ENode) -> Option<Id> 
         _ => None,
     })?;
     let weight = (0..2).find(|&k| egraph[args[k]].data.constant)?;
+    // Scaled, they would not be bf16 any more.
+    if cast_from(egraph, args[weight], |from| from == DType::BF16).is_some() {
+        return None;
+    }
     let along: Vec<usize> = (0..scale_shape.len()).filter(|&d| scale_shape[d] != 1).collect();
     if result.len() != scale_shape.len() || along.len() > 1 {
         return None;

@@ -102,7 +102,7 @@ impl Attention {
             Op::Contract(_) => true,
             Op::Reduce(..) => true,
             Op::Reshape(_) => stage[n] == 0 || stage[n] == 3,
-            Op::Permute(_) => stage[n] == 3 && n > self.mixed,
+            Op::Permute(_) | Op::Cast(DType::BF16) => stage[n] == 3 && n > self.mixed,
             op => is_pointwise(op) && stage[n] < 3,
         };
         let beside = (0..nodes.len()).filter(|n| !above.contains(n));
@@ -175,13 +175,14 @@ impl Attention {
             && uses(second, 1 - side, value) > 0
     }
 
-    /// Whether the result is only moved: in another order with the same last axis, then in another
-    /// shape.
+    /// Whether the result is only moved, in another order with the same last axis, then in another
+    /// shape; and perhaps rounded to bf16 before that.
     fn ends_plain(&self, nodes: &[Node]) -> bool {
         let mut ends: Vec<&Op> = nodes[self.mixed + 1..].iter().map(|n| &n.op).collect();
         while let Some(Op::Reshape(_)) = ends.last() {
             ends.pop();
         }
+        ends.retain(|op| **op != Op::Cast(DType::BF16));
         match ends.as_slice() {
             [] => true,
             [Op::Permute(axes)] => axes.last().is_some_and(|&a| a as usize + 1 == axes.len()),
@@ -196,6 +197,7 @@ impl Attention {
         let above = body.above(self.products);
         let float = |&n: &usize| match &nodes[n].op {
             Op::Binary(f) if f.is_comparison() => true,
+            _ if n > self.mixed => matches!(nodes[n].ty.dtype, DType::F32 | DType::BF16),
             _ => nodes[n].ty.dtype == DType::F32,
         };
         let operands = [self.products, self.mixed].map(|n| &nodes[n].args);

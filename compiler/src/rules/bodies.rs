@@ -10,6 +10,7 @@ use smallvec::SmallVec;
 use super::cost::{body_us, parts_read};
 use super::kind::{Kind, MAX_ARGS, MAX_OPS, classify};
 use crate::graph::op::{Op, Type};
+use crate::graph::scalar::Dots;
 use crate::graph::{Args, Body, Node, NodeId};
 
 /// Arguments of a kernel: indices of whatever it is about.
@@ -26,6 +27,8 @@ type Three = ([u32; 3], [usize; 2], [Order; 3]);
 /// All bodies, with what has been found out about them.
 #[derive(Default)]
 pub struct Bodies {
+    /// What the target has.
+    dots: Dots,
     list: Vec<Arc<Body>>,
     kinds: Vec<Kind>,
     parts: Vec<SmallVec<[f64; 6]>>,
@@ -36,6 +39,11 @@ pub struct Bodies {
 }
 
 impl Bodies {
+    /// No bodies yet, for a target with these dot products.
+    pub fn for_machine(dots: Dots) -> Bodies {
+        Bodies { dots, ..Bodies::default() }
+    }
+
     /// All bodies, by number.
     pub fn list(&self) -> &[Arc<Body>] {
         &self.list
@@ -88,7 +96,7 @@ impl Bodies {
         let nodes = &self.list[body as usize];
         *self.costs.entry((body, constant)).or_insert_with(|| {
             let flags: Vec<bool> = (0..MAX_ARGS.max(32)).map(|k| constant >> k & 1 == 1).collect();
-            body_us(nodes, &flags)
+            body_us(nodes, &flags, self.dots)
         })
     }
 

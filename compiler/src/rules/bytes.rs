@@ -25,7 +25,7 @@ pub(super) fn of_bytes(egraph: &mut Egg, contract: &Contract, wholes: &[Id]) -> 
         [true, false] => [0, 1],
         _ => return None,
     };
-    if !egraph.analysis.bytes || !sum_fits(contract) {
+    if !egraph.analysis.dots.whole || !sum_fits(contract) {
         return None;
     }
     let words = match in_words(contract, constant, Parts::Quads) {

@@ -12,6 +12,7 @@ use super::{Budget, fuse, optimise};
 use crate::graph::build::Added;
 use crate::graph::eval::{Data, Value, eval, eval_op};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
+use crate::graph::scalar::Dots;
 use crate::graph::{Graph, NodeId, text};
 
 /// A small generator of random numbers (xorshift), the same on every machine.
@@ -397,8 +398,9 @@ fn check_optimised(graph: &Graph, tolerance: f64, what: &str) -> Graph {
     let inputs = inputs_of(graph);
     let expected = eval(graph, &inputs);
     let mut result = None;
-    for (egraph, bytes) in [(false, false), (true, false), (true, true)] {
-        let optimised = optimise(graph, egraph, bytes).unwrap_or_else(|e| panic!("{what}: {e}"));
+    for (egraph, whole) in [(false, false), (true, false), (true, true)] {
+        let dots = Dots { whole, halves: false };
+        let optimised = optimise(graph, egraph, dots).unwrap_or_else(|e| panic!("{what}: {e}"));
         check_shape_of(&optimised.graph);
         assert!(optimised.report.chosen_us <= optimised.report.greedy_us, "{what}");
         for (a, b) in expected.iter().zip(&eval(&optimised.graph, &inputs)) {
@@ -450,7 +452,7 @@ fn every_class_has_one_value() {
         let graph = Random::new(seed, DType::F64).finish();
         let plain = fuse::expand(&graph).expect("definitions are typed");
         let mut saturated = build(&plain);
-        saturated.egraph.analysis.bytes = seed % 2 == 1;
+        saturated.egraph.analysis.dots.whole = seed % 2 == 1;
         let counts = saturate(&mut saturated.egraph, Budget { rounds: 8, nodes: 1500 });
         for (rule, count) in counts {
             *fired.entry(rule).or_insert(0) += count.values().sum::<usize>();

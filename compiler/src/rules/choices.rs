@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 use super::bodies::{Bodies, Places};
 use super::extract::{Build, Cheapest, users};
 use super::fuse;
-use super::kind::Kind;
+use super::kind::{Kind, is_widening};
 use super::lang::{ENode, Saturated};
 use super::select::Selection;
 use crate::graph::op::Op;
@@ -67,7 +67,7 @@ impl ChoiceGraph {
         let mut out = ChoiceGraph {
             outputs: outputs.collect(),
             values: Vec::with_capacity(order.len()),
-            bodies: Bodies::default(),
+            bodies: Bodies::for_machine(egraph.analysis.dots),
         };
         for &class in &order {
             let is_input = |n: &ENode| matches!(n.op, Op::Input(_));
@@ -206,16 +206,19 @@ impl ChoiceGraph {
     }
 }
 
-/// Whether a class is a list of what is multiplied, i16 or bytes, as i32: kernels read these.
+/// Whether a class is a list of what is multiplied, i16 or bytes as i32 or bf16 as f32: kernels
+/// read these.
 fn widens(saturated: &Saturated, id: Id) -> bool {
     let egraph = &saturated.egraph;
     let is_short = |dtype: DType| match dtype {
-        DType::I16 => true,
-        DType::I8 => egraph.analysis.bytes,
+        DType::I16 | DType::BF16 => true,
+        DType::I8 => egraph.analysis.dots.whole,
         _ => false,
     };
-    let short =
-        |n: &ENode| n.op == Op::Cast(DType::I32) && is_short(egraph[n.args[0]].data.ty.dtype);
+    let short = |n: &ENode| {
+        let from = n.args.first().map(|x| egraph[*x].data.ty.dtype);
+        from.is_some_and(|from| is_widening(&n.op, from) && is_short(from))
+    };
     egraph[id].data.ty.numel() > 1 && egraph[id].nodes.iter().any(short)
 }
 

@@ -5,9 +5,10 @@ use kiln_runtime::tensor::DType;
 
 use super::attention;
 use super::contract::through_view;
+use super::kind::is_widening;
 use super::reads;
 use crate::graph::op::{Affine, BinaryFn, Contract, Op, Type, UnaryFn};
-use crate::graph::scalar::Parts;
+use crate::graph::scalar::{Dots, Parts};
 use crate::graph::{Body, Graph, Node, NodeId};
 
 /// Microseconds to start a kernel.
@@ -29,7 +30,7 @@ const FOLD_FLOPS: f64 = 8.0;
 const PACKED_PER_US: f64 = BYTES_PER_US / 8.0;
 
 /// Modelled time of all kernels of a graph that do not hang on constants only.
-pub fn kernels_us(graph: &Graph) -> f64 {
+pub fn kernels_us(graph: &Graph, dots: Dots) -> f64 {
     let mut constant: Vec<bool> = Vec::with_capacity(graph.nodes.len());
     let mut total = 0.0;
     for node in &graph.nodes {
@@ -40,14 +41,14 @@ pub fn kernels_us(graph: &Graph) -> f64 {
         constant.push(fixed);
         if let (Op::Fused(body), false) = (&node.op, fixed) {
             let weights: Vec<bool> = node.args.iter().map(|a| constant[a.index()]).collect();
-            total += body_us(&graph.bodies[*body as usize], &weights);
+            total += body_us(&graph.bodies[*body as usize], &weights, dots);
         }
     }
     total
 }
 
-/// Modelled time of one kernel.
-pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
+/// Modelled time of one kernel on a machine with these dot products.
+pub fn body_us(body: &Body, constant_args: &[bool], dots: Dots) -> f64 {
     let mut bytes = body.root().ty.size_bytes() as f64;
     let mut work_us = 0.0;
     let rows = attention::find(&body.nodes).map(|a| a.rows(&body.nodes));
@@ -68,11 +69,14 @@ pub fn body_us(body: &Body, constant_args: &[bool]) -> f64 {
                         let read = through_views(body, contract, &node.args);
                         match rows {
                             Some(rows) => attention_us(&read, rows),
-                            None if node.ty.dtype == DType::I32 => {
+                            None => {
                                 let from = [0, 1].map(|k: usize| widened_from(body, node.args[k]));
-                                integers_us(&read, [constant(0), constant(1)], from)
+                                let constant = [constant(0), constant(1)];
+                                match node.ty.dtype {
+                                    DType::I32 => integers_us(&read, constant, from),
+                                    _ => halves_us(&read, constant, from, dots),
+                                }
                             }
-                            None => contract_us(&read, [constant(0), constant(1)]),
                         }
                     }
                     Op::Reduce(..) => asked[node.args[0].index()] * FOLD_FLOPS / FLOPS_PER_US,
@@ -97,7 +101,7 @@ fn through_views(body: &Body, contract: &Contract, args: &[NodeId]) -> Contract 
             let node = &body.nodes[at.index()];
             let Some(&x) = node.args.first() else { break };
             let from = &body.nodes[x.index()].ty.shape;
-            if let Op::Cast(DType::I32) = node.op {
+            if is_widening(&node.op, body.nodes[x.index()].ty.dtype) {
                 at = x;
                 continue;
             }
@@ -108,11 +112,11 @@ fn through_views(body: &Body, contract: &Contract, args: &[NodeId]) -> Contract 
     read
 }
 
-/// The node that is widened to the operand of a contraction of integers; else that operand.
+/// The node that is widened to the operand of a contraction; else that operand.
 fn widened(body: &Body, operand: NodeId) -> usize {
     let node = &body.nodes[operand.index()];
-    match node.op {
-        Op::Cast(DType::I32) => node.args[0].index(),
+    match node.args.first() {
+        Some(x) if is_widening(&node.op, body.nodes[x.index()].ty.dtype) => x.index(),
         _ => operand.index(),
     }
 }
@@ -124,7 +128,7 @@ fn widened_from(body: &Body, operand: NodeId) -> Option<DType> {
         let node = &body.nodes[at.index()];
         let x = *node.args.first()?;
         let from = body.nodes[x.index()].ty.dtype;
-        if node.op == Op::Cast(DType::I32) && from.bytes() <= 2 {
+        if is_widening(&node.op, from) {
             return Some(from);
         }
         at = x;
@@ -225,6 +229,19 @@ pub fn results_of_tile(image: [usize; 2]) -> Option<usize> {
 /// can be done so.
 fn fewer_products(contract: &Contract, constant: [bool; 2]) -> Option<f64> {
     let weights = constant.iter().position(|&c| c)?;
+    let channels = contract.maps[1 - weights].last()?.as_axis()?;
+    let out = (0..contract.n_out).rev().find(|&axis| contract.extents[axis] > 1)?;
+    let m = tile_of_products(contract, weights, [channels, out])?;
+    Some(if m == 4 { 2.2 } else { 1.5 })
+}
+
+/// How many results the tiles of a convolution of 3 by 3 have along both axes of the image, where
+/// it can be done by minimal filtering; its channels are these axes of the sum and of the result.
+pub fn tile_of_products(
+    contract: &Contract,
+    weights: usize,
+    [channels, out]: [usize; 2],
+) -> Option<usize> {
     let (x, w) = (&contract.maps[1 - weights], &contract.maps[weights]);
     let windows = x.iter().filter_map(|index| match index.terms[..] {
         [(image, 1), (tap, 1)] if contract.extents[usize::from(tap)] == 3 => Some(image),
@@ -232,15 +249,14 @@ fn fewer_products(contract: &Contract, constant: [bool; 2]) -> Option<f64> {
     });
     let [Some(a), Some(b), None] = [0, 1, 2].map(|i| windows.clone().nth(i)) else { return None };
     let m = results_of_tile([a, b].map(|axis| contract.extents[usize::from(axis)]))?;
-    let channels = x.last()?.as_axis().filter(|&axis| axis >= contract.n_out)?;
     let fits = |axis: usize| {
         contract.extents[axis] >= LEAST_CHANNELS && contract.extents[axis].is_multiple_of(8)
     };
-    let out = (0..contract.n_out).rev().find(|&axis| contract.extents[axis] > 1)?;
     let pure = w.len() == 4 && w.iter().all(|index| index.as_axis().is_some());
-    let summed = w.iter().any(|index| index.as_axis() == Some(channels));
+    let summed =
+        channels >= contract.n_out && w.iter().any(|index| index.as_axis() == Some(channels));
     let both = fits(channels) && fits(out) && !x.iter().any(|i| i.coefficient(out) != 0);
-    (pure && summed && both).then_some(if m == 4 { 2.2 } else { 1.5 })
+    (pure && summed && both).then_some(m)
 }
 
 /// A contraction of an attention with so many rows. Where they are many, each operand is packed for
@@ -290,14 +306,45 @@ pub fn integers_us(contract: &Contract, constant: [bool; 2], from: [Option<DType
         Some(Parts::Pairs) if fewer_products(contract, constant).is_some() => 1.7,
         Some(Parts::Pairs) => 0.95 * filled,
         Some(Parts::Quads) => 1.9 * filled,
-        None => 0.03,
+        Some(Parts::Halves) | None => 0.03,
     };
     2.0 * products / FLOPS_PER_US / efficiency
 }
 
+/// How much longer it takes to widen bf16 one by one before they go into all lanes.
+const ONE_BY_ONE: f64 = 2.5;
+
+/// Modelled time of a contraction of f32 of which operands may be widened from bf16. Those of two
+/// such are summed twice as fast where the machine has dot products of them.
+pub fn halves_us(
+    contract: &Contract,
+    constant: [bool; 2],
+    from: [Option<DType>; 2],
+    dots: Dots,
+) -> f64 {
+    if from == [None; 2] {
+        return contract_us(contract, constant);
+    }
+    let us = products_us(contract, constant, None);
+    let both = from.iter().all(|f| *f == Some(DType::BF16));
+    if dots.halves && both && in_words(contract, constant, Parts::Halves) {
+        return us / 2.0;
+    }
+    let lanes = (0..contract.n_out).rev().find(|&a| contract.extents[a] > 1);
+    let in_lanes = |k: usize| {
+        lanes.is_some_and(|axis| contract.maps[k].iter().any(|i| i.coefficient(axis) != 0))
+    };
+    if (0..2).any(|k| from[k].is_some() && !in_lanes(k)) { us * ONE_BY_ONE } else { us }
+}
+
+/// A contraction by fewer products than it has, where it can be done so, or by all of them.
+fn contract_us(contract: &Contract, constant: [bool; 2]) -> f64 {
+    products_us(contract, constant, fewer_products(contract, constant))
+}
+
 /// The last result axis goes into lanes: fast where one operand steps along it by one element or
 /// is constant (then it is packed), and the other stays or does the same.
-fn contract_us(contract: &Contract, constant: [bool; 2]) -> f64 {
+fn products_us(contract: &Contract, constant: [bool; 2], fewer: Option<f64>) -> f64 {
     let flops = 2.0 * contract.extents.iter().map(|&e| e as f64).product::<f64>();
     let lanes = (0..contract.n_out).rev().find(|&a| contract.extents[a] > 1);
     let Some(axis) = lanes else { return flops / FLOPS_PER_US / 0.1 };
@@ -333,7 +380,7 @@ fn contract_us(contract: &Contract, constant: [bool; 2]) -> f64 {
         return packing + flops / FLOPS_PER_US / (0.3 * filled);
     }
     let efficiency = match (unit(0) && unit(1), wide) {
-        (true, true) if let Some(fewer) = fewer_products(contract, constant) => 0.6 * fewer,
+        (true, true) if let Some(fewer) = fewer => 0.6 * fewer,
         // Panels packed at compile time are read in order, whatever the other operand does.
         (true, true) if packed && along(0) && along(1) => 0.6 * filled,
         (true, true) if packed => 0.5 * filled,

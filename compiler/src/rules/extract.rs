@@ -8,7 +8,8 @@ use egg::Id;
 use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
-use super::cost::{integers_us, op_us};
+use super::cost::{halves_us, integers_us, op_us};
+use super::kind::is_widening;
 use super::lang::{ENode, Saturated};
 use crate::graph::op::Op;
 use crate::graph::{Args, Graph, NodeId, Origin};
@@ -43,9 +44,15 @@ fn node_us(saturated: &Saturated, class: Id, node: &ENode) -> f64 {
         | Op::Composite(_) => bytes,
     };
     let work = match &node.op {
-        Op::Contract(contract) if data.ty.dtype == DType::I32 => {
+        Op::Contract(contract) => {
             let from = [0, 1].map(|k: usize| widened_from(saturated, node.args[k]));
-            integers_us(contract, constant, from)
+            let dots = saturated.egraph.analysis.dots;
+            match data.ty.dtype {
+                DType::I32 => integers_us(contract, constant, from),
+                // Else what makes an operand rounds it, and keeps it as f32.
+                _ if dots.halves => halves_us(contract, constant, from, dots),
+                _ => op_us(&node.op, data.ty.numel() as f64, constant),
+            }
         }
         op => op_us(op, data.ty.numel() as f64, constant),
     };
@@ -57,7 +64,7 @@ fn widened_from(saturated: &Saturated, class: Id) -> Option<DType> {
     let egraph = &saturated.egraph;
     let from = |n: &ENode| {
         let dtype = egraph[*n.args.first()?].data.ty.dtype;
-        (n.op == Op::Cast(DType::I32) && dtype.bytes() <= 2).then_some(dtype)
+        is_widening(&n.op, dtype).then_some(dtype)
     };
     egraph[class].nodes.iter().find_map(|n| match &n.op {
         Op::Permute(_) | Op::Pad(_) => egraph[n.args[0]].nodes.iter().find_map(from),
@@ -89,8 +96,8 @@ pub fn extract(saturated: &Saturated, cheapest: &Cheapest, original: &Graph) -> 
     (build.graph, build.classes)
 }
 
-/// The same value in another layout has the users of the value; a value made by merging has its
-/// parts as users.
+/// The same value in another layout, or before it is widened, has the users of the value; a value
+/// made by merging has its parts as users.
 fn inherit_users(saturated: &Saturated, users: &mut HashMap<Id, f64>) {
     let egraph = &saturated.egraph;
     let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();
@@ -111,7 +118,10 @@ fn inherit_users(saturated: &Saturated, users: &mut HashMap<Id, f64>) {
         for class in &classes {
             let Some(count) = users.get(class).copied() else { continue };
             for node in &egraph[*class].nodes {
-                if let Op::Permute(_) | Op::Reshape(_) = node.op {
+                let moves = matches!(node.op, Op::Permute(_) | Op::Reshape(_));
+                let is_bf16 = |x: &Id| egraph[*x].data.ty.dtype == DType::BF16;
+                let widens = node.op == Op::Cast(DType::F32) && node.args.iter().all(is_bf16);
+                if moves || widens {
                     let other = users.entry(egraph.find(node.args[0])).or_insert(0.0);
                     *other = other.max(count);
                 }

@@ -384,7 +384,7 @@ pub(super) fn contract_of_shorts(egraph: &mut Egg, node: &ENode) -> Option<Id> {
 pub(super) fn difference_of_bytes(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let bytes = difference(egraph, node)?;
     // Bytes without a zero point are not to be mixed up with what is multiplied in pairs.
-    if egraph.analysis.bytes && is_zero(egraph, bytes[1], DEPTH) {
+    if egraph.analysis.dots.whole && is_zero(egraph, bytes[1], DEPTH) {
         return None;
     }
     let difference = short_difference(egraph, bytes);
@@ -413,7 +413,7 @@ pub(super) fn pool_of_integers(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     if egraph[scale].data.ty.numel() != 1 || !positive {
         return None;
     }
-    let (mut shorts, zero) = match egraph.analysis.bytes {
+    let (mut shorts, zero) = match egraph.analysis.dots.whole {
         true => unsigned(egraph, whole, 0)?,
         false => (short(egraph, whole, 0)?, None),
     };

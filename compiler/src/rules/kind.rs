@@ -273,27 +273,29 @@ impl Body<'_> {
 
     fn is_contract(&self, contract: usize) -> bool {
         let above = self.above(contract);
-        // Everything else only moves elements, into the contraction or beside it; or it is what
-        // makes integers of bytes, and numbers of them.
+        // Everything else only moves elements, into the contraction or beside it, or widens them;
+        // or it is what makes integers of bytes, and numbers of them.
         let (shorts, below) = (self.is_of_parts(contract), self.below(contract));
-        let whole = self.ty(contract).dtype == DType::I32;
+        let dtype = self.ty(contract).dtype;
+        let whole = dtype == DType::I32;
         let size = self.ty(contract).numel();
         let mut beside = self.members().filter(|n| !above.contains(n));
         let fits = |n: usize| {
             let once = !below[n] && is_pointwise(self.op(n)) && self.ty(n).numel() == size;
+            let widens = self.ty(n).dtype == dtype && self.widened_from(n).is_some();
             self.is_move(n)
-                || whole && (self.widened_from(n).is_some() || once && self.is_vector_op(n))
+                || widens && (whole || below[n])
+                || whole && once && self.is_vector_op(n)
         };
         beside.all(fits)
             && self.is_epilogue(contract, Lanes::OfNode)
             && self.is_vector(contract, &above, shorts)
     }
 
-    /// The short integer that a node is as an i32.
+    /// The short number that a node is as an i32 or f32.
     fn widened_from(&self, node: usize) -> Option<DType> {
-        let is_cast = *self.op(node) == Op::Cast(DType::I32);
-        let from = self.args(node).next().map(|a| self.ty(a).dtype).filter(|_| is_cast)?;
-        matches!(from, DType::I16 | DType::I8 | DType::U8).then_some(from)
+        let from = self.args(node).next().map(|a| self.ty(a).dtype)?;
+        is_widening(self.op(node), from).then_some(from)
     }
 
     /// Whether the operands of a contraction, moved or not, are parts of words.
@@ -385,16 +387,26 @@ impl Body<'_> {
     }
 }
 
-/// Whether lanes hold values of a dtype.
+/// Whether an operation on a dtype only makes wider numbers of those that contractions sum in
+/// words.
+pub(super) fn is_widening(op: &Op, from: DType) -> bool {
+    match op {
+        Op::Cast(DType::I32) => matches!(from, DType::I16 | DType::I8 | DType::U8),
+        Op::Cast(DType::F32) => from == DType::BF16,
+        _ => false,
+    }
+}
+
+/// Whether lanes hold values of a dtype. Those of bf16 are only moved, rounded to and widened.
 pub fn is_lane(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::I32 | DType::I16 | DType::I8 | DType::U8)
+    matches!(dtype, DType::F32 | DType::BF16 | DType::I32 | DType::I16 | DType::I8 | DType::U8)
 }
 
 /// Whether there is an instruction for a function of two values in lanes.
 pub fn is_lane_binary(f: BinaryFn, dtype: DType) -> bool {
     match f {
         BinaryFn::Add | BinaryFn::Sub | BinaryFn::Mul | BinaryFn::Max | BinaryFn::Min => {
-            is_lane(dtype)
+            is_lane(dtype) && dtype != DType::BF16
         }
         BinaryFn::Div | BinaryFn::Eq | BinaryFn::Ne | BinaryFn::Lt | BinaryFn::Le => {
             dtype == DType::F32
@@ -406,7 +418,10 @@ pub fn is_lane_binary(f: BinaryFn, dtype: DType) -> bool {
 /// Whether lanes of one dtype can be those of another.
 pub fn is_lane_cast(from: DType, to: DType) -> bool {
     // Only what f32 has exactly is a bound for it.
-    is_lane(from) && is_lane(to) && !(from == DType::F32 && to == DType::I32)
+    let number = |dtype: DType| matches!(dtype, DType::F32 | DType::BF16);
+    let whole = number(from) && to == DType::I32;
+    let short = (from == DType::BF16 || to == DType::BF16) && !(number(from) && number(to));
+    is_lane(from) && is_lane(to) && !whole && !short
 }
 
 /// Whether a reshape splits axes, and joins none but those of extent 1.

@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 
 use crate::graph::infer::infer;
 use crate::graph::op::{Op, Type};
+use crate::graph::scalar::Dots;
 use crate::graph::{Body, Constant, Graph, Origin};
 
 /// An operation over e-classes.
@@ -66,8 +67,9 @@ pub struct Infer {
     pub constants: Arc<Vec<Constant>>,
     /// Bodies of kernels, once there are any.
     pub bodies: Vec<Arc<Body>>,
-    /// Whether products are of bytes where they can be, else of short integers.
-    pub bytes: bool,
+    /// The dot products of the target: where there are those of integers, products are of bytes
+    /// where they can be, else of short integers.
+    pub dots: Dots,
     /// Origin of the node that a rule looks at, and so of what the rule makes.
     pub origin: Option<Origin>,
 }

@@ -28,6 +28,7 @@ mod tests;
 use std::collections::BTreeMap;
 
 use crate::error::Result;
+use crate::graph::scalar::Dots;
 use crate::graph::verify::{Verified, verify};
 use crate::graph::{Graph, Origin};
 use choices::{ChoiceGraph, Kernel};
@@ -75,11 +76,11 @@ pub struct Optimised {
 }
 
 /// The graph as kernels. Without the e-graph, the greedy fuser works on the graph as it is.
-/// `bytes`: whether the target multiplies bytes faster than short integers.
-pub fn optimise(graph: &Graph, egraph: bool, bytes: bool) -> Result<Optimised> {
+/// `dots`: the dot products that the target has instructions for.
+pub fn optimise(graph: &Graph, egraph: bool, dots: Dots) -> Result<Optimised> {
     let plain = fuse::expand(graph)?;
     let greedy = fuse::fuse(&plain);
-    let greedy_us = cost::kernels_us(&greedy);
+    let greedy_us = cost::kernels_us(&greedy, dots);
     let mut report = Report { greedy_us, chosen_us: greedy_us, ..Report::default() };
     if !egraph {
         return Ok(Optimised { graph: verify(greedy)?, report });
@@ -87,7 +88,7 @@ pub fn optimise(graph: &Graph, egraph: bool, bytes: bool) -> Result<Optimised> {
     // A: algebra and layout.
     let gathered = constants::gather(&plain);
     let mut saturated = lang::build(&gathered);
-    saturated.egraph.analysis.bytes = bytes;
+    saturated.egraph.analysis.dots = dots;
     report.fired = table::saturate(&mut saturated.egraph, Budget::default());
     report.nodes = saturated.egraph.total_size();
     report.classes = saturated.egraph.number_of_classes();
@@ -106,7 +107,7 @@ pub fn optimise(graph: &Graph, egraph: bool, bytes: bool) -> Result<Optimised> {
     let build = extract::Build::new(&saturated, &cheapest, &gathered);
     let chosen = choices.graph(&chosen, build, &gathered);
     let fused = fuse::fuse(&chosen);
-    let fused_us = cost::kernels_us(&fused);
+    let fused_us = cost::kernels_us(&fused, dots);
     // Never dearer than the greedy fuser on the model as it came.
     let best = if fused_us <= greedy_us { fused } else { greedy };
     report.chosen_us = fused_us.min(greedy_us);

@@ -6,6 +6,7 @@
 //! A pairwise rule would list every subset of siblings; these take the whole group.
 
 use egg::Id;
+use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use super::lang::{ENode, Egg};
@@ -140,7 +141,7 @@ pub(super) fn merge_siblings(egraph: &mut Egg, node: &ENode) -> Option<Id> {
         return None;
     }
     let weights: Vec<Id> = group.iter().map(|g| g.1).collect();
-    let joined = add(egraph, Op::Concat(own.weights_axis as u8), &weights);
+    let joined = joined(egraph, own.weights_axis as u8, &weights);
     let mut contract = own.contract.clone();
     contract.extents[own.axis] = group.iter().map(|g| g.2).sum();
     let mut args = [x, x];
@@ -148,6 +149,24 @@ pub(super) fn merge_siblings(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     let merged = add(egraph, Op::Contract(Box::new(contract)), &args);
     let extents: Vec<(Id, usize)> = group.iter().map(|g| (g.0, g.2)).collect();
     split(egraph, merged, own.axis, &extents, class)
+}
+
+/// Weights side by side: those that are widened from bf16 are so once they are.
+fn joined(egraph: &mut Egg, axis: u8, weights: &[Id]) -> Id {
+    let joined = add(egraph, Op::Concat(axis), weights);
+    let inner = |&w: &Id| {
+        find(egraph, w, |n| {
+            let x = *n.args.first()?;
+            let is_bf16 = egraph[x].data.ty.dtype == DType::BF16;
+            (is_bf16 && n.op == Op::Cast(DType::F32)).then_some(x)
+        })
+    };
+    let inner: Option<Vec<Id>> = weights.iter().map(inner).collect();
+    let Some(inner) = inner else { return joined };
+    let short = add(egraph, Op::Concat(axis), &inner);
+    let wide = add(egraph, Op::Cast(DType::F32), &[short]);
+    egraph.union(joined, wide);
+    joined
 }
 
 /// Of how many products over `x` the merged one is that a class is a part of; 0 where it is none.

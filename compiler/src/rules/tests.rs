@@ -12,6 +12,7 @@ use super::table::{RULES, saturate};
 use super::{Budget, cuts, extract, optimise};
 use crate::graph::eval::{Value, eval, eval_body, eval_op};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
+use crate::graph::scalar::Dots;
 use crate::graph::{Graph, NodeId, Origin};
 
 /// A small deterministic generator (Knuth's MMIX constants).
@@ -258,7 +259,7 @@ fn every_node_of_every_class_agrees() {
     for seed in 0..2000 {
         let (graph, input) = random_graph(seed);
         let mut saturated = build(&graph);
-        saturated.egraph.analysis.bytes = seed % 2 == 1;
+        saturated.egraph.analysis.dots.whole = seed % 2 == 1;
         let budget = Budget { rounds: 8, nodes: 2_000 };
         for (name, count) in saturate(&mut saturated.egraph, budget) {
             *fired.entry(name).or_insert(0) += count.values().sum::<usize>();
@@ -280,7 +281,8 @@ fn optimised_graphs_mean_the_same() {
         let (graph, input) = random_graph(seed);
         let expected = eval(&graph, std::slice::from_ref(&input));
         for egraph in [false, true] {
-            let optimised = optimise(&graph, egraph, seed % 2 == 1).unwrap();
+            let optimised =
+                optimise(&graph, egraph, Dots { whole: seed % 2 == 1, halves: false }).unwrap();
             let got = eval(&optimised.graph, std::slice::from_ref(&input));
             assert!(close(&got[0], &expected[0]), "seed {seed}, e-graph {egraph}");
             assert!(optimised.report.chosen_us <= optimised.report.greedy_us);
@@ -309,7 +311,7 @@ fn softmax_and_layer_norm_are_one_kernel_each() {
         let x = graph.input("x", Type::new(DType::F32, &[16, 96]));
         let y = graph.composite(f, x, &"norm".into()).unwrap();
         graph.outputs.push(("y".into(), y));
-        let optimised = optimise(&graph, true, false).unwrap();
+        let optimised = optimise(&graph, true, Dots::default()).unwrap();
         let fused = |n: &&crate::graph::Node| matches!(n.op, Op::Fused(_));
         assert_eq!(optimised.graph.nodes.iter().filter(fused).count(), 1, "{f:?}");
     }
@@ -319,7 +321,7 @@ fn softmax_and_layer_norm_are_one_kernel_each() {
 fn equal_input_gives_equal_text() {
     let (graph, _) = random_graph(7);
     let texts: Vec<String> = (0..2)
-        .map(|_| crate::graph::text::print(&optimise(&graph, true, false).unwrap().graph))
+        .map(|_| crate::graph::text::print(&optimise(&graph, true, Dots::default()).unwrap().graph))
         .collect();
     assert_eq!(texts[0], texts[1]);
 }

@@ -10,6 +10,7 @@ mod moves;
 mod numbers;
 mod pointwise;
 mod refused;
+mod rounded;
 mod sums;
 mod trial;
 

@@ -184,6 +184,13 @@ impl Trial {
         Ok(())
     }
 
+    /// Compiles the graph in one way, runs it here, and compares.
+    pub fn check_by(&self, way: &str, compiler: &Compiler) -> Checked {
+        let got = run_compiled(&self.graph, &self.inputs, compiler);
+        let got = got.map_err(|e| TestCaseError::fail(format!("{way}: {e}")))?;
+        compare(way, &got, &self.wants.iter().collect::<Vec<_>>())
+    }
+
     /// Runs the graph in every way and compares.
     pub fn check(self) -> Checked {
         let all: Vec<&Want> = self.wants.iter().collect();

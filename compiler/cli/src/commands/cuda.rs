@@ -11,11 +11,11 @@ use kiln::graph::eval::Value as Meaning;
 use kiln::plan::Plan;
 use kiln::tensor::{Tensor, TensorView};
 use kiln::work::Profile;
-use kiln::{ArtifactFile, Compiler};
+use kiln::{ArtifactFile, Compiler, Precision};
 use kiln_cuda::driver::Device;
 use kiln_cuda::{CudaError, CudaModel, CudaSession, Gpu, Options};
 
-use crate::args::{BuildArgs, GivenArgs, ModelArgs, Precision};
+use crate::args::{BuildArgs, GivenArgs, ModelArgs};
 use crate::commands::again::{Split, split};
 use crate::commands::locate::{Probe, look, place, probed};
 use crate::commands::ready::{complete, opened, refuse_flags, refuse_states};
@@ -456,7 +456,7 @@ mod tests {
             let ready = ready(&gpu, &args.device, &args.given, false, &term()).expect("a model");
             let got = steps(&ready.model, &ready.inputs, (2, false), &term()).expect("a run");
             for ((name, got), (_, want)) in got.iter().zip(&want) {
-                let tolerance = Tolerance { rtol: 1e-4, atol: 1e-6 };
+                let tolerance = Tolerance { rtol: 1e-4, atol: 1e-6, of_largest: false };
                 assert_eq!(tolerance.compare(got, want).outside, 0, "{name}");
             }
             let length = Duration::from_millis(1);

@@ -201,7 +201,7 @@ mod tests {
     use kiln::loops::text;
     use kiln::tensor::DType;
 
-    const TOLERANCE: Tolerance = Tolerance { rtol: 1e-3, atol: 1e-5 };
+    const TOLERANCE: Tolerance = Tolerance { rtol: 1e-3, atol: 1e-5, of_largest: false };
 
     /// A matrix product, a sum of squares, and a root, which cannot become one kernel.
     fn model(f: UnaryFn) -> Graph {

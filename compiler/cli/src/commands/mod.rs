@@ -27,7 +27,7 @@ use kiln::error::sanitize;
 use kiln::tensor::TensorView;
 use kiln::{CacheUse, Compiler, Executable, Limits, Model};
 
-use crate::args::{BuildArgs, CacheArgs, InputArgs, ModelArgs, Precision, StateArgs};
+use crate::args::{BuildArgs, CacheArgs, InputArgs, ModelArgs, StateArgs};
 use crate::failure::Failure;
 use crate::input::{self, Given};
 use crate::term::Term;
@@ -69,7 +69,7 @@ fn compiler(model: &ModelArgs, build: &BuildArgs) -> Compiler {
         .egraph(!build.no_egraph)
         .wide(!build.no_wide)
         .exact_convolutions(build.exact_conv)
-        .bf16_weights(build.precision == Precision::Bf16)
+        .precision(build.precision)
         .limits(limits(model));
     model.dim.iter().fold(compiler, |compiler, (name, extent)| compiler.dim_range(name, *extent))
 }

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kiln::plan::Plan;
-use kiln::{ArtifactFile, Executable};
+use kiln::{ArtifactFile, Executable, Precision};
 
-use crate::args::{BuildArgs, CacheArgs, GivenArgs, InputArgs, ModelArgs, Precision, StateArgs};
+use crate::args::{BuildArgs, CacheArgs, GivenArgs, InputArgs, ModelArgs, StateArgs};
 use crate::commands::{
     compile, compiler, gather, model_name, open, threads, with_cache, with_states,
 };

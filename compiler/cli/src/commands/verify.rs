@@ -3,6 +3,7 @@
 use kiln::error::sanitize;
 use kiln::graph::eval::{Value as Meaning, eval, eval_nodes};
 use kiln::tensor::Tensor;
+use kiln::{Compiler, Model, Precision};
 use serde_json::{Value, json};
 
 use crate::args::VerifyArgs;
@@ -14,6 +15,9 @@ use crate::failure::{Exit, Failure};
 use crate::input::Inputs;
 use crate::stats::{Difference, Tolerance};
 use crate::term::Term;
+
+/// What results of another precision are compared with to say what that changes.
+const ROUNDING: &str = "f32";
 
 /// One comparison of one output.
 pub struct Row {
@@ -29,7 +33,8 @@ pub struct Row {
 
 /// Compares and prints; fails with [`Exit::Mismatch`] when anything differs.
 pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
-    let tolerance = Tolerance { rtol: args.rtol, atol: args.atol };
+    let precision = args.build.precision;
+    let tolerance = Tolerance::of(args.rtol, args.atol, precision);
     if kiln::is_artifact(&args.model.model) {
         return verify_artifact::run(args, term);
     }
@@ -61,6 +66,9 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     }
     let wrong_code = rows.iter().any(|row| row.difference.outside > 0);
     rows.extend(stored(&found, &inputs, tolerance));
+    if precision != Precision::F32 {
+        rows.extend(rounding(&model, &compiler, &found, &inputs, term)?);
+    }
     let mut wrong = rows.iter().any(|row| row.difference.outside > 0);
     let mut place = if wrong_code {
         let found = term.during("locate", None, || locate(&compiler, &graph, &values, tolerance));
@@ -80,6 +88,21 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     }
     report(args, &rows, kernels.as_ref(), place.as_ref(), term)?;
     if wrong { Err(Failure::said(Exit::Mismatch)) } else { Ok(()) }
+}
+
+/// What rounding changes: comparisons with the model as it is compiled without.
+fn rounding(
+    model: &Model,
+    compiler: &Compiler,
+    found: &[(String, Tensor)],
+    inputs: &Inputs,
+    term: &Term,
+) -> Result<Vec<Row>, Failure> {
+    let (exact, _) = compile(model, &compiler.clone().precision(Precision::F32), term)?;
+    let exact = exact.run(&inputs.named()).map_err(|error| Failure::usage(error.to_string()))?;
+    let any = Tolerance { rtol: f64::INFINITY, atol: f64::INFINITY, of_largest: false };
+    let pairs = found.iter().zip(&exact);
+    Ok(pairs.map(|((name, found), (_, exact))| row(name, ROUNDING, found, exact, any)).collect())
 }
 
 /// Compares an output.
@@ -118,7 +141,11 @@ pub fn report(
     let mut text = String::new();
     for row in rows {
         let Difference { max_abs, max_rel, outside, first } = &row.difference;
-        let verdict = if *outside == 0 { "ok" } else { "DIFFERS" };
+        let verdict = match (*outside, row.against) {
+            (0, ROUNDING) => "rounded",
+            (0, _) => "ok",
+            _ => "DIFFERS",
+        };
         let (name, against) = (&row.name, row.against);
         text += &format!("{verdict:<8} {name} against {against}: ");
         text += &format!("largest difference {max_abs:.3e}, relative {max_rel:.3e}\n");

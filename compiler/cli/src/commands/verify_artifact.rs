@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use kiln::ArtifactFile;
 use kiln::error::sanitize;
 use kiln::graph::eval::{Value as Meaning, eval};
 use kiln::tensor::{Tensor, TensorView};
+use kiln::{ArtifactFile, Precision};
 
-use crate::args::{ModelArgs, VerifyArgs};
+use crate::args::{BuildArgs, ModelArgs, VerifyArgs};
 use crate::commands::ready::{complete, loaded, opened, refuse_flags};
 use crate::commands::run::steps;
 use crate::commands::verify::{Row, report, row, stored};
@@ -19,18 +19,18 @@ use crate::term::Term;
 
 /// Compares and prints; fails with [`Exit::Mismatch`] when anything differs.
 pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
-    let tolerance = Tolerance { rtol: args.rtol, atol: args.atol };
+    let tolerance = Tolerance::of(args.rtol, args.atol, args.build.precision);
     if args.kernels {
         let text = "--kernels compares each kernel with the model, which must be an .onnx file";
         return Err(Failure::usage(text));
     }
     // With the model at hand its flags mean something.
     let own = ModelArgs { model: args.model.model.clone(), ..ModelArgs::default() };
-    refuse_flags(
-        if args.reference.is_some() { &own } else { &args.model },
-        &args.build,
-        &args.cache,
-    )?;
+    let (model, build) = match args.reference {
+        Some(_) => (&own, &BuildArgs { precision: Precision::F32, ..args.build.clone() }),
+        None => (&args.model, &args.build),
+    };
+    refuse_flags(model, build, &args.cache)?;
     let begin = Instant::now();
     let file = opened(&args.model.model, term)?;
     let model_hash = file.manifest.model_hash;

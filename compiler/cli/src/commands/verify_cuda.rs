@@ -22,7 +22,7 @@ pub fn verify(
     given: Given,
     term: &Term,
 ) -> Result<(), Failure> {
-    let tolerance = Tolerance { rtol: args.rtol, atol: args.atol };
+    let tolerance = Tolerance::of(args.rtol, args.atol, args.build.precision);
     cuda::refuse_for_gpus(&args.build)?;
     let isa = cuda::isa(gpu)?;
     let artifact = term.during("compile", None, || compiler.compile_cuda_of(graph, &[isa]))?;

@@ -100,6 +100,7 @@ features! {
     "avx512bw" 7 0 Ebx 30 ZMM, None, ["avx512f"];
     "avx512vl" 7 0 Ebx 31 ZMM, None, ["avx512f"];
     "avx512vnni" 7 0 Ecx 11 ZMM, None, ["avx512f"];
+    "avx512bf16" 7 1 Eax 5 ZMM, None, ["avx512bw"];
     "avxvnni" 7 1 Eax 4 YMM, None, ["avx2"];
 }
 
@@ -110,6 +111,8 @@ pub const AVX512: &[&str] = &["avx2", "fma", "avx512f", "avx512bw", "avx512dq", 
 
 /// What vectors of 256 bits need for dot products of words, and what those of 512 bits need.
 pub const DOTS: [&str; 2] = ["avxvnni", "avx512vnni"];
+/// What vectors of 512 bits need for dot products of bf16.
+pub const HALVES: &str = "avx512bf16";
 
 /// Names of the psABI for what CPUs of a time have: each level adds to the one before it. LAHF is
 /// left out, which no code here uses and which the standard library does not know.

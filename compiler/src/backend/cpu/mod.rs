@@ -9,6 +9,7 @@ pub mod wide;
 
 use crate::backend::emit;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::graph::scalar::Dots;
 use crate::loops::ir::Loops;
 
 pub use self::target::Cpu;
@@ -46,8 +47,11 @@ pub fn emit_all(kernels: &[Loops], cpu: &Cpu, verify: bool, texts: bool) -> Resu
         let compiled = match cpu.wide_lanes {
             wide if wide < lanes => clif::compile(kernel, &*isa, lanes, texts),
             // Instructions for dot products are those of the whole width.
-            wide => wide::compile(kernel, lanes, cpu.dots() && lanes == wide, texts)
-                .or_else(|_| clif::compile(kernel, &*isa, lanes, texts)),
+            wide => {
+                let dots = if lanes == wide { cpu.dots() } else { Dots::default() };
+                wide::compile(kernel, lanes, dots, texts)
+                    .or_else(|_| clif::compile(kernel, &*isa, lanes, texts))
+            }
         };
         match compiled {
             Ok(compiled) => {
@@ -76,6 +80,8 @@ mod tests {
     use super::Cpu;
     use crate::Compiler;
     use crate::graph::op::Type;
+    use crate::graph::scalar::Dots;
+    use crate::rules::optimise;
     use crate::tests::{check, graph_of};
     use kiln_runtime::tensor::{DType, Tensor};
 
@@ -93,7 +99,7 @@ mod tests {
             let v4 = Cpu::named(None, Some("x86-64-v4")).expect("a level of x86-64");
             let program = Compiler::new()
                 .target(v4)
-                .lower(&crate::rules::optimise(&graph, true, false).expect("a sound graph").graph);
+                .lower(&optimise(&graph, true, Dots::default()).expect("a sound graph").graph);
             let program = program.expect("kernels");
             let lanes = program.kernels.last().and_then(|k| k.lanes());
             let want = match width {

@@ -1,8 +1,11 @@
 //! CPUs that code is made for: the one that this runs on, or one that is named.
 
-use super::features::{AVX2, AVX512, DOTS, FEATURES, Feature, LEVELS, closure, feature, level};
+use super::features::{
+    AVX2, AVX512, DOTS, FEATURES, Feature, HALVES, LEVELS, closure, feature, level,
+};
 use super::wide::isa::Level;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::graph::scalar::Dots;
 use crate::loops::lower::Target;
 
 /// Architectures that there is an emitter for.
@@ -84,7 +87,10 @@ impl Cpu {
     pub fn host(wide: bool) -> Cpu {
         // What code never uses must not keep it from running.
         let is_512 = AVX512.iter().all(|n| kiln_runtime::cpu::has(n));
-        let of_lanes = |name: &str| AVX512.contains(&name) || name == DOTS[usize::from(is_512)];
+        let of_lanes = |name: &str| {
+            let dots = name == DOTS[usize::from(is_512)] || is_512 && name == HALVES;
+            AVX512.contains(&name) || dots
+        };
         let used = |f: &&Feature| f.clif.is_some() || (wide && of_lanes(f.name));
         let features = FEATURES.iter().filter(used).filter(|f| f.here()).collect();
         Cpu::new(host_triple(), features, wide)
@@ -113,6 +119,14 @@ impl Cpu {
                 Err(no_levels(triple, cpu, if triple == host { "`host`" } else { "no `--cpu`" }))
             }
         }
+    }
+
+    /// The same without dot products of bf16, for models that are compiled without them: what code
+    /// never uses must not keep it from running.
+    pub fn without_halves(mut self) -> Cpu {
+        self.features.retain(|f| f.name != HALVES);
+        self.faster = self.faster.into_iter().map(Cpu::without_halves).collect();
+        self
     }
 
     /// The same without vectors of more than 128 bits.
@@ -148,22 +162,21 @@ impl Cpu {
             // Lanes are scalars there: four of the registers hold what elsewhere one does.
             (None, Arch::Riscv64) => (self.lanes, 7),
         };
-        let weights = kiln_runtime::tensor::DType::F32;
-        Target { lanes, registers, exact: false, weights, threads: 0 }
+        Target { lanes, registers, exact: false, halves: self.dots().halves, threads: 0 }
     }
 
-    /// Whether wide code has instructions for dot products of words.
-    pub fn dots(&self) -> bool {
-        let name = match Level::of(self.wide_lanes) {
-            Some(Level::Avx2) => DOTS[0],
-            Some(Level::Avx512) => DOTS[1],
-            None => return false,
-        };
-        self.features.iter().any(|f| f.name == name)
+    /// The dot products that wide code has instructions for.
+    pub fn dots(&self) -> Dots {
+        let has = |name: &str| self.features.iter().any(|f| f.name == name);
+        match Level::of(self.wide_lanes) {
+            Some(Level::Avx2) => Dots { whole: has(DOTS[0]), halves: false },
+            Some(Level::Avx512) => Dots { whole: has(DOTS[1]), halves: has(HALVES) },
+            None => Dots::default(),
+        }
     }
 
-    /// Whether kernels should multiply bytes rather than short integers.
-    pub fn bytes(&self) -> bool {
+    /// Those that kernels should be made of.
+    pub fn wanted_dots(&self) -> Dots {
         self.faster.first().unwrap_or(self).dots()
     }
 

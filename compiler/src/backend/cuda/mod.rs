@@ -13,8 +13,6 @@ mod warp;
 
 use std::fmt::Write as _;
 
-use kiln_runtime::tensor::DType;
-
 use self::isa::{CLASSES, Inst};
 use self::kernel::{Layout, Ptx};
 use crate::backend::emit;
@@ -63,9 +61,8 @@ impl Gpu {
 
     /// What lowering needs to know.
     pub fn target(self) -> Target {
-        let (weights, threads) = (DType::F32, THREADS);
         // Sums are those of the products of the model: Winograd's kernels are for lanes.
-        Target { lanes: 1, registers: 64, exact: true, weights, threads }
+        Target { lanes: 1, registers: 64, exact: true, halves: false, threads: THREADS }
     }
 }
 

@@ -93,6 +93,13 @@ impl Clif<'_> {
 
     /// Lanes as they lie in memory.
     pub(super) fn packed(&mut self, dtype: DType, x: Value) -> Value {
+        if dtype == DType::BF16 {
+            // The upper halves of f32, which are rounded.
+            let piece = self.int_piece();
+            let x = self.b.ins().bitcast(piece, LITTLE(), x);
+            let upper = self.b.ins().sshr_imm_u(x, 16);
+            return self.packed(DType::I16, upper);
+        }
         let bytes = dtype.bytes();
         if bytes == 4 {
             return x;

@@ -21,10 +21,10 @@ use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use self::cast::mask;
-use crate::backend::dot;
 use crate::backend::emit::{
     Access, Bits, Dynamic, Emitted, Machine, Unsupported, compute_dtype, emit,
 };
+use crate::backend::{bf16, dot};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Loops, Number, Parts};
 
@@ -508,6 +508,9 @@ impl Machine for Clif<'_> {
     fn cast(&mut self, from: DType, to: DType, x: &Val) -> Emitted<Val> {
         match x {
             Val::One(x) => Ok(Val::One(self.cast_one(from, to, *x))),
+            Val::Lanes(_) if (from, to) == (DType::F32, DType::BF16) => {
+                bf16::rounded(self, x, true)
+            }
             Val::Lanes(x) => {
                 let lanes = x.iter().map(|&x| self.lanes_cast(from, to, x));
                 Ok(Val::Lanes(lanes.collect::<Emitted<_>>()?))
@@ -527,8 +530,10 @@ impl Machine for Clif<'_> {
     }
 
     fn dot(&mut self, parts: Parts, [x, y, z]: [&Val; 3], wide: bool) -> Emitted<Val> {
-        if parts == Parts::Quads {
-            return dot::of_bytes(self, [x, y, z], wide);
+        match parts {
+            Parts::Quads => return dot::of_bytes(self, [x, y, z], wide),
+            Parts::Halves => return bf16::dot(self, [x, y, z], wide),
+            Parts::Pairs => {}
         }
         let sum = self.lift2(x, y, Self::pairs);
         Ok(self.lift2(&sum, z, |this, x, y| this.b.ins().iadd(x, y)))

@@ -9,6 +9,7 @@ use super::compile;
 use super::isa::{self, Level, Op as Instruction, Width};
 use super::tests::{LEVELS, try_agree};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
+use crate::graph::scalar::Dots;
 use crate::graph::verify::verify;
 use crate::graph::{Graph, NodeId, Origin};
 use crate::loops::ir::{Loops, Scope};
@@ -66,11 +67,11 @@ impl Tally {
     }
 
     fn graph(&mut self, graph: &Graph, lanes: usize) {
-        let optimised = optimise(graph, true, false).unwrap().graph;
+        let optimised = optimise(graph, true, Dots::default()).unwrap().graph;
         let registers = Level::of(lanes).unwrap().registers();
         let program = program(
             &optimised,
-            Target { lanes, registers, exact: false, weights: DType::F32, threads: 0 },
+            Target { lanes, registers, exact: false, halves: false, threads: 0 },
         )
         .unwrap();
         program.kernels.iter().for_each(|kernel| self.kernel(kernel, lanes));
@@ -239,10 +240,10 @@ fn innermost(asm: &str) -> Vec<String> {
 fn tiles_fill_the_registers() {
     for (lanes, rows) in [(8, 5), (16, 12)] {
         let registers = Level::of(lanes).unwrap().registers();
-        let optimised = optimise(&product(60, 48, 64, false), true, false).unwrap().graph;
+        let optimised = optimise(&product(60, 48, 64, false), true, Dots::default()).unwrap().graph;
         let program = program(
             &optimised,
-            Target { lanes, registers, exact: false, weights: DType::F32, threads: 0 },
+            Target { lanes, registers, exact: false, halves: false, threads: 0 },
         )
         .unwrap();
         let tile = |kernel: &Loops| {
@@ -251,7 +252,7 @@ fn tiles_fill_the_registers() {
         };
         assert_eq!(program.kernels.iter().map(tile).max(), Some(rows * 2 * lanes));
         for kernel in &program.kernels {
-            let asm = compile(kernel, lanes, false, true).unwrap().asm;
+            let asm = compile(kernel, lanes, Dots::default(), true).unwrap().asm;
             let sums = innermost(&asm);
             assert!(sums.iter().any(|l| l.matches("vfmadd231ps").count() == rows * 2), "{asm}");
             assert!(sums.iter().all(|l| !l.contains("[rsp")), "a loop spills\n{asm}");

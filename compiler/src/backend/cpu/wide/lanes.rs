@@ -395,9 +395,22 @@ impl Wide {
     /// `op z, x, y`, which adds to z.
     pub fn added(&mut self, op: Op, z: &Val, x: &Val, y: &Val) -> Emitted<Val> {
         let wide = x.is_wide() || y.is_wide();
+        self.added_by(self.form(op, wide), z, x, y)
+    }
+
+    /// The same of bf16, for which there are instructions in the encoding of AVX-512 only.
+    pub fn halves(&mut self, z: &Val, x: &Val, y: &Val) -> Emitted<Val> {
+        let code = match x.is_wide() || y.is_wide() {
+            true => Code::EVEX_Vdpbf16ps_zmm_k1z_zmm_zmmm512b32,
+            false => Code::EVEX_Vdpbf16ps_xmm_k1z_xmm_xmmm128b32,
+        };
+        self.added_by(code, z, x, y)
+    }
+
+    fn added_by(&mut self, code: Code, z: &Val, x: &Val, y: &Val) -> Emitted<Val> {
+        let wide = x.is_wide() || y.is_wide();
         let uses = [self.vector(z)?, self.vector(x)?, self.vector(y)?];
         let args = [self.part(0, wide), self.part(2, wide), self.part(3, wide)];
-        let code = self.form(op, wide);
         Ok(wide_or_one(wide, self.code.change(self.current, code, &args, &uses, 1)))
     }
 

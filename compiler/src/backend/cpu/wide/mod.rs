@@ -32,14 +32,15 @@ use self::isa::Level;
 use self::lanes::Val;
 use self::ssa::{Arg, Ask, Builder, Test};
 use super::clif::Compiled;
-use crate::backend::dot;
 use crate::backend::emit::{Access, Bits, Dynamic, Emitted, Machine, Unsupported, emit};
+use crate::backend::{bf16, dot};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
+use crate::graph::scalar::Dots;
 use crate::loops::ir::{BufferId, Count, Loops, Number, Parts, Scope};
 
 /// Compiles a kernel for AVX2 (8 lanes) or AVX-512 (16).
-/// `dots`: whether there are instructions for the dot products of words (VNNI).
-pub fn compile(loops: &Loops, lanes: usize, dots: bool, texts: bool) -> Emitted<Compiled> {
+/// `dots`: the dot products of words that there are instructions for (VNNI, BF16).
+pub fn compile(loops: &Loops, lanes: usize, dots: Dots, texts: bool) -> Emitted<Compiled> {
     let level = Level::of(lanes).ok_or_else(|| Unsupported(format!("vectors of {lanes} lanes")))?;
     let mut wide = Wide { dots, ..Wide::new(loops, level) };
     emit(loops, &mut wide)?;
@@ -69,8 +70,8 @@ type SumKey = (BufferId, Vec<(Int, i64)>, usize);
 /// Code in the making.
 struct Wide {
     level: Level,
-    /// Whether there are instructions for dot products of words.
-    dots: bool,
+    /// The dot products of words that there are instructions for.
+    dots: Dots,
     code: Builder,
     /// Where instructions go.
     current: usize,
@@ -119,7 +120,7 @@ impl Wide {
         }
         Wide {
             level,
-            dots: false,
+            dots: Dots::default(),
             code,
             current: entry,
             head: entry,
@@ -474,17 +475,20 @@ impl Machine for Wide {
     fn cast(&mut self, from: DType, to: DType, x: &Val) -> Emitted<Val> {
         // bf16 are f32 since they were read.
         let from = if from == DType::BF16 { DType::F32 } else { from };
-        match from == to {
-            true => Ok(*x),
-            false => self.whole_cast(from, to, x),
+        match (from, to) {
+            _ if from == to => Ok(*x),
+            (DType::F32, DType::BF16) => bf16::rounded(self, x, x.is_wide()),
+            _ => self.whole_cast(from, to, x),
         }
     }
 
     fn dot(&mut self, parts: Parts, [x, y, z]: [&Val; 3], wide: bool) -> Emitted<Val> {
         match parts {
-            Parts::Pairs if self.dots => return self.added(isa::DOT_PAIRS, z, x, y),
-            Parts::Quads if self.dots => return self.added(isa::DOT_QUADS, z, x, y),
+            Parts::Pairs if self.dots.whole => return self.added(isa::DOT_PAIRS, z, x, y),
+            Parts::Quads if self.dots.whole => return self.added(isa::DOT_QUADS, z, x, y),
+            Parts::Halves if self.dots.halves => return self.halves(z, x, y),
             Parts::Quads => return dot::of_bytes(self, [x, y, z], wide),
+            Parts::Halves => return bf16::dot(self, [x, y, z], wide),
             Parts::Pairs => {}
         }
         // There is no form of this with a literal in memory.

@@ -10,8 +10,10 @@ use kiln_runtime::tensor::DType;
 
 use super::compile;
 use super::emulate::{self, Buffer as Lent};
+use crate::backend::cpu::features::{DOTS, HALVES};
 use crate::backend::cpu::{Cpu, clif};
 use crate::graph::op::{Affine, BinaryFn, ReduceFn, UnaryFn};
+use crate::graph::scalar::Dots;
 use crate::loops::ir::{Buffer, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt};
 
 fn buffer(len: usize, scope: Scope, param: Param) -> Buffer {
@@ -110,15 +112,16 @@ pub struct Agreed {
 /// not for wide code.
 pub fn try_agree(loops: &Loops, lanes: usize, before: &[Vec<f32>], turns: i64) -> Option<Agreed> {
     let lanes = loops.lanes().unwrap_or(lanes);
-    let plain = agreed(loops, (lanes, false), before, turns)?;
-    let dots = agreed(loops, (lanes, true), before, turns)?;
+    let plain = agreed(loops, (lanes, Dots::default()), before, turns)?;
+    let all = Dots { whole: true, halves: lanes == 16 };
+    let dots = agreed(loops, (lanes, all), before, turns)?;
     assert!(bits(&plain.buffers) == bits(&dots.buffers), "{}, {lanes} lanes", loops.name);
     Some(Agreed { used: plain.used.union(&dots.used).cloned().collect(), ..plain })
 }
 
 fn agreed(
     loops: &Loops,
-    (lanes, dots): (usize, bool),
+    (lanes, dots): (usize, Dots),
     before: &[Vec<f32>],
     turns: i64,
 ) -> Option<Agreed> {
@@ -141,8 +144,9 @@ fn agreed(
         used.append(&mut model(loops, &wide.code, buffers, (begin, end)));
     });
     assert!(bits(&buffers) == bits(&expected), "{}, {lanes} lanes\n{}", loops.name, wide.asm);
-    let has_dots = crate::backend::cpu::features::DOTS[usize::from(lanes == 16)];
-    if cpu.wide_lanes >= lanes && (!dots || kiln_runtime::cpu::has(has_dots)) {
+    let whole = !dots.whole || kiln_runtime::cpu::has(DOTS[usize::from(lanes == 16)]);
+    let halves = !dots.halves || kiln_runtime::cpu::has(HALVES);
+    if cpu.wide_lanes >= lanes && whole && halves {
         let here = in_pieces(&mut |buffers, begin, end| run(&wide.code, buffers, begin, end));
         assert!(bits(&here) == bits(&expected), "{}, {lanes} lanes, here", loops.name);
     }
@@ -351,7 +355,7 @@ fn conditions_on_indices_choose_lanes() {
         let size = 9 * lanes;
         let loops = kernel([size, size], nest(&axes, body));
         // Cranelift's emitter has no such choice, so that there is nothing to compare with.
-        let wide = compile(&loops, lanes, false, false).unwrap();
+        let wide = compile(&loops, lanes, Dots::default(), false).unwrap();
         let mut buffers = [(1..=size).map(|k| k as f32).collect(), vec![0.0; size]];
         model(&loops, &wide.code, &mut buffers, (0, 1));
         let [x, y] = buffers;
@@ -417,7 +421,7 @@ fn values_that_do_not_fit_into_registers() {
             assert_eq!(found, x[from] + x[0] + x[lanes], "{count} values, element {k}");
         }
         let registers = 2 * lanes;
-        let asm = compile(&loops, lanes, false, true).unwrap().asm;
+        let asm = compile(&loops, lanes, Dots::default(), true).unwrap().asm;
         let spills = asm.contains("[rsp");
         assert!(count.abs_diff(registers) < 2 || spills == (count > registers), "{asm}");
     }
@@ -484,7 +488,7 @@ fn the_model_finds_faults() {
         value: Expr::Load(0, at(&[(0, 1)], 1)),
     }];
     let loops = kernel([10, 10], nest(&[(0, 10, Kind::Serial)], body));
-    let wide = compile(&loops, 16, false, false).unwrap();
+    let wide = compile(&loops, 16, Dots::default(), false).unwrap();
     let (x, mut y) = (vec![0u8; 40], vec![0u8; 40]);
     let lent = vec![Lent::Read(&x), Lent::Write(&mut y)];
     let fault = emulate::run(&wide.code, lent, 0, 1).unwrap_err();

@@ -242,6 +242,23 @@ impl Processor<'_> {
         self.set_vector(i, result, lanes)
     }
 
+    /// The products of the bf16 of 32 bits, added one by one, the upper ones first; numbers below
+    /// the least normal one are 0.
+    fn dotted_halves(&mut self, i: &Instruction, lanes: usize) -> Result<(), Fault> {
+        let sum = self.vector_register(i.op_register(0))?;
+        let (x, y) = (self.lanes(i, 1, lanes)?, self.lanes(i, 2, lanes)?);
+        let flushed = |v: f32| if v.is_subnormal() { 0f32.copysign(v) } else { v };
+        let result = std::array::from_fn(|lane| {
+            let parts = [(x[lane], y[lane]), (x[lane] << 16, y[lane] << 16)];
+            let sum = parts.into_iter().fold(flushed(f32::from_bits(sum[lane])), |sum, (x, y)| {
+                let [x, y] = [x, y].map(|bits| flushed(f32::from_bits(bits & 0xffff_0000)));
+                flushed(ruled(x.mul_add(y, sum), &[x, y, sum]))
+            });
+            sum.to_bits()
+        });
+        self.set_vector(i, result, lanes)
+    }
+
     fn extracted(&mut self, i: &Instruction) -> Result<(), Fault> {
         let (from, lanes) = (self.vector_register(i.op_register(1))?, width(i).unwrap_or(4));
         let at = lanes * usize::from(i.immediate8());
@@ -371,6 +388,7 @@ impl Processor<'_> {
             Mnemonic::Vblendmps => self.blended(i, lanes, true)?,
             Mnemonic::Vfmadd213ps | Mnemonic::Vfmadd231ps => self.fused(i, lanes)?,
             Mnemonic::Vpdpwssd | Mnemonic::Vpdpbusd => self.dotted(i, lanes)?,
+            Mnemonic::Vdpbf16ps => self.dotted_halves(i, lanes)?,
             Mnemonic::Vextractf128 | Mnemonic::Vextractf32x4 | Mnemonic::Vextractf32x8 => {
                 self.extracted(i)?;
             }
