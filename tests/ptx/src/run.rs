@@ -289,12 +289,7 @@ impl Block<'_> {
             Code::Load(space, ty, regs, place) => self.load(t, (*space, *ty), regs, *place)?,
             Code::Store(space, ty, regs, place) => self.store(t, (*space, *ty), regs, *place)?,
             Code::Copy([to, from], bytes) => self.copy(t, *to, *from, *bytes)?,
-            Code::Wait => {
-                let who = self.who(t);
-                for (to, bytes) in std::mem::take(&mut self.threads[t].copies) {
-                    self.shared.arrives(to, &bytes, who)?;
-                }
-            }
+            Code::Wait => self.wait(t)?,
             Code::Shuffle(..) | Code::Matrices(..) | Code::Multiply(..) => {
                 if let Code::Multiply([ty, _], _) = code {
                     // Each of its threads has four sums.
@@ -365,6 +360,13 @@ impl Block<'_> {
         let who = self.who(t);
         let (memory, at) = self.memory(t, space, place)?;
         memory.store(at, &bytes, who)
+    }
+
+    /// Ends the copies of a thread.
+    fn wait(&mut self, t: usize) -> Result<(), String> {
+        let who = self.who(t);
+        let copies = std::mem::take(&mut self.threads[t].copies);
+        copies.iter().try_for_each(|(to, bytes)| self.shared.arrives(*to, bytes, who))
     }
 
     /// Starts a copy into shared memory. Nobody may touch what it writes before it is waited for.
