@@ -54,10 +54,16 @@ pub struct GpuArtifact {
     pub constants: Constants,
 }
 
+/// Whether a device of a version of the instruction set runs text that is made for one: later ones
+/// do, but text for 90 uses what only that version has (`sm_90a`).
+pub fn runs(text: u32, device: u32) -> bool {
+    text == device || (text < device && text != 90)
+}
+
 impl GpuArtifact {
     /// The module that suits a GPU best: of those that it can run, the one for the latest version.
     pub fn module(&self, sm: u32) -> Option<&Module> {
-        self.modules.iter().filter(|module| module.sm <= sm).max_by_key(|module| module.sm)
+        self.modules.iter().filter(|module| runs(module.sm, sm)).max_by_key(|module| module.sm)
     }
 
     /// The text of a module; none where it is not in the artifact.

@@ -142,7 +142,7 @@ fn files_for_gpus_are_found_and_every_flipped_bit_is_refused() {
     let opened = ArtifactFile::from_bytes(&file).expect("an artifact");
     assert!(matches!(opened.check_machine(), Err(ArtifactError::Gpu)));
     let loaded = opened.gpu(Path::new("")).expect("a model for GPUs");
-    for (sm, version) in [(80, "7.4"), (89, "7.4"), (90, "8.0"), (120, "8.0")] {
+    for (sm, version) in [(80, "7.4"), (89, "7.4"), (90, "8.0"), (120, "7.4")] {
         let module = loaded.module(sm).expect("a module");
         let text = loaded.text(module).expect("its text").to_str();
         assert_eq!(text, Ok(format!(".version {version}").as_str()));

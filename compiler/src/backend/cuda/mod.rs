@@ -13,6 +13,8 @@ mod warp;
 
 use std::fmt::Write as _;
 
+use kiln_runtime::gpu::runs;
+
 use self::isa::{CLASSES, Inst};
 use self::kernel::{Layout, Ptx};
 use crate::backend::emit;
@@ -51,7 +53,7 @@ impl Gpu {
 
     /// The latest one whose text a device of that version can run.
     pub fn for_device(sm: u32) -> Option<Gpu> {
-        GPUS.into_iter().filter(|gpu| gpu.sm <= sm).max_by_key(|gpu| gpu.sm)
+        GPUS.into_iter().filter(|gpu| runs(gpu.sm, sm)).max_by_key(|gpu| gpu.sm)
     }
 
     /// Versions that there are.
