@@ -52,21 +52,9 @@ impl Compiler {
     }
 
     /// The graph as kernels for GPUs.
-    ///
-    /// # Errors
-    /// As [`compile`](Self::compile), and where a [`precision`](Self::precision) is asked for that
-    /// there are no kernels of.
     pub fn optimise_cuda(&self, graph: &Graph) -> Result<Graph> {
-        if self.precision != Precision::F32 {
-            let diagnostic =
-                Diagnostic::new("K0704", "no kernels of that precision for this device")
-                    .found(format!("{} for a GPU", self.precision.name()))
-                    .expected("f32")
-                    .help("leave the precision out, or compile for a CPU");
-            return Err(Error::new(ErrorKind::Incompatible, diagnostic));
-        }
-        // Bytes are multiplied as they are, by warps.
-        let dots = Dots { whole: true, halves: false };
+        // Bytes and bf16 are multiplied as they are, by warps.
+        let dots = Dots { whole: true, halves: self.precision == Precision::Bf16 };
         Ok((*rules::optimise(graph, self.egraph, dots)?.graph).clone())
     }
 

@@ -276,13 +276,15 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_says_what_it_lacks() {
-        let layer = Layer { x: &[4, 32], w: &[32, 32], make: &matmul };
+    fn warps_of_a_gpu_multiply_what_is_rounded() {
+        let layer = Layer { x: &[32, 64], w: &[64, 32], make: &matmul };
         let graph = layer.graph(&layer.given().1, UnaryFn::Neg);
         let gpu = Gpu::known().first().and_then(|&sm| Gpu::of(sm)).expect("a GPU");
-        let refused = Compiler::new().precision(Precision::Bf16).cuda_of(&graph, gpu);
-        let text = refused.expect_err("no such kernels").to_string();
-        assert!(text.contains("K0704") && text.contains("bf16 for a GPU"), "{text}");
-        assert!(Compiler::new().cuda_of(&graph, gpu).is_ok());
+        for (precision, by_warps) in [(Precision::F32, false), (Precision::Bf16, true)] {
+            let compiler = Compiler::new().precision(precision);
+            let text =
+                compiler.cuda_of(&compiler.rounded(graph.clone()), gpu).expect("PTX").module.text;
+            assert_eq!(text.contains("mma.sync.aligned.m16n8k16.row.col.f32.bf16"), by_warps);
+        }
     }
 }

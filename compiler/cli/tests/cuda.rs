@@ -74,7 +74,7 @@ fn a_file_for_gpus_says_what_it_needs_and_is_refused_elsewhere() {
     expect(0, &flags("compile", &model, &asked));
     assert!(bytes == fs::read(&file).expect("a file"), "equal input gives equal bytes");
     let (out, _) = expect(0, &["inspect", &file]);
-    for part in ["nvptx64-nvidia-cuda", "sm_80, sm_90 and later", " x ", "dense1"] {
+    for part in ["nvptx64-nvidia-cuda", "sm_80 and later, sm_90", " x ", "dense1"] {
         assert!(out.contains(part), "{part}: {out}");
     }
     let value = json(0, &["inspect", &file]);

@@ -207,7 +207,7 @@ pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
         return scalar(body);
     };
     let index = Affine::scaled(step as usize, lanes as i64).plus(lane as usize, 1);
-    let count = if lower.span(var).is_some() { 1 } else { copies(&body, steps) };
+    let count = if lower.span(var).is_some() { 1 } else { copies(&body, steps, lower.target.registers) };
     let many = (count > 1).then(|| several(lower, &body, var, (steps, lane, count))).flatten();
     let mut out = match many {
         Some(out) => out,
@@ -229,22 +229,21 @@ pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
     out
 }
 
-/// Vectors that are computed side by side: where each takes a long chain of instructions, and where
-/// sums run through memory row after row, of which each vector is a small part.
+/// Vectors that are computed side by side where each takes a long chain of instructions.
 const CHAINS: usize = 4;
-const SUMS: usize = 8;
 
-/// How many of these `steps`.
-fn copies(body: &[Stmt], steps: usize) -> usize {
+/// How many of these `steps` are done side by side: of long chains, and of sums that run through
+/// memory row after row, of which each vector is a small part.
+fn copies(body: &[Stmt], steps: usize, registers: usize) -> usize {
     let stores = body.iter().all(|s| matches!(s, Stmt::Store { .. }));
     let long = |s: &Stmt| matches!(s, Stmt::Store { value, .. } if is_long(value));
     let sums = body.iter().any(|s| matches!(s, Stmt::For { .. }));
     let most = match (stores, sums) {
         (true, _) if body.iter().all(long) => CHAINS,
-        (false, true) => SUMS,
+        (false, true) => registers / 2,
         _ => 1,
     };
-    [SUMS, CHAINS, 2].into_iter().find(|&n| n <= most && 2 * n <= steps).unwrap_or(1)
+    [16, 8, CHAINS, 2].into_iter().find(|&n| n <= most && 2 * n <= steps).unwrap_or(1)
 }
 
 /// Loops over vectors, `count` of which stand side by side, and over what is left.

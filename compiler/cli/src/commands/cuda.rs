@@ -11,7 +11,7 @@ use kiln::graph::eval::Value as Meaning;
 use kiln::plan::Plan;
 use kiln::tensor::{Tensor, TensorView};
 use kiln::work::Profile;
-use kiln::{ArtifactFile, Compiler, Precision};
+use kiln::{ArtifactFile, Compiler};
 use kiln_cuda::driver::Device;
 use kiln_cuda::{CudaError, CudaModel, CudaSession, Gpu, Options};
 
@@ -141,7 +141,7 @@ pub fn on_device<T>(
 
 /// A flag that does nothing would be a promise that is not kept.
 pub fn refuse_for_gpus(build: &BuildArgs) -> Result<(), Failure> {
-    let flags = [("--precision", build.precision != Precision::F32), ("--no-wide", build.no_wide)];
+    let flags = [("--no-wide", build.no_wide)];
     match flags.iter().find(|(_, given)| *given) {
         None => Ok(()),
         Some((flag, _)) => Err(Failure::usage(format!("{flag} is for CPUs so far"))

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use kiln::ArtifactFile;
 use kiln::error::sanitize;
-use kiln::gpu::{DeviceMemory, Kernel, Module};
+use kiln::gpu::{DeviceMemory, Kernel, Module, runs};
 use kiln::manifest::{Weights, hex};
 use kiln::plan::Step;
 use kiln_cuda::Gpu;
@@ -92,13 +92,16 @@ fn figures(
     beside: Option<&str>,
 ) -> Vec<(&'static str, String)> {
     let manifest = &file.manifest;
-    let versions: Vec<String> =
-        manifest.modules.iter().map(|module| format!("sm_{}", module.sm)).collect();
+    let version = |sm: u32| match runs(sm, sm + 1) {
+        true => format!("sm_{sm} and later"),
+        false => format!("sm_{sm}"),
+    };
+    let versions: Vec<String> = manifest.modules.iter().map(|m| version(m.sm)).collect();
     let place = beside.map_or(String::new(), |file| format!(" in {file}"));
     let mut lines = vec![
         ("producer", sanitize(&manifest.producer)),
         ("target", sanitize(&manifest.target)),
-        ("for", format!("{} and later", versions.join(", "))),
+        ("for", versions.join(", ")),
         ("model", format!("blake3 {}", hex(&manifest.model_hash))),
         ("file", bytes(file.file_bytes() as u64)),
         ("text", bytes(file.sections.text.len() as u64)),
