@@ -207,7 +207,8 @@ pub fn vectorize(lower: &mut Lower, var: Var, body: Vec<Stmt>) -> Vec<Stmt> {
         return scalar(body);
     };
     let index = Affine::scaled(step as usize, lanes as i64).plus(lane as usize, 1);
-    let count = if lower.span(var).is_some() { 1 } else { copies(&body, steps, lower.target.registers) };
+    let count =
+        if lower.span(var).is_some() { 1 } else { copies(&body, steps, lower.target.registers) };
     let many = (count > 1).then(|| several(lower, &body, var, (steps, lane, count))).flatten();
     let mut out = match many {
         Some(out) => out,

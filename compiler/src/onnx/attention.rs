@@ -3,6 +3,7 @@
 use kiln_runtime::tensor::DType;
 
 use super::call::{Call, Outputs, not_supported, one};
+use super::recurrent::MOST_STEPS;
 use super::tensor::dtype_of;
 use crate::error::Diagnostic;
 use crate::graph::NodeId;
@@ -290,4 +291,139 @@ pub(super) fn tensor_scatter(call: &mut Call) -> Outputs {
     let row = g.reshape(row, &[flat[0]], o)?;
     let y = g.add(Op::Scatter(None), &[cache, row, update], o)?;
     one(g.reshape(y, &into, o)?)
+}
+
+/// What a step of a recurrence of [`linear_attention`] reads, each `[b, heads, steps, d]`.
+struct Recurrence {
+    query: NodeId,
+    key: NodeId,
+    value: NodeId,
+    /// Logarithms of what the state is multiplied with, for each head or each row of its state.
+    decay: Option<NodeId>,
+    /// How much of the difference to what the state gives for a key is added.
+    beta: Option<NodeId>,
+}
+
+impl Recurrence {
+    /// The state `[b, heads, keys, values]` after step `at`, and what it gives for the query.
+    fn step(&self, call: &mut Call, state: NodeId, at: usize) -> Result<[NodeId; 2], Diagnostic> {
+        let row = |call: &mut Call, x: NodeId| call.cut(x, 2, (at as i64, 1, 1));
+        let mut state = state;
+        if let Some(decay) = self.decay {
+            let decay = row(call, decay)?;
+            let (g, o) = (&mut *call.graph, &call.origin);
+            let kept = g.unary(UnaryFn::Exp, decay, o)?;
+            let kept = g.permute(kept, &[0, 1, 3, 2], o)?;
+            state = g.binary(BinaryFn::Mul, state, kept, o)?;
+        }
+        let (key, mut value) = (row(call, self.key)?, row(call, self.value)?);
+        if let Some(beta) = self.beta {
+            let beta = row(call, beta)?;
+            let (g, o) = (&mut *call.graph, &call.origin);
+            let known = g.matmul(key, state, o)?;
+            let new = g.binary(BinaryFn::Sub, value, known, o)?;
+            value = g.binary(BinaryFn::Mul, new, beta, o)?;
+        }
+        let query = row(call, self.query)?;
+        let (b, heads, keys) = match call.shape(query)[..] {
+            [b, heads, _, keys] => (b, heads, keys),
+            _ => return Err(not_supported("a query without heads")),
+        };
+        let own = call.shape(state)[1];
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let column = g.permute(key, &[0, 1, 3, 2], o)?;
+        let product = g.binary(BinaryFn::Mul, column, value, o)?;
+        state = g.binary(BinaryFn::Add, state, product, o)?;
+        // Heads of the query that share a state are rows of one product.
+        let query = g.reshape(query, &[b, own, heads / own, keys], o)?;
+        let y = g.matmul(query, state, o)?;
+        let values = g.ty(y).shape[3];
+        Ok([state, g.reshape(y, &[b, heads, 1, values], o)?])
+    }
+}
+
+/// `[b, s, heads * d]` or, of one number for each head, `[b, s, heads]`, as `[b, heads, s, d]`.
+fn split_numbers(call: &mut Call, x: NodeId, heads: usize) -> Added {
+    match call.shape(x)[..] {
+        [b, s, width] if width.is_multiple_of(heads) => {
+            let apart = [b, s, heads, width / heads];
+            let apart = call.graph.reshape(x, &apart, &call.origin)?;
+            call.graph.permute(apart, &[0, 2, 1, 3], &call.origin)
+        }
+        ref shape => Err(not_supported(format!("an operand of shape {shape:?} for {heads} heads"))),
+    }
+}
+
+/// Attention by a state that every step decays, corrects and adds to, one step after another.
+pub(super) fn linear_attention(call: &mut Call) -> Outputs {
+    call.ignore("chunk_size");
+    let rule = call.string_or("update_rule", "gated_delta");
+    let (heads, own) = (count(call, "q_num_heads")?, count(call, "kv_num_heads")?);
+    let [decay, beta] = [4, 5].map(|k: usize| call.optional(k));
+    let asked = match rule.as_str() {
+        "linear" => [false, false],
+        "gated" => [true, false],
+        "delta" => [false, true],
+        "gated_delta" => [true, true],
+        other => return Err(not_supported(format!("the update rule {other:?}"))),
+    };
+    if asked != [decay.is_some(), beta.is_some()] || !heads.is_multiple_of(own) {
+        let given = [decay, beta].map(|i| i.is_some());
+        return Err(not_supported(format!(
+            "the rule {rule} for {heads} heads of {own}, decay and beta given: {given:?}"
+        )));
+    }
+    let dtype = call.ty(call.input(0)?).dtype;
+    let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let split = |call: &mut Call, x: NodeId, heads: usize| {
+        let x = call.graph.cast(x, wide, &call.origin)?;
+        split_numbers(call, x, heads)
+    };
+    let query = call.input(0).and_then(|x| split(call, x, heads))?;
+    let key = call.input(1).and_then(|x| split(call, x, own))?;
+    let value = call.input(2).and_then(|x| split(call, x, own))?;
+    let decay = decay.map(|x| split(call, x, own)).transpose()?;
+    let beta = match beta {
+        // One number for all heads.
+        Some(x) if call.shape(x).last() == Some(&1) => Some(split(call, x, 1)?),
+        beta => beta.map(|x| split(call, x, own)).transpose()?,
+    };
+    let (b, steps, keys) = match call.shape(query)[..] {
+        [b, _, steps, keys] if call.shape(key)[..] == [b, own, steps, keys] => (b, steps, keys),
+        ref shape => return Err(not_supported(format!("queries {shape:?} of other keys"))),
+    };
+    let values = call.shape(value)[3];
+    if steps == 0 || steps > MOST_STEPS || call.shape(value)[..3] != [b, own, steps] {
+        return Err(not_supported(format!("{steps} steps; at most {MOST_STEPS} are unrolled")));
+    }
+    let given = call.optional(3);
+    let kept = given.map_or(dtype, |state| call.ty(state).dtype);
+    let mut state = match given {
+        Some(state) => call.graph.cast(state, wide, &call.origin)?,
+        None => {
+            let zero = call.number(wide, 4, 0.0);
+            call.graph.expand(zero, &[b, own, keys, values], &call.origin)?
+        }
+    };
+    if call.shape(state)[..] != [b, own, keys, values] {
+        return Err(not_supported(format!("a state of {:?}", call.shape(state))));
+    }
+    let scale = match f64::from(call.float_or("scale", 0.0)) {
+        0.0 => 1.0 / (keys as f64).sqrt(),
+        scale => scale,
+    };
+    let recurrence = Recurrence { query, key, value, decay, beta };
+    let mut rows = Vec::with_capacity(steps);
+    for at in 0..steps {
+        let [next, row] = recurrence.step(call, state, at)?;
+        state = next;
+        rows.push(row);
+    }
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let y = g.add(Op::Concat(2), &rows, o)?;
+    let y = g.binary_number(BinaryFn::Mul, y, scale, o)?;
+    let y = g.permute(y, &[0, 2, 1, 3], o)?;
+    let y = g.reshape(y, &[b, steps, heads * values], o)?;
+    let y = g.cast(y, dtype, o)?;
+    Ok(vec![Some(y), Some(g.cast(state, kept, o)?)])
 }

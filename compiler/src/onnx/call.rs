@@ -9,6 +9,7 @@ use super::proto::{AttributeProto, NodeProto};
 use super::tensor::Files;
 use crate::error::Diagnostic;
 use crate::graph::build::Added;
+use crate::graph::eval::Value;
 use crate::graph::op::{Op, Shape, Type};
 use crate::graph::{Constant, Graph, NodeId, Origin};
 
@@ -83,14 +84,22 @@ impl<'a> Call<'a> {
     pub fn ints_input(&self, index: usize) -> Result<Option<Vec<i64>>, Diagnostic> {
         let Some(id) = self.optional(index) else { return Ok(None) };
         let known = self.graph.value(id).and_then(|v| v.as_i64s());
-        known.map(Some).ok_or_else(|| {
-            Diagnostic::new(
-                super::NEEDS_VALUE,
-                format!("operand {index} decides a shape and is not known"),
-            )
-            .found(format!("a value that the model computes ({})", self.graph.node(id).origin))
-            .help("shapes must follow from the model's input shapes: export with static shapes")
-        })
+        known.map(Some).ok_or_else(|| self.not_known(index, id))
+    }
+
+    /// The value of an operand that decides shapes.
+    pub fn known_input(&self, index: usize) -> Result<Value, Diagnostic> {
+        let id = self.input(index)?;
+        self.graph.value(id).ok_or_else(|| self.not_known(index, id))
+    }
+
+    fn not_known(&self, index: usize, id: NodeId) -> Diagnostic {
+        Diagnostic::new(
+            super::NEEDS_VALUE,
+            format!("operand {index} decides a shape and is not known"),
+        )
+        .found(format!("a value that the model computes ({})", self.graph.node(id).origin))
+        .help("shapes must follow from the model's input shapes: export with static shapes")
     }
 
     fn attribute(&self, name: &str) -> Option<&'a AttributeProto> {

@@ -1,5 +1,6 @@
 //! Matrix products, convolutions and pooling.
 
+use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use super::call::{Call, Outputs, not_supported, one};
@@ -358,15 +359,25 @@ fn add_bias(call: &mut Call, y: NodeId, bias: NodeId) -> Added {
 
 /// f over the windows of a padded operand, as `[n, c, e..]`.
 fn pool(call: &mut Call, padded: NodeId, w: &Windows, f: ReduceFn) -> Added {
+    let windows = windowed(call, padded, w)?;
+    let y = folded(call, windows, w, f)?;
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let shape: Vec<usize> = g.ty(y).shape[..g.ty(padded).rank()].to_vec();
+    g.reshape(y, &shape, o)
+}
+
+/// The windows of a padded operand, as `[n, c, e.., k..]`.
+fn windowed(call: &mut Call, padded: NodeId, w: &Windows) -> Added {
     let axes: SmallVec<[(usize, usize, usize); 3]> =
         (0..w.kernel.len()).map(|d| (w.kernel[d], w.strides[d], w.dilations[d])).collect();
-    let (g, o) = (&mut *call.graph, &call.origin);
-    let windows = g.add(Op::Window(axes), &[padded], o)?;
-    let rank = g.ty(padded).rank();
-    let folded: Vec<usize> = (rank..rank + w.kernel.len()).collect();
-    let y = g.reduce(f, windows, &folded, o)?;
-    let shape: Vec<usize> = g.ty(y).shape[..rank].to_vec();
-    g.reshape(y, &shape, o)
+    call.graph.add(Op::Window(axes), &[padded], &call.origin)
+}
+
+/// f over each window.
+fn folded(call: &mut Call, windows: NodeId, w: &Windows, f: ReduceFn) -> Added {
+    let rank = call.ty(windows).rank();
+    let folded: Vec<usize> = (rank - w.kernel.len()..rank).collect();
+    call.graph.reduce(f, windows, &folded, &call.origin)
 }
 
 fn pool_windows(call: &mut Call, x: NodeId) -> Result<Windows, Diagnostic> {
@@ -376,12 +387,42 @@ fn pool_windows(call: &mut Call, x: NodeId) -> Result<Windows, Diagnostic> {
     windows(call, &spatial, sizes(&kernel)?)
 }
 
+/// Largest elements of windows and, where it is asked for, their places in the whole operand.
 pub(super) fn max_pool(call: &mut Call) -> Outputs {
     let x = call.input(0)?;
-    call.ignore("storage_order");
+    let by_columns = call.int_or("storage_order", 0) != 0;
     let w = pool_windows(call, x)?;
-    let padded = padded(call, x, &w, f64::NEG_INFINITY)?;
-    one(pool(call, padded, &w, ReduceFn::Max)?)
+    let bordered = padded(call, x, &w, f64::NEG_INFINITY)?;
+    let most = pool(call, bordered, &w, ReduceFn::Max)?;
+    if call.n_outputs() < 2 {
+        return one(most);
+    }
+    // More than any place, and what the border has.
+    const NOWHERE: f64 = (1u64 << 53) as f64;
+    let shape = call.shape(x);
+    let mut order: Vec<usize> = (2..shape.len()).collect();
+    if !by_columns {
+        order.reverse();
+    }
+    let mut place = call.number(DType::I64, shape.len(), 0.0);
+    let mut step = 1.0;
+    for axis in order.into_iter().chain([1, 0]) {
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let along = g.add(Op::Iota(shape.clone(), axis as u8), &[], o)?;
+        let along = g.binary_number(BinaryFn::Mul, along, step, o)?;
+        place = g.binary(BinaryFn::Add, place, along, o)?;
+        step *= shape[axis] as f64;
+    }
+    let places = padded(call, place, &w, NOWHERE)?;
+    let (values, places) = (windowed(call, bordered, &w)?, windowed(call, places, &w)?);
+    let largest = folded(call, values, &w, ReduceFn::Max)?;
+    let nowhere = call.number(DType::I64, call.ty(places).rank(), NOWHERE);
+    let found = call.graph.binary(BinaryFn::Eq, values, largest, &call.origin)?;
+    let found = call.graph.select(found, places, nowhere, &call.origin)?;
+    let first = folded(call, found, &w, ReduceFn::Min)?;
+    let shape = call.shape(most);
+    let first = call.graph.reshape(first, &shape, &call.origin)?;
+    Ok(vec![Some(most), Some(first)])
 }
 
 pub(super) fn average_pool(call: &mut Call) -> Outputs {

@@ -7,7 +7,7 @@ use crate::graph::build::Added;
 use crate::graph::op::{BinaryFn, Composite, Op, Shape, UnaryFn};
 
 /// Steps that are unrolled at most.
-const MOST_STEPS: usize = 4096;
+pub(super) const MOST_STEPS: usize = 4096;
 
 /// Which layer it is.
 #[derive(Clone, Copy, PartialEq)]
