@@ -354,6 +354,18 @@ fn split_numbers(call: &mut Call, x: NodeId, heads: usize) -> Added {
     }
 }
 
+/// The state that operand 3 gives, or zeros.
+fn first_state(call: &mut Call, dtype: DType, shape: [usize; 4]) -> Added {
+    let Some(state) = call.optional(3) else {
+        let zero = call.number(dtype, 4, 0.0);
+        return call.graph.expand(zero, &shape, &call.origin);
+    };
+    if call.shape(state)[..] != shape {
+        return Err(not_supported(format!("a state of {:?}", call.shape(state))));
+    }
+    call.graph.cast(state, dtype, &call.origin)
+}
+
 /// Attention by a state that every step decays, corrects and adds to, one step after another.
 pub(super) fn linear_attention(call: &mut Call) -> Outputs {
     call.ignore("chunk_size");
@@ -396,18 +408,8 @@ pub(super) fn linear_attention(call: &mut Call) -> Outputs {
     if steps == 0 || steps > MOST_STEPS || call.shape(value)[..3] != [b, own, steps] {
         return Err(not_supported(format!("{steps} steps; at most {MOST_STEPS} are unrolled")));
     }
-    let given = call.optional(3);
-    let kept = given.map_or(dtype, |state| call.ty(state).dtype);
-    let mut state = match given {
-        Some(state) => call.graph.cast(state, wide, &call.origin)?,
-        None => {
-            let zero = call.number(wide, 4, 0.0);
-            call.graph.expand(zero, &[b, own, keys, values], &call.origin)?
-        }
-    };
-    if call.shape(state)[..] != [b, own, keys, values] {
-        return Err(not_supported(format!("a state of {:?}", call.shape(state))));
-    }
+    let kept = call.optional(3).map_or(dtype, |state| call.ty(state).dtype);
+    let mut state = first_state(call, wide, [b, own, keys, values])?;
     let scale = match f64::from(call.float_or("scale", 0.0)) {
         0.0 => 1.0 / (keys as f64).sqrt(),
         scale => scale,

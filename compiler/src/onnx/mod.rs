@@ -4,6 +4,7 @@
 pub mod attention;
 pub mod call;
 pub mod contraction;
+mod control;
 pub mod grid;
 pub mod loss;
 pub mod norm;
@@ -35,7 +36,7 @@ use crate::graph::{Graph, NodeId, Origin};
 use crate::ranges::in_use;
 use call::Call;
 use proto::tensor_shape_proto::{Dimension, dimension::Value as DimensionValue};
-use proto::{ModelProto, NodeProto, ValueInfoProto, type_proto};
+use proto::{ModelProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 use tensor::{Files, dtype_of};
 
 /// Code of the diagnostic for an operand whose value decides a shape and is not known.
@@ -92,6 +93,8 @@ pub fn import(bytes: Bytes, options: &ImportOptions) -> Result<Graph> {
         problems: Vec::new(),
         limited: false,
         bytes: 0,
+        nodes: 0,
+        depth: 0,
         options,
         files: Files::new(options.folder.as_deref()),
     };
@@ -111,6 +114,9 @@ struct Import<'a> {
     problems: Vec<Diagnostic>,
     limited: bool,
     bytes: usize,
+    /// Nodes of all graphs that were imported, and how deep the present one lies.
+    nodes: usize,
+    depth: usize,
     options: &'a ImportOptions,
     files: Files,
 }
@@ -137,21 +143,8 @@ impl Import<'_> {
             self.limit("nodes", limit, graph.node.len().to_string(), "--max-nodes raises it");
             return;
         }
-        for tensor in &graph.initializer {
-            let name = tensor.name.clone().unwrap_or_default();
-            let value = match self.files.constant(tensor) {
-                Ok(constant) if self.room(&constant.ty) => {
-                    let origin = Origin::from(name.as_str());
-                    Some(self.graph.constant_bytes(constant.ty, constant.bytes, &origin))
-                }
-                Ok(_) => None,
-                Err(problem) => {
-                    self.problems.push(problem.tensor(name.clone()));
-                    None
-                }
-            };
-            self.values.insert(name, value);
-        }
+        self.nodes = graph.node.len();
+        self.constants(&graph.initializer);
         for input in &graph.input {
             let name = input.name.clone().unwrap_or_default();
             if !self.values.contains_key(&name) {
@@ -174,6 +167,24 @@ impl Import<'_> {
                     Diagnostic::new("K0103", "no node makes this output of the model").tensor(name),
                 ),
             }
+        }
+    }
+
+    fn constants(&mut self, tensors: &[TensorProto]) {
+        for tensor in tensors {
+            let name = tensor.name.clone().unwrap_or_default();
+            let value = match self.files.constant(tensor) {
+                Ok(constant) if self.room(&constant.ty) => {
+                    let origin = Origin::from(name.as_str());
+                    Some(self.graph.constant_bytes(constant.ty, constant.bytes, &origin))
+                }
+                Ok(_) => None,
+                Err(problem) => {
+                    self.problems.push(problem.tensor(name.clone()));
+                    None
+                }
+            };
+            self.values.insert(name, value);
         }
     }
 
@@ -332,9 +343,10 @@ impl Import<'_> {
         domain: &str,
         opset: i64,
     ) -> std::result::Result<Vec<Option<NodeId>>, Option<Diagnostic>> {
-        let Some(entry) = table::find(domain, op, opset) else {
+        let (entry, flow) = (table::find(domain, op, opset), control::find(domain, op, opset));
+        if entry.is_none() && flow.is_none() {
             return Err(Some(table::unsupported(domain, op, opset).node(name)));
-        };
+        }
         let mut inputs = Vec::with_capacity(node.input.len());
         for input in &node.input {
             inputs.push(match (input.as_str(), self.values.get(input)) {
@@ -351,6 +363,11 @@ impl Import<'_> {
                 }
             });
         }
+        let Some(entry) = entry else {
+            let site = control::Site { node, origin: Origin::from(name), inputs };
+            let made = flow.map_or(Err(None), |flow| flow.import(self, &site));
+            return made.map_err(|problem| problem.map(|d| d.node(name).op(op, opset)));
+        };
         let before = self.graph.nodes.len();
         let mut call = Call::new(&mut self.graph, &mut self.files, node, inputs, opset, name);
         let outputs = (entry.import)(&mut call);
@@ -401,8 +418,12 @@ pub struct OpRow {
 
 /// The operators that are read.
 pub fn ops() -> Vec<OpRow> {
-    let row = |o: &table::Operator| OpRow { name: o.name, since: o.since, until: table::NEWEST };
-    table::OPERATORS.iter().map(row).collect()
+    let row = |(name, since)| OpRow { name, since, until: table::NEWEST };
+    let plain = table::OPERATORS.iter().map(|o| (o.name, o.since));
+    let flows = control::FLOWS.iter().map(|f| (f.name, f.since));
+    let mut rows: Vec<OpRow> = plain.chain(flows).map(row).collect();
+    rows.sort_by_key(|row| row.name);
+    rows
 }
 
 /// The tensor type of an input or output, where it is one.

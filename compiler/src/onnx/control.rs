@@ -1,0 +1,469 @@
+//! Operators that have graphs of their own. Such a graph is imported where it stands, and that of
+//! a loop once for every turn: how many there are has to be known.
+
+use smallvec::SmallVec;
+
+use super::call::not_supported;
+use super::proto::{GraphProto, NodeProto};
+use super::recurrent::MOST_STEPS;
+use super::{Import, NEEDS_VALUE};
+use crate::error::Diagnostic;
+use crate::graph::op::Op;
+use crate::graph::{NodeId, Origin};
+
+/// Graphs within each other at most.
+const DEEPEST: usize = 16;
+
+/// What a node gives; without a diagnostic where something has been refused before.
+pub(super) type Made = Result<Vec<Option<NodeId>>, Option<Diagnostic>>;
+
+/// A node with its operands.
+pub(super) struct Site<'n> {
+    pub node: &'n NodeProto,
+    pub origin: Origin,
+    pub inputs: Vec<Option<NodeId>>,
+}
+
+/// An operator of this kind.
+pub(super) struct Flow {
+    pub name: &'static str,
+    /// First opset.
+    pub since: i64,
+    /// The attributes that it has.
+    attributes: &'static [&'static str],
+    import: fn(&mut Import, &Site) -> Made,
+}
+
+/// All of them.
+pub(super) static FLOWS: &[Flow] = &[
+    Flow { name: "If", since: 1, attributes: &["then_branch", "else_branch"], import: choice },
+    Flow { name: "Loop", since: 1, attributes: &["body"], import: repetition },
+    Flow {
+        name: "Scan",
+        since: 9,
+        attributes: &[
+            "body",
+            "num_scan_inputs",
+            "scan_input_axes",
+            "scan_input_directions",
+            "scan_output_axes",
+            "scan_output_directions",
+        ],
+        import: scan,
+    },
+];
+
+/// The one of that name where the opset has it.
+pub(super) fn find(domain: &str, name: &str, opset: i64) -> Option<&'static Flow> {
+    FLOWS.iter().find(|f| domain.is_empty() && f.name == name && opset >= f.since)
+}
+
+impl Flow {
+    /// Adds the node to the graph.
+    pub fn import(&self, import: &mut Import, site: &Site) -> Made {
+        let names = site.node.attribute.iter().filter_map(|a| a.name.as_deref());
+        let strange: Vec<&str> = names.filter(|name| !self.attributes.contains(name)).collect();
+        if !strange.is_empty() {
+            let diagnostic =
+                Diagnostic::new("K0108", "attributes that this operator does not have");
+            return Err(Some(diagnostic.found(strange.join(", "))));
+        }
+        (self.import)(import, site)
+    }
+}
+
+impl<'n> Site<'n> {
+    fn graph(&self, name: &str) -> Result<&'n GraphProto, Option<Diagnostic>> {
+        let named = self.node.attribute.iter().find(|a| a.name.as_deref() == Some(name));
+        let graph = named.and_then(|a| a.g.as_deref());
+        graph.ok_or_else(|| Some(not_supported(format!("a node without the graph {name}"))))
+    }
+
+    fn ints(&self, name: &str) -> Vec<i64> {
+        let named = self.node.attribute.iter().find(|a| a.name.as_deref() == Some(name));
+        named.map_or(Vec::new(), |a| a.ints.clone())
+    }
+
+    fn int(&self, name: &str) -> Option<i64> {
+        let named = self.node.attribute.iter().find(|a| a.name.as_deref() == Some(name));
+        named.map(|a| a.i.unwrap_or(0))
+    }
+
+    fn input(&self, index: usize) -> Result<NodeId, Option<Diagnostic>> {
+        let input = self.inputs.get(index).copied().flatten();
+        input.ok_or_else(|| Some(Diagnostic::new("K0120", format!("operand {index} is missing"))))
+    }
+}
+
+fn not_known(what: &str) -> Option<Diagnostic> {
+    let help = "export the model without it, or say the value of the input that it hangs on";
+    Some(Diagnostic::new(NEEDS_VALUE, format!("{what} is not known")).help(help))
+}
+
+impl Import<'_> {
+    /// A node of the graph, where there is room for it.
+    fn put(
+        &mut self,
+        op: Op,
+        args: &[NodeId],
+        origin: &Origin,
+    ) -> Result<NodeId, Option<Diagnostic>> {
+        let id = self.graph.add(op, args, origin).map_err(Some)?;
+        let ty = self.graph.ty(id).clone();
+        if self.room(&ty) { Ok(id) } else { Err(None) }
+    }
+
+    /// A number that is known.
+    fn number(&self, id: NodeId) -> Option<f64> {
+        self.graph.value(id).and_then(|v| v.as_f64s().first().copied())
+    }
+
+    /// The outputs of a graph within a node, for these inputs. Its names are its own.
+    fn within(
+        &mut self,
+        graph: &GraphProto,
+        inputs: &[NodeId],
+    ) -> Result<Vec<NodeId>, Option<Diagnostic>> {
+        let (given, wanted) = (inputs.len(), graph.input.len());
+        if given != wanted || self.depth == DEEPEST {
+            let depth = self.depth;
+            return Err(Some(not_supported(format!(
+                "a graph of {wanted} inputs for {given} values, {depth} graphs deep"
+            ))));
+        }
+        self.nodes = self.nodes.saturating_add(graph.node.len());
+        if self.nodes > self.options.limits.nodes {
+            let limit = self.options.limits.nodes.to_string();
+            self.limit("nodes", limit, self.nodes.to_string(), "--max-nodes raises it");
+            return Err(None);
+        }
+        let names = graph.initializer.iter().filter_map(|t| t.name.as_ref());
+        let names = names.chain(graph.input.iter().filter_map(|i| i.name.as_ref()));
+        let names = names.chain(graph.node.iter().flat_map(|n| &n.output));
+        let outside: Vec<_> = names.map(|n| (n.clone(), self.values.remove(n))).collect();
+        let problems = self.problems.len();
+        self.depth += 1;
+        self.constants(&graph.initializer);
+        for (input, &id) in graph.input.iter().zip(inputs) {
+            self.values.insert(input.name.clone().unwrap_or_default(), Some(id));
+        }
+        for node in &graph.node {
+            if !self.limited {
+                self.node(node);
+            }
+        }
+        self.depth -= 1;
+        let result = |output: &super::ValueInfoProto| {
+            let name = output.name.clone().unwrap_or_default();
+            match self.values.get(&name) {
+                Some(Some(id)) => Ok(*id),
+                Some(None) => Err(None),
+                None => Err(Some(
+                    Diagnostic::new("K0103", "no node makes this output of a graph").tensor(name),
+                )),
+            }
+        };
+        let outputs: Result<Vec<NodeId>, _> = graph.output.iter().map(result).collect();
+        // The last of the same names is put back first.
+        for (name, value) in outside.into_iter().rev() {
+            match value {
+                Some(value) => self.values.insert(name, value),
+                None => self.values.remove(&name),
+            };
+        }
+        if self.limited || self.problems.len() > problems { Err(None) } else { outputs }
+    }
+
+    /// Values side by side along a new axis.
+    fn stacked(
+        &mut self,
+        rows: &[NodeId],
+        axis: usize,
+        origin: &Origin,
+    ) -> Result<NodeId, Option<Diagnostic>> {
+        let Some(&first) = rows.first() else {
+            return Err(Some(not_supported("a loop of no turns that collects values")));
+        };
+        let mut shape = self.graph.ty(first).shape.clone();
+        if axis > shape.len() {
+            return Err(Some(not_supported(format!("rows of {shape:?} along axis {axis}"))));
+        }
+        shape.insert(axis, 1);
+        let mut tall = Vec::with_capacity(rows.len());
+        for &row in rows {
+            tall.push(self.put(Op::Reshape(shape.clone()), &[row], origin)?);
+        }
+        self.put(Op::Concat(axis as u8), &tall, origin)
+    }
+}
+
+/// One of two graphs, where the condition is known; else both, and a choice between their values.
+fn choice(import: &mut Import, site: &Site) -> Made {
+    let condition = site.input(0)?;
+    let (yes, no) = (site.graph("then_branch")?, site.graph("else_branch")?);
+    let known = import.number(condition).map(|c| c != 0.0);
+    if let Some(holds) = known {
+        let outputs = import.within(if holds { yes } else { no }, &[])?;
+        return Ok(outputs.into_iter().map(Some).collect());
+    }
+    let (yes, no) = (import.within(yes, &[])?, import.within(no, &[])?);
+    let same =
+        |import: &Import, (x, y): (&NodeId, &NodeId)| import.graph.ty(*x) == import.graph.ty(*y);
+    if yes.len() != no.len() || !yes.iter().zip(&no).all(|pair| same(import, pair)) {
+        return Err(not_known("which of two graphs with results of other types is meant"));
+    }
+    let mut outputs = Vec::new();
+    for (&x, &y) in yes.iter().zip(&no) {
+        let rank = import.graph.ty(x).rank();
+        let shape = SmallVec::from_elem(1, rank);
+        let condition = import.put(Op::Reshape(shape), &[condition], &site.origin)?;
+        let all = import.graph.ty(x).shape.clone();
+        let condition = import.put(Op::Expand(all), &[condition], &site.origin)?;
+        outputs.push(Some(import.put(Op::Select, &[condition, x, y], &site.origin)?));
+    }
+    Ok(outputs)
+}
+
+/// Turns of a graph, as long as its condition holds; what it makes besides is collected.
+fn repetition(import: &mut Import, site: &Site) -> Made {
+    let body = site.graph("body")?;
+    let most = match site.inputs.first().copied().flatten() {
+        Some(most) => import.number(most).ok_or_else(|| not_known("the number of turns"))?,
+        None => f64::INFINITY,
+    };
+    let origin = &site.origin;
+    let mut again = match site.inputs.get(1).copied().flatten() {
+        Some(condition) => condition,
+        None => import.graph.scalar(kiln_runtime::tensor::DType::Bool, 0, 1.0, origin),
+    };
+    let mut carried: Vec<NodeId> =
+        (2..site.inputs.len()).map(|i| site.input(i)).collect::<Result<_, _>>()?;
+    if body.output.len() <= carried.len() {
+        return Err(Some(not_supported("a loop that gives less than it is given")));
+    }
+    let mut rows = vec![Vec::new(); body.output.len() - 1 - carried.len()];
+    let mut turn = 0;
+    while (turn as f64) < most {
+        let holds = import.number(again).ok_or_else(|| not_known("whether a turn is the last"))?;
+        if holds == 0.0 {
+            break;
+        }
+        if turn == MOST_STEPS {
+            let message = format!("a loop of more than {MOST_STEPS} turns");
+            return Err(Some(not_supported(message)));
+        }
+        let number = import.graph.i64s(&[], &[turn as i64], origin);
+        let inputs: Vec<NodeId> = [number, again].into_iter().chain(carried.clone()).collect();
+        let outputs = import.within(body, &inputs)?;
+        let (next, made) = outputs.split_at(1 + carried.len());
+        (again, carried) = (next[0], next[1..].to_vec());
+        rows.iter_mut().zip(made).for_each(|(rows, &row)| rows.push(row));
+        turn += 1;
+    }
+    for rows in rows {
+        carried.push(import.stacked(&rows, 0, origin)?);
+    }
+    Ok(carried.into_iter().map(Some).collect())
+}
+
+/// A graph for each row of some operands, which hands states from one to the next.
+fn scan(import: &mut Import, site: &Site) -> Made {
+    let (body, origin) = (site.graph("body")?, &site.origin);
+    let all: Vec<NodeId> =
+        (0..site.inputs.len()).map(|i| site.input(i)).collect::<Result<_, _>>()?;
+    let count = usize::try_from(site.int("num_scan_inputs").unwrap_or(0)).unwrap_or(0);
+    if count == 0 || count > all.len() || body.output.len() < all.len() - count {
+        let (given, made) = (all.len(), body.output.len());
+        return Err(Some(not_supported(format!("{count} rows of {given} operands, {made} made"))));
+    }
+    let (states, read) = all.split_at(all.len() - count);
+    let listed = |name: &str, at: usize| site.ints(name).get(at).copied().unwrap_or(0);
+    // Rows of an operand, and of what is made: along which axis, and whether from the end.
+    let mut ways = Vec::new();
+    for (k, &x) in read.iter().enumerate() {
+        let rank = import.graph.ty(x).rank() as i64;
+        let axis = listed("scan_input_axes", k);
+        let axis = usize::try_from(if axis < 0 { axis + rank } else { axis }).ok();
+        let axis = axis.filter(|&a| (a as i64) < rank);
+        ways.push(axis.ok_or_else(|| Some(not_supported("rows along an axis that is not there")))?);
+    }
+    let steps = import.graph.ty(read[0]).shape[ways[0]];
+    let whole = |import: &Import| {
+        read.iter().zip(&ways).all(|(&x, &axis)| import.graph.ty(x).shape[axis] == steps)
+    };
+    if steps > MOST_STEPS || !whole(import) {
+        return Err(Some(not_supported(format!("{steps} rows; at most {MOST_STEPS}, of each"))));
+    }
+    let mut states = states.to_vec();
+    let mut rows = vec![Vec::new(); body.output.len() - states.len()];
+    for step in 0..steps {
+        let mut inputs = states.clone();
+        for (k, (&x, &axis)) in read.iter().zip(&ways).enumerate() {
+            let backwards = listed("scan_input_directions", k) != 0;
+            let at = if backwards { steps - 1 - step } else { step };
+            let mut shape = import.graph.ty(x).shape.clone();
+            let cut = |(d, &e): (usize, &usize)| match d == axis {
+                true => (at as i64, 1, 1),
+                false => (0, 1, e),
+            };
+            let ranges = shape.iter().enumerate().map(cut).collect();
+            let row = import.put(Op::Slice(ranges), &[x], origin)?;
+            shape.remove(axis);
+            inputs.push(import.put(Op::Reshape(shape), &[row], origin)?);
+        }
+        let outputs = import.within(body, &inputs)?;
+        let (next, made) = outputs.split_at(states.len());
+        states = next.to_vec();
+        rows.iter_mut().zip(made).for_each(|(rows, &row)| rows.push(row));
+    }
+    for (k, mut rows) in rows.into_iter().enumerate() {
+        if listed("scan_output_directions", k) != 0 {
+            rows.reverse();
+        }
+        let rank = rows.first().map_or(0, |&r| import.graph.ty(r).rank() as i64 + 1);
+        let axis = listed("scan_output_axes", k);
+        let axis = if axis < 0 { axis + rank } else { axis };
+        let axis = usize::try_from(axis).unwrap_or(usize::MAX);
+        states.push(import.stacked(&rows, axis, origin)?);
+    }
+    Ok(states.into_iter().map(Some).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use kiln_runtime::tensor::{DType, Tensor};
+    use prost::Message;
+
+    use super::super::proto::{
+        AttributeProto, ModelProto, OperatorSetIdProto, ValueInfoProto, tensor_shape_proto as dims,
+        type_proto,
+    };
+    use super::super::proto::{TensorShapeProto, TypeProto};
+    use super::super::{ImportOptions, import};
+    use super::*;
+    use crate::graph::Graph;
+    use crate::graph::eval::{Data, Value, eval};
+    use crate::graph::op::Type;
+
+    /// An input or output.
+    fn port(name: &str, shape: &[i64], dtype: i32) -> ValueInfoProto {
+        let dim = |&n: &i64| dims::Dimension {
+            value: Some(dims::dimension::Value::DimValue(n)),
+            ..Default::default()
+        };
+        let shape = TensorShapeProto { dim: shape.iter().map(dim).collect() };
+        let tensor = type_proto::Tensor { elem_type: Some(dtype), shape: Some(shape) };
+        let value = Some(type_proto::Value::TensorType(tensor));
+        let r#type = Some(TypeProto { value, ..Default::default() });
+        ValueInfoProto { name: Some(name.into()), r#type, ..Default::default() }
+    }
+
+    fn node(op: &str, inputs: &[&str], outputs: &[&str]) -> NodeProto {
+        let names = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
+        let op_type = Some(op.into());
+        NodeProto { op_type, input: names(inputs), output: names(outputs), ..Default::default() }
+    }
+
+    fn with(mut node: NodeProto, name: &str, graph: GraphProto) -> NodeProto {
+        let attribute = AttributeProto {
+            name: Some(name.into()),
+            g: Some(Box::new(graph)),
+            ..Default::default()
+        };
+        node.attribute.push(attribute);
+        node
+    }
+
+    fn graph(inputs: &[ValueInfoProto], nodes: &[NodeProto], outputs: &[&str]) -> GraphProto {
+        let output = outputs.iter().map(|name| port(name, &[], 1)).collect();
+        GraphProto { input: inputs.to_vec(), node: nodes.to_vec(), output, ..Default::default() }
+    }
+
+    /// The model of a graph, or why there is none. `m` is 5 where it is given.
+    fn model(graph: GraphProto, known: bool) -> Result<Graph, String> {
+        let opset = OperatorSetIdProto { version: Some(21), ..Default::default() };
+        let model =
+            ModelProto { graph: Some(graph), opset_import: vec![opset], ..Default::default() };
+        let mut options =
+            ImportOptions { limits: super::super::Limits::default(), ..Default::default() };
+        if known {
+            options.values.push(("m".into(), Tensor::from_slice(&[], &[5i64])));
+        }
+        import(Bytes::from(model.encode_to_vec()), &options).map_err(|e| e.to_string())
+    }
+
+    fn outputs(graph: &Graph, inputs: &[Tensor]) -> Vec<Vec<f64>> {
+        let inputs: Vec<Value> = inputs.iter().map(Value::from_tensor).collect();
+        eval(graph, &inputs).iter().map(Value::as_f64s).collect()
+    }
+
+    /// x twice as large in every turn, and what it was; `again` says whether to go on.
+    fn doubling(again: &[NodeProto]) -> GraphProto {
+        let inputs = [port("i", &[], 7), port("going", &[], 9), port("y", &[2], 1)];
+        let mut nodes = vec![node("Add", &["y", "y"], &["z"]), node("Identity", &["y"], &["was"])];
+        nodes.extend(again.to_vec());
+        let body = graph(&inputs, &nodes, &["next", "z", "was"]);
+        let made = with(node("Loop", &["m", "", "x"], &["last", "all"]), "body", body);
+        let inputs = [port("m", &[], 7), port("x", &[2], 1)];
+        graph(&inputs, &[made], &["last", "all"])
+    }
+
+    #[test]
+    fn loops_are_unrolled() {
+        let on = [node("Identity", &["going"], &["next"])];
+        let x = Tensor::from_slice(&[2], &[1f32, -3.0]);
+        let made = model(doubling(&on), true).expect("a model");
+        let rows = [1.0, -3.0, 2.0, -6.0, 4.0, -12.0, 8.0, -24.0, 16.0, -48.0];
+        assert_eq!(outputs(&made, &[x.clone()]), [vec![32.0, -96.0], rows.to_vec()]);
+        // A condition that hangs on the number of the turn.
+        let few = [node("Less", &["i", "m2"], &["next"]), node("Size", &["y"], &["m2"])];
+        let few = [few[1].clone(), few[0].clone()];
+        let made = model(doubling(&few), true).expect("a model");
+        assert_eq!(outputs(&made, &[x])[0], [8.0, -24.0]);
+    }
+
+    #[test]
+    fn loops_that_are_not_known_or_do_not_end_are_refused() {
+        let on = [node("Identity", &["going"], &["next"])];
+        let problem = model(doubling(&on), false).expect_err("turns that are not known");
+        assert!(problem.contains(NEEDS_VALUE) && problem.contains("number of turns"), "{problem}");
+        let mut endless = doubling(&on);
+        endless.node[0].input[0] = String::new();
+        let problem = model(endless, true).expect_err("no end");
+        assert!(problem.contains("more than 4096 turns"), "{problem}");
+        let data = [node("ReduceMax", &["y"], &["top"]), node("Less", &["top", "top"], &["next"])];
+        let problem = model(doubling(&data), true).expect_err("a condition of data");
+        assert!(problem.contains("whether a turn is the last"), "{problem}");
+    }
+
+    #[test]
+    fn a_choice_takes_what_holds() {
+        let branch = |op: &str| graph(&[], &[node(op, &["x"], &["r"])], &["r"]);
+        let whole = |condition: ValueInfoProto, no: GraphProto| {
+            let choice = node("If", &["c"], &["y"]);
+            let choice = with(with(choice, "then_branch", branch("Neg")), "else_branch", no);
+            graph(&[condition, port("x", &[2], 1)], &[choice], &["y"])
+        };
+        let made = model(whole(port("c", &[], 9), branch("Abs")), false).expect("a model");
+        let x = Tensor::from_slice(&[2], &[1f32, -3.0]);
+        for (c, expected) in [(true, [-1.0, 3.0]), (false, [1.0, 3.0])] {
+            let data = Data::Int(vec![i128::from(c)]);
+            let c = Value { ty: Type::new(DType::Bool, &[]), data }.to_tensor();
+            assert_eq!(outputs(&made, &[c, x.clone()]), [expected]);
+        }
+        let problem = model(whole(port("c", &[], 9), branch("Size")), false).expect_err("types");
+        assert!(problem.contains("results of other types"), "{problem}");
+    }
+
+    #[test]
+    fn graphs_within_graphs_have_a_limit() {
+        let mut nested = (0..DEEPEST + 1).fold(graph(&[], &[], &["x"]), |inner, _| {
+            let choice = with(node("If", &["c"], &["x2"]), "then_branch", inner);
+            graph(&[], &[with(choice, "else_branch", graph(&[], &[], &["x"]))], &["x2"])
+        });
+        nested.input = vec![port("c", &[], 9), port("x", &[2], 1)];
+        let problem = model(nested, false).expect_err("too deep");
+        assert!(problem.contains("16 graphs deep"), "{problem}");
+    }
+}
