@@ -201,7 +201,11 @@ pub(super) fn causal_conv(call: &mut Call) -> Outputs {
     };
     let (before, dtype) = (taps - 1, call.ty(x).dtype);
     let state = match call.optional(3) {
-        Some(state) => state,
+        Some(state) if call.shape(state)[..] == [batch, channels, before] => state,
+        Some(state) => {
+            let (found, wanted) = (call.shape(state), [batch, channels, before]);
+            return Err(not_supported(format!("a state of {found:?} instead of {wanted:?}")));
+        }
         None => {
             let zero = call.number(dtype, 3, 0.0);
             call.graph.expand(zero, &[batch, channels, before], &call.origin)?

@@ -330,7 +330,7 @@ fn scan(import: &mut Import, site: &Site) -> Made {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use bytes::Bytes;
     use kiln_runtime::tensor::{DType, Tensor};
     use prost::Message;
@@ -347,7 +347,7 @@ mod tests {
     use crate::graph::op::Type;
 
     /// An input or output.
-    fn port(name: &str, shape: &[i64], dtype: i32) -> ValueInfoProto {
+    pub fn port(name: &str, shape: &[i64], dtype: i32) -> ValueInfoProto {
         let dim = |&n: &i64| dims::Dimension {
             value: Some(dims::dimension::Value::DimValue(n)),
             ..Default::default()
@@ -359,7 +359,7 @@ mod tests {
         ValueInfoProto { name: Some(name.into()), r#type, ..Default::default() }
     }
 
-    fn node(op: &str, inputs: &[&str], outputs: &[&str]) -> NodeProto {
+    pub fn node(op: &str, inputs: &[&str], outputs: &[&str]) -> NodeProto {
         let names = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
         let op_type = Some(op.into());
         NodeProto { op_type, input: names(inputs), output: names(outputs), ..Default::default() }
@@ -375,13 +375,13 @@ mod tests {
         node
     }
 
-    fn graph(inputs: &[ValueInfoProto], nodes: &[NodeProto], outputs: &[&str]) -> GraphProto {
+    pub fn graph(inputs: &[ValueInfoProto], nodes: &[NodeProto], outputs: &[&str]) -> GraphProto {
         let output = outputs.iter().map(|name| port(name, &[], 1)).collect();
         GraphProto { input: inputs.to_vec(), node: nodes.to_vec(), output, ..Default::default() }
     }
 
     /// The model of a graph, or why there is none. `m` is 5 where it is given.
-    fn model(graph: GraphProto, known: bool) -> Result<Graph, String> {
+    pub fn model(graph: GraphProto, known: bool) -> Result<Graph, String> {
         let opset = OperatorSetIdProto { version: Some(21), ..Default::default() };
         let model =
             ModelProto { graph: Some(graph), opset_import: vec![opset], ..Default::default() };

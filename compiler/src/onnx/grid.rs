@@ -3,6 +3,7 @@
 use kiln_runtime::tensor::{DType, Tensor};
 
 use super::call::{Call, Outputs, not_supported, one};
+use super::pointwise::{clamp, polynomial};
 use crate::error::Diagnostic;
 use crate::graph::NodeId;
 use crate::graph::build::Added;
@@ -30,7 +31,7 @@ pub(super) fn affine_grid(call: &mut Call) -> Outputs {
     let size = extents(call, 1)?;
     let spatial = size.get(2..).unwrap_or(&[]);
     let rank = spatial.len();
-    if call.shape(theta)[..] != [size.first().copied().unwrap_or(0), rank, rank + 1] {
+    if rank == 0 || call.shape(theta)[..] != [size[0], rank, rank + 1] {
         let shape = call.shape(theta);
         return Err(not_supported(format!("matrices {shape:?} for places of {size:?}")));
     }
@@ -93,7 +94,7 @@ impl Along {
         let last = self.extent as f64 - 1.0;
         match self.beyond {
             Beyond::Zeros => Ok(x),
-            Beyond::Border => clamp(call, x, last),
+            Beyond::Border => clamp(call, x, 0.0, last),
             Beyond::Reflection => {
                 let (low, high) = if self.aligned { (0.0, last) } else { (-0.5, last + 0.5) };
                 let (span, o) = (high - low, &call.origin);
@@ -117,7 +118,7 @@ impl Along {
     fn index(self, call: &mut Call, x: NodeId) -> Result<(NodeId, Option<NodeId>), Diagnostic> {
         let last = self.extent as f64 - 1.0;
         let x = if self.beyond == Beyond::Reflection { self.moved(call, x)? } else { x };
-        let inside = clamp(call, x, last)?;
+        let inside = clamp(call, x, 0.0, last)?;
         let (g, o) = (&mut *call.graph, &call.origin);
         let there = match self.beyond {
             Beyond::Zeros => Some(g.binary(BinaryFn::Eq, x, inside, o)?),
@@ -125,21 +126,6 @@ impl Along {
         };
         Ok((g.cast(inside, DType::I64, o)?, there))
     }
-}
-
-fn clamp(call: &mut Call, x: NodeId, last: f64) -> Added {
-    let x = call.graph.binary_number(BinaryFn::Max, x, 0.0, &call.origin)?;
-    call.graph.binary_number(BinaryFn::Min, x, last, &call.origin)
-}
-
-/// A polynomial, the highest coefficient first.
-fn polynomial(call: &mut Call, x: NodeId, coefficients: &[f64]) -> Added {
-    let ty = call.ty(x);
-    let first = call.number(ty.dtype, ty.rank(), coefficients[0]);
-    coefficients[1..].iter().try_fold(first, |sum, &c| {
-        let product = call.graph.binary(BinaryFn::Mul, sum, x, &call.origin)?;
-        call.graph.binary_number(BinaryFn::Add, product, c, &call.origin)
-    })
 }
 
 /// How elements around a place are weighed: offsets from the one before it, and their weights,
@@ -184,7 +170,7 @@ fn taps(call: &mut Call, along: Along, mode: &str, x: NodeId) -> Result<Taps, Di
         // A reflected place may lie between elements.
         let whole = match along.beyond {
             Beyond::Reflection => {
-                let inside = clamp(call, place, along.extent as f64 - 1.0)?;
+                let inside = clamp(call, place, 0.0, along.extent as f64 - 1.0)?;
                 call.graph.unary(UnaryFn::Floor, inside, &call.origin)?
             }
             Beyond::Zeros | Beyond::Border => place,
@@ -227,6 +213,10 @@ pub(super) fn grid_sample(call: &mut Call) -> Outputs {
     }
     let (n, c, spatial) = (xs[0], xs[1], &xs[2..]);
     let points: usize = gs[1..=rank].iter().product();
+    // Places and weights are fractions, and places are counted.
+    let dtype = call.ty(x).dtype;
+    let wide = if call.ty(grid).dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let grid = call.graph.cast(grid, wide, &call.origin)?;
     let grid = call.graph.reshape(grid, &[n, points, rank], &call.origin)?;
     // Where each image begins, and no weight.
     let begins: Vec<i64> = (0..n).map(|i| (i * spatial.iter().product::<usize>()) as i64).collect();
@@ -256,18 +246,18 @@ pub(super) fn grid_sample(call: &mut Call) -> Outputs {
     let order: Vec<usize> = [0].into_iter().chain(2..rank + 2).chain([1]).collect();
     let x = g.permute(x, &order, o)?;
     let x = g.reshape(x, &[n * spatial.iter().product::<usize>(), c], o)?;
-    let dtype = g.ty(x).dtype;
     let mut sum: Option<NodeId> = None;
     for (index, weight) in reads {
         let index = g.reshape(index, &[n, points], o)?;
         let mut value = g.add(Op::Gather(0), &[x, index], o)?;
         if let Some(weight) = weight {
-            let weight = g.cast(weight, dtype, o)?;
+            value = g.cast(value, wide, o)?;
             value = g.binary(BinaryFn::Mul, value, weight, o)?;
         }
         sum = Some(sum.map_or(Ok(value), |sum| g.binary(BinaryFn::Add, sum, value, o))?);
     }
     let sum = sum.ok_or_else(|| not_supported("an image that is read nowhere"))?;
+    let sum = g.cast(sum, dtype, o)?;
     let y = g.permute(sum, &[0, 2, 1], o)?;
     let shape: Vec<usize> = [n, c].iter().chain(&gs[1..=rank]).copied().collect();
     one(g.reshape(y, &shape, o)?)
@@ -295,9 +285,10 @@ pub(super) fn col2im(call: &mut Call) -> Outputs {
     let shape = call.shape(x);
     let of_block: usize = block.iter().product();
     let fits = |steps: &Vec<usize>| {
-        let count: usize = steps.iter().product();
-        let blocks = matches!(shape[..], [_, c, l] if c.is_multiple_of(of_block) && l == count);
-        block.len() == rank && blocks && of_block * count <= MOST
+        let places = steps.iter().try_fold(of_block, |n, &e| n.checked_mul(e));
+        let blocks = matches!(shape[..], [_, c, l]
+            if c.is_multiple_of(of_block) && l.checked_mul(of_block) == places);
+        block.len() == rank && blocks && places.is_some_and(|n| n <= MOST)
     };
     let Some(steps) = steps.filter(fits) else {
         return Err(not_supported(format!("blocks {shape:?} of {block:?} in an image {image:?}")));
@@ -365,4 +356,46 @@ pub(super) fn reverse_sequence(call: &mut Call) -> Outputs {
     let flat: Vec<usize> = [shape[0] * shape[1]].iter().chain(&shape[2..]).copied().collect();
     let rows = g.reshape(x, &flat, o)?;
     one(g.add(Op::Gather(0), &[rows, place], o)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::control::tests::{graph, model, node, port};
+    use super::super::proto::AttributeProto;
+
+    /// What a node says that has integers as its second operand and, where given, as its third.
+    fn refused(op: &str, shape: &[i64], lists: &[&[i64]], pads: &[i64]) -> String {
+        let mut nodes = Vec::new();
+        let ints = |name: &str, list: &[i64]| AttributeProto {
+            name: Some(name.into()),
+            ints: list.to_vec(),
+            ..Default::default()
+        };
+        let names = ["first", "second"];
+        for (name, list) in names.iter().zip(lists) {
+            let mut constant = node("Constant", &[], &[name]);
+            constant.attribute.push(ints("value_ints", list));
+            nodes.push(constant);
+        }
+        let inputs: Vec<&str> = ["x"].into_iter().chain(names).take(1 + lists.len()).collect();
+        let mut asked = node(op, &inputs, &["y"]);
+        asked.attribute.extend((!pads.is_empty()).then(|| ints("pads", pads)));
+        nodes.push(asked);
+        model(graph(&[port("x", shape, 1)], &nodes, &["y"]), false).expect_err("no such sizes")
+    }
+
+    #[test]
+    fn sizes_that_are_none_are_refused_and_named() {
+        let most = (1 << 31) - 1;
+        for (op, shape, lists, pads) in [
+            ("AffineGrid", &[0, 0, 1][..], &[&[][..]][..], &[][..]),
+            ("AffineGrid", &[5, 0, 1], &[&[5]], &[]),
+            ("AffineGrid", &[1, 2, 3], &[&[1, 1, -4, 4]], &[]),
+            ("Col2Im", &[1, 1, 1], &[&[5, 5], &[2]], &[]),
+            ("Col2Im", &[1, 1, 1], &[&[1, 1, 1], &[1, 1, 1]], &[most; 6]),
+        ] {
+            let problem = refused(op, shape, lists, pads);
+            assert!(problem.contains("K0130") && problem.contains(op), "{op} {shape:?}: {problem}");
+        }
+    }
 }

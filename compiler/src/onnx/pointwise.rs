@@ -97,6 +97,16 @@ pub(super) fn modulo(call: &mut Call) -> Outputs {
     one(g.select(moved, sum, rest, o)?)
 }
 
+/// A polynomial in x, the highest coefficient first.
+pub(super) fn polynomial(call: &mut Call, x: NodeId, coefficients: &[f64]) -> Added {
+    let ty = call.ty(x);
+    let first = call.number(ty.dtype, ty.rank(), coefficients[0]);
+    coefficients[1..].iter().try_fold(first, |sum, &c| {
+        let product = call.graph.binary(BinaryFn::Mul, sum, x, &call.origin)?;
+        call.graph.binary_number(BinaryFn::Add, product, c, &call.origin)
+    })
+}
+
 fn fold_of(call: &mut Call, f: BinaryFn) -> Result<NodeId, Diagnostic> {
     call.ignore("consumed_inputs");
     let mut result = call.input(0)?;
@@ -197,7 +207,8 @@ pub(super) fn thresholded_relu(call: &mut Call) -> Outputs {
     one(call.graph.select(above, x, zero, &call.origin)?)
 }
 
-fn clamp(call: &mut Call, x: NodeId, low: f64, high: f64) -> Added {
+/// x kept within bounds.
+pub(super) fn clamp(call: &mut Call, x: NodeId, low: f64, high: f64) -> Added {
     let x = call.graph.binary_number(BinaryFn::Max, x, low, &call.origin)?;
     call.graph.binary_number(BinaryFn::Min, x, high, &call.origin)
 }

@@ -4,6 +4,7 @@ use kiln_runtime::tensor::{DType, Tensor};
 use smallvec::SmallVec;
 
 use super::call::{Call, Outputs, not_supported, one};
+use super::pointwise::polynomial;
 use super::shape::pad_constant;
 use crate::error::Diagnostic;
 use crate::graph::NodeId;
@@ -57,14 +58,8 @@ fn arctan(call: &mut Call, x: NodeId) -> Added {
     let angle = g.select(middle, quarter, zero, o)?;
     let angle = g.select(far, half, angle, o)?;
     let square = g.binary(BinaryFn::Mul, r, r, o)?;
-    let mut poly = |coefficients: &[f64]| -> Added {
-        let first = g.scalar(dtype, 0, coefficients[0], o);
-        coefficients[1..].iter().try_fold(first, |sum, &c| {
-            let product = g.binary(BinaryFn::Mul, sum, square, o)?;
-            g.binary_number(BinaryFn::Add, product, c, o)
-        })
-    };
-    let (p, q) = (poly(&P)?, poly(&Q)?);
+    let (p, q) = (polynomial(call, square, &P)?, polynomial(call, square, &Q)?);
+    let (g, o) = (&mut *call.graph, &call.origin);
     let ratio = g.binary(BinaryFn::Div, p, q, o)?;
     let ratio = g.binary(BinaryFn::Mul, ratio, square, o)?;
     let ratio = g.binary(BinaryFn::Mul, ratio, r, o)?;
@@ -76,6 +71,9 @@ fn arctan(call: &mut Call, x: NodeId) -> Added {
 fn at_least_f32(call: &mut Call, f: impl Fn(&mut Call, NodeId) -> Added) -> Outputs {
     let x = call.input(0)?;
     let dtype = call.ty(x).dtype;
+    if !dtype.is_float() {
+        return Err(not_supported(format!("an angle of {dtype}")));
+    }
     let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let x = call.graph.cast(x, wide, &call.origin)?;
     let y = f(call, x)?;

@@ -2,7 +2,7 @@
 
 use std::f64::consts::TAU;
 
-use kiln_runtime::tensor::{DType, Tensor};
+use kiln_runtime::tensor::Tensor;
 use smallvec::smallvec;
 
 use super::call::{Call, Outputs, not_supported, one};
@@ -124,12 +124,13 @@ impl Transform {
     }
 }
 
-/// Whether the last axis has 1 or 2 parts.
+/// The parts of the numbers of a signal.
 fn check_parts(call: &Call, x: NodeId, least: usize) -> Result<usize, Diagnostic> {
-    let shape = call.shape(x);
-    match shape.last() {
-        Some(&parts @ 1..=2) if shape.len() >= least => Ok(parts),
-        _ => Err(not_supported(format!("a signal of shape {shape:?}, without parts of numbers"))),
+    let ty = call.ty(x);
+    match ty.shape.last() {
+        Some(&parts @ 1..=2) if ty.rank() >= least && ty.dtype.is_float() => Ok(parts),
+        _ => Err(not_supported(format!("a signal of {}{:?}", ty.dtype, ty.shape))
+            .expected("floats whose last axis has the 1 or 2 parts of a number")),
     }
 }
 
@@ -189,10 +190,6 @@ pub(super) fn stft(call: &mut Call) -> Outputs {
     if let Some(window) = window {
         let window = g.reshape(window, &[1, 1, frame, 1], o)?;
         x = g.binary(BinaryFn::Mul, x, window, o)?;
-    }
-    let dtype = g.ty(x).dtype;
-    if !matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
-        return Err(not_supported(format!("a transform of {dtype}")));
     }
     one(Transform { round: frame, inverse: false, half }.apply(call, x, 2)?)
 }
