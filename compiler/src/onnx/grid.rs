@@ -189,9 +189,8 @@ fn taps(call: &mut Call, along: Along, mode: &str, x: NodeId) -> Result<Taps, Di
     Ok(taps)
 }
 
-/// `[n, c, d..]` read at places `[n, p.., axes]`, those of the last axis first.
-pub(super) fn grid_sample(call: &mut Call) -> Outputs {
-    let aligned = call.int_or("align_corners", 0) != 0;
+/// How images are read between their elements, and beyond their borders.
+fn modes(call: &Call) -> Result<(&'static str, Beyond), Diagnostic> {
     let mode = match call.string_or("mode", "linear").as_str() {
         "linear" | "bilinear" => "linear",
         "cubic" | "bicubic" => "cubic",
@@ -204,6 +203,13 @@ pub(super) fn grid_sample(call: &mut Call) -> Outputs {
         "reflection" => Beyond::Reflection,
         other => return Err(not_supported(format!("the padding {other:?}"))),
     };
+    Ok((mode, beyond))
+}
+
+/// `[n, c, d..]` read at places `[n, p.., axes]`, those of the last axis first.
+pub(super) fn grid_sample(call: &mut Call) -> Outputs {
+    let aligned = call.int_or("align_corners", 0) != 0;
+    let (mode, beyond) = modes(call)?;
     let (x, grid) = (call.input(0)?, call.input(1)?);
     let (xs, gs) = (call.shape(x), call.shape(grid));
     let rank = xs.len().saturating_sub(2);
