@@ -1,7 +1,9 @@
 //! What the suites share: where references are, how a graph is run, how results are compared.
 
 pub mod gpu;
+pub mod grown;
 pub mod machines;
+pub mod noise;
 pub mod ptx;
 
 use std::io::Write;

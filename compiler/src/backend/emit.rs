@@ -270,7 +270,7 @@ impl<M: Machine> Emit<'_, M> {
             }
             let (mut value, hangs) = self.shared(&e)?;
             if wide {
-                value = self.machine.splat(&value)?;
+                value = self.machine.splat(self.loops.dtype(&e), &value)?;
             }
             self.fixed.insert(key, (value, hangs));
             keys.push(key);
@@ -525,7 +525,7 @@ impl<M: Machine> Emit<'_, M> {
                 self.weave(buffer)?;
             }
             let (value, is_wide) = self.cells.get(&key).cloned().ok_or_else(unwritten)?;
-            return if wide && !is_wide { self.machine.splat(&value) } else { Ok(value) };
+            return if wide && !is_wide { self.machine.splat(dtype, &value) } else { Ok(value) };
         }
         let (index, along) = self.resolve(&place.affine);
         let access = match (wide, along) {

@@ -191,7 +191,7 @@ pub trait Machine {
         Ok(None)
     }
     /// A scalar in all lanes.
-    fn splat(&mut self, x: &Self::Value) -> Emitted<Self::Value>;
+    fn splat(&mut self, dtype: DType, x: &Self::Value) -> Emitted<Self::Value>;
     /// Lanes of two values: those of the second are counted after those of the first.
     fn pick(&mut self, _x: &Self::Value, _y: &Self::Value, _order: &[u8]) -> Emitted<Self::Value> {
         Err(Unsupported("lanes in another order".into()))

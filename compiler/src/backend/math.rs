@@ -335,7 +335,8 @@ fn erf<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
 }
 
 /// sin(x + quarter * pi / 2), absolute error below 2e-7 for |x| <= 30000: reduction by pi / 2 in
-/// three parts and the Cephes polynomials on |r| <= pi / 4.
+/// three parts and the Cephes polynomials on |r| <= pi / 4. From 2^22 on, where neighbours are
+/// half a radian apart, only the range of the result is right.
 fn sin<M: Machine>(calc: &mut Calc<M>, x: &V<M>, quarter: f64) -> Emitted<V<M>> {
     let n = calc.opc(BinaryFn::Mul, x, std::f64::consts::FRAC_2_PI)?;
     let n = calc.un(UnaryFn::Round, &n)?;
@@ -344,6 +345,7 @@ fn sin<M: Machine>(calc: &mut Calc<M>, x: &V<M>, quarter: f64) -> Emitted<V<M>> 
         let part = calc.c(part)?;
         r = calc.fma(&n, &part, &r)?;
     }
+    let r = within_one(calc, &r)?;
     let turn = calc.opc(BinaryFn::Add, &n, quarter)?;
     let square = calc.op(BinaryFn::Mul, &r, &r)?;
     let p = calc.poly(&square, &[-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1])?;
@@ -369,6 +371,12 @@ fn sin<M: Machine>(calc: &mut Calc<M>, x: &V<M>, quarter: f64) -> Emitted<V<M>> 
     calc.less(&quadrant, 1.5, &value, &negated)
 }
 
+/// A number between -1 and 1 as it is, others as these; NaN stays.
+pub(super) fn within_one<M: Machine>(calc: &mut Calc<M>, x: &V<M>) -> Emitted<V<M>> {
+    let low = calc.opc(BinaryFn::Max, x, -1.0)?;
+    calc.opc(BinaryFn::Min, &low, 1.0)
+}
+
 /// x^y. Small constant exponents are products; other floats go through e^(y ln x) in f64.
 pub fn pow<M: Machine>(
     machine: &mut M,
@@ -383,7 +391,7 @@ pub fn pow<M: Machine>(
         None => None,
     };
     match exponent {
-        Some(0.5) if dtype.is_float() => return machine.unary(UnaryFn::Sqrt, dtype, x),
+        Some(0.5) if dtype.is_float() => return root(machine, dtype, x),
         Some(v) if v.fract() == 0.0 && (1.0..=16.0).contains(&v) => {
             let mut product = x.clone();
             for _ in 1..v as usize {
@@ -438,6 +446,17 @@ fn int_pow<M: Machine>(machine: &mut M, dtype: DType, x: &V<M>, y: &V<M>) -> Emi
     let negative = machine.select(dtype, &is_one, &one, &negative)?;
     let below = machine.binary(BinaryFn::Lt, dtype, y, &zero)?;
     machine.select(dtype, &below, &negative, &power)
+}
+
+/// x^0.5: the square root, but 0 for -0 and infinity for the least number.
+fn root<M: Machine>(machine: &mut M, dtype: DType, x: &V<M>) -> Emitted<V<M>> {
+    let mut calc = Calc { machine, dtype, wide: false };
+    let root = calc.un(UnaryFn::Sqrt, x)?;
+    let root = calc.un(UnaryFn::Abs, &root)?;
+    let magnitude = calc.un(UnaryFn::Abs, x)?;
+    let infinity = calc.c(f64::INFINITY)?;
+    let is_infinite = calc.op(BinaryFn::Eq, &magnitude, &infinity)?;
+    calc.machine.select(dtype, &is_infinite, &infinity, &root)
 }
 
 fn pow64<M: Machine>(machine: &mut M, x: &V<M>, y: &V<M>) -> Emitted<V<M>> {

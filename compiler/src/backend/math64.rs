@@ -4,7 +4,7 @@
 use kiln_runtime::tensor::DType;
 
 use super::emit::{Emitted, Machine};
-use super::math::{Calc, V};
+use super::math::{Calc, V, within_one};
 use crate::graph::op::{BinaryFn, UnaryFn};
 
 /// e^x in f64: 2^n times the Taylor series on |r| <= ln 2 / 2.
@@ -181,6 +181,7 @@ pub fn sin<M: Machine>(calc: &mut Calc<M>, x: &V<M>, quarter: f64) -> Emitted<V<
         let part = calc.c(-f64::from_bits(bits))?;
         r = calc.fma(&n, &part, &r)?;
     }
+    let r = within_one(calc, &r)?;
     let square = calc.op(BinaryFn::Mul, &r, &r)?;
     // Coefficients of x - x^3/3! + .. and 1 - x^2/2! + ..
     let series = |start: u32| -> Vec<f64> {

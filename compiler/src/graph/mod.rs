@@ -6,6 +6,7 @@ pub mod composite;
 pub mod eval;
 pub mod infer;
 pub mod op;
+pub mod reduce;
 pub mod scalar;
 pub mod text;
 pub mod used;

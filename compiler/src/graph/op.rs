@@ -98,7 +98,8 @@ pub enum BinaryFn {
     Mul,
     /// a / b (integers truncate; x / 0 is 0 and the least / -1 wraps)
     Div,
-    /// Remainder with the sign of a, as C's fmod (x rem 0 is 0 for integers).
+    /// Remainder with the sign of a, as C's fmod (x rem 0 is 0 for integers). Code is exact while
+    /// the quotient of floats fits into their mantissa.
     Rem,
     /// The larger; NaN where either is NaN.
     Max,

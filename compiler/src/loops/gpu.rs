@@ -56,7 +56,9 @@ pub fn row_threads(lower: &Lower, shape: &[usize], reduces: &[usize]) -> usize {
     let fits = |&reduce: &usize| {
         let operand = lower.ty(lower.body.nodes[reduce].args[0].index());
         let whole = (0..operand.rank()).all(|axis| span(operand, axis).is_none());
-        whole && operand.dtype.bytes() <= 4 && !lower.is_part()
+        // Shuffles move registers of 32 bits; bools are in predicates.
+        let moves = operand.dtype.bytes() <= 4 && operand.dtype != DType::Bool;
+        whole && moves && !lower.is_part()
     };
     // All loops over the row end with the last axis, whose elements threads share.
     let last = shape.last().copied().unwrap_or(0);

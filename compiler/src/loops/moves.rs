@@ -158,7 +158,7 @@ impl Lower<'_> {
             let copy = self.fresh();
             kernels.push(nest::map(copy, x)?);
         }
-        if self.ty(z).numel() == 0 {
+        if ty.numel() == 0 || self.ty(z).numel() == 0 {
             return Ok(kernels);
         }
         let out = self.out(&ty);

@@ -45,7 +45,10 @@ impl Ptx {
     pub fn function(&mut self, f: UnaryFn, dtype: DType, x: Operand) -> Emitted<Operand> {
         let t = ty(dtype);
         Ok(match (f, t) {
-            (UnaryFn::Not, _) => self.calc(Op::Not, t.bits(), &[x]),
+            (UnaryFn::Not, _) => {
+                let not = self.calc(Op::Not, t.bits(), &[x]);
+                self.wrapped(dtype, not)
+            }
             (UnaryFn::Neg, Ty::F32 | Ty::F64) => self.calc(Op::Neg, t, &[x]),
             (UnaryFn::Abs, Ty::F32 | Ty::F64 | Ty::S32 | Ty::S64) => {
                 let magnitude = self.calc(Op::Abs, t, &[x]);

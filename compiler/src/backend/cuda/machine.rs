@@ -334,7 +334,7 @@ impl Machine for Ptx {
         })
     }
 
-    fn splat(&mut self, x: &Val) -> Emitted<Val> {
+    fn splat(&mut self, _dtype: DType, x: &Val) -> Emitted<Val> {
         Ok(match x {
             Val::One(one) => Val::Lanes(vec![*one; self.lanes]),
             Val::Lanes(_) => x.clone(),

@@ -5,7 +5,7 @@ use cranelift_codegen::ir::{InstBuilder, Type, Value, types};
 use kiln_runtime::tensor::DType;
 
 use super::{Clif, LITTLE, Val};
-use crate::backend::emit::{Emitted, Machine, Unsupported};
+use crate::backend::emit::{Emitted, Unsupported};
 use crate::graph::eval::int_range;
 use crate::graph::op::BinaryFn;
 
@@ -19,7 +19,7 @@ impl Clif<'_> {
     pub(super) fn spread(&mut self, dtype: DType, x: &Val) -> Emitted<Val> {
         let Val::One(v) = *x else { return Ok(x.clone()) };
         if dtype.is_float() {
-            return Machine::splat(self, x);
+            return self.splatted(x);
         }
         let bits = self.b.func.dfg.value_type(v).bits();
         let v = match bits {
@@ -237,8 +237,8 @@ impl Clif<'_> {
         Ok(Val::One(self.b.ins().extractlane(value, 0)))
     }
 
-    /// A scalar in all lanes.
-    pub fn splatted(&mut self, x: &Val) -> Emitted<Val> {
+    /// A scalar of f32 in all lanes.
+    fn splatted(&mut self, x: &Val) -> Emitted<Val> {
         match x {
             Val::Lanes(_) => Ok(x.clone()),
             Val::One(v) if self.b.func.dfg.value_type(*v) == types::F32 => {
@@ -248,11 +248,7 @@ impl Clif<'_> {
                 };
                 Ok(Val::Lanes(std::iter::repeat_n(lanes, self.pieces()).collect()))
             }
-            // What a register holds: an i32, as in lanes.
-            Val::One(v) if self.b.func.dfg.value_type(*v) == types::I32 => {
-                self.spread(DType::I32, x)
-            }
-            Val::One(_) => Err(Unsupported("lanes of another type than f32 or i32".into())),
+            Val::One(_) => Err(Unsupported("lanes of another type than f32".into())),
         }
     }
 

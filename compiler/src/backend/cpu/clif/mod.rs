@@ -582,8 +582,8 @@ impl Machine for Clif<'_> {
         }))
     }
 
-    fn splat(&mut self, x: &Val) -> Emitted<Val> {
-        self.splatted(x)
+    fn splat(&mut self, dtype: DType, x: &Val) -> Emitted<Val> {
+        self.spread(compute_dtype(dtype), x)
     }
 
     fn pick(&mut self, x: &Val, y: &Val, order: &[u8]) -> Emitted<Val> {

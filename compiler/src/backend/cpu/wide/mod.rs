@@ -535,7 +535,7 @@ impl Machine for Wide {
         Ok(Some(x.like(self.code.make(self.current, RegClass::Float, code, &args, &uses))))
     }
 
-    fn splat(&mut self, x: &Val) -> Emitted<Val> {
+    fn splat(&mut self, _dtype: DType, x: &Val) -> Emitted<Val> {
         match *x {
             Val::One(_) => {
                 let lane = self.vector(x)?;

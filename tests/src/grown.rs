@@ -1,0 +1,701 @@
+//! Random graphs over every operation and dtype, with numbers for their inputs, for tests that
+//! compare whatever computes them.
+//!
+//! A graph is interpreted while it grows. Operations whose results are not numbers, or too large,
+//! are left out, and so are jumps (roundings, comparisons, casts to integers) of numbers that
+//! were rounded before: there, a difference in the last place would be one in the first.
+
+use kiln::graph::eval::{Data, Value, eval_op, int_range, round_float};
+use kiln::graph::op::{Affine, BinaryFn, Composite, Contract, Op, ReduceFn, Type, UnaryFn};
+use kiln::graph::{Graph, NodeId, Origin};
+use kiln::tensor::DType;
+use kiln_cases::Random;
+
+use crate::noise::is_exact;
+
+/// A graph with numbers for its inputs.
+#[derive(Clone, Debug)]
+pub struct Grown {
+    /// The graph.
+    pub graph: Graph,
+    /// A value for each of its inputs.
+    pub inputs: Vec<Value>,
+}
+
+/// What a graph is made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Diet {
+    /// All operations, numbers of moderate size.
+    Tame,
+    /// Numbers that are infinite, not a number, very large or very small, in operations that give
+    /// one result for these in whatever order they are computed.
+    Wild,
+}
+
+/// Elements of a value at most: the interpreter is slow.
+const ELEMENTS: usize = 3000;
+/// Axes at most.
+const RANK: usize = 6;
+/// Dtypes as often as they stand here.
+const DTYPES: [DType; 18] = [
+    DType::F32,
+    DType::F32,
+    DType::F32,
+    DType::F32,
+    DType::F32,
+    DType::F16,
+    DType::BF16,
+    DType::F64,
+    DType::I64,
+    DType::I32,
+    DType::I16,
+    DType::I8,
+    DType::U8,
+    DType::U8,
+    DType::U16,
+    DType::U32,
+    DType::U64,
+    DType::Bool,
+];
+/// Numbers where functions break.
+const EDGES: [f64; 13] = [
+    f64::NAN,
+    f64::INFINITY,
+    f64::NEG_INFINITY,
+    0.0,
+    -0.0,
+    1e-40,
+    -1e-6,
+    6.5e4,
+    -3.4e38,
+    1e30,
+    88.8,
+    -104.0,
+    0.5,
+];
+
+type Step = fn(&mut Grower, NodeId) -> Option<NodeId>;
+/// Operations as often as they are tried; the first [`WILD`] ones suit any numbers.
+const STEPS: [(usize, Step); 21] = [
+    (4, Grower::unary),
+    (6, Grower::binary),
+    (2, Grower::select),
+    (3, Grower::cast),
+    (4, Grower::permute),
+    (5, Grower::reshape),
+    (2, Grower::expand),
+    (3, Grower::slice),
+    (3, Grower::pad),
+    (3, Grower::concat),
+    (3, Grower::gather),
+    (3, Grower::greatest),
+    (2, Grower::scatter),
+    (2, Grower::windows),
+    (4, Grower::reduce),
+    (2, Grower::scan),
+    (4, Grower::product),
+    (3, Grower::convolution),
+    (2, Grower::einsum),
+    (3, Grower::composite),
+    (2, Grower::attention),
+];
+const WILD: usize = 12;
+
+struct Grower {
+    random: Random,
+    diet: Diet,
+    graph: Graph,
+    inputs: Vec<Value>,
+    /// Of every node: its value, whether it is one that no order of computing changes, and
+    /// whether it may be used.
+    values: Vec<Value>,
+    exact: Vec<bool>,
+    sound: Vec<bool>,
+    /// What the next operation may take.
+    open: Vec<NodeId>,
+}
+
+/// A graph of its own for every seed.
+pub fn grow(seed: u64, diet: Diet) -> Grown {
+    let mut grower = Grower {
+        random: Random::new(seed),
+        diet,
+        graph: Graph::default(),
+        inputs: Vec::new(),
+        values: Vec::new(),
+        exact: Vec::new(),
+        sound: Vec::new(),
+        open: Vec::new(),
+    };
+    for _ in 0..1 + grower.random.below(3) {
+        let ty = grower.some_type();
+        let input = grower.input(ty);
+        grower.open.extend(input);
+    }
+    for _ in 0..3 + grower.random.below(12) {
+        grower.step();
+    }
+    let count = 1 + grower.random.below(2);
+    let outputs: Vec<NodeId> = grower.open.iter().rev().take(count).copied().collect();
+    for (i, id) in outputs.into_iter().enumerate() {
+        grower.graph.outputs.push((format!("y{i}"), id));
+    }
+    let (graph, kept) = kiln::graph::reduce::needed(&grower.graph);
+    let inputs = kept.into_iter().map(|i| grower.inputs[i].clone()).collect();
+    Grown { graph, inputs }
+}
+
+fn origin() -> Origin {
+    "n".into()
+}
+
+impl Grower {
+    fn chance(&mut self, one_in: usize) -> bool {
+        self.random.below(one_in) == 0
+    }
+
+    fn pick<T: Copy>(&mut self, list: &[T]) -> T {
+        list[self.random.below(list.len())]
+    }
+
+    fn step(&mut self) {
+        let steps = if self.diet == Diet::Wild { &STEPS[..WILD] } else { &STEPS[..] };
+        let mut at = self.random.below(steps.iter().map(|s| s.0).sum());
+        let chosen = steps.iter().find(|step| {
+            let here = at < step.0;
+            at = at.saturating_sub(step.0);
+            here
+        });
+        // Mostly the last value, so that graphs are deep.
+        let count = self.open.len();
+        let back = if self.chance(3) { self.random.below(count) } else { 0 };
+        let x = self.open[count - 1 - back];
+        if let Some((_, step)) = chosen
+            && let Some(y) = step(self, x)
+        {
+            self.open.push(y);
+        }
+    }
+
+    fn some_type(&mut self) -> Type {
+        let dtype = self.pick(&DTYPES);
+        let rank = self.random.below(5);
+        let mut shape: Vec<usize> = (0..rank).map(|_| 1 + self.random.below(6)).collect();
+        if let Some(last) = shape.last_mut()
+            && self.chance(3)
+        {
+            *last = 7 + self.random.below(60);
+        }
+        if self.chance(60) && rank > 0 {
+            shape[rank - 1] = 0;
+        }
+        let dtype = match self.diet {
+            Diet::Wild if !dtype.is_float() => DType::F32,
+            _ => dtype,
+        };
+        Type::new(dtype, &shape)
+    }
+
+    /// Numbers of a type: whole ones, fractions, or the edges of the dtype.
+    fn numbers(&mut self, ty: Type) -> Value {
+        let count = ty.numel();
+        let kind = self.random.below(4);
+        let data = match ty.dtype {
+            DType::Bool => Data::Int((0..count).map(|_| self.random.below(2) as i128).collect()),
+            dtype if dtype.is_float() => {
+                let number = |_| {
+                    let number = match (self.diet, kind) {
+                        (Diet::Wild, _) if self.chance(4) => self.pick(&EDGES),
+                        (_, 0) => self.random.below(9) as f64 - 4.0,
+                        (_, 1) => self.random.below(33) as f64 / 8.0 - 2.0,
+                        _ => f64::from(self.random.unit()),
+                    };
+                    round_float(dtype, number)
+                };
+                Data::Float((0..count).map(number).collect())
+            }
+            dtype => {
+                let (least, most) = int_range(dtype);
+                let number = |_| match kind {
+                    0 if self.chance(3) => self.pick(&[least, most, least / 2, most / 3]),
+                    _ => (self.random.below(12) as i128 - 5).clamp(least, most),
+                };
+                Data::Int((0..count).map(number).collect())
+            }
+        };
+        Value { ty, data }
+    }
+
+    fn input(&mut self, ty: Type) -> Option<NodeId> {
+        let value = self.numbers(ty);
+        let id = self.graph.input(&format!("x{}", self.inputs.len()), value.ty.clone());
+        self.inputs.push(value);
+        self.settle(id)
+    }
+
+    fn constant(&mut self, dtype: DType, shape: &[usize]) -> Option<NodeId> {
+        let value = self.numbers(Type::new(dtype, shape));
+        let id = self.graph.tensor(&value.to_tensor(), &origin());
+        self.settle(id)
+    }
+
+    fn number(&mut self, like: NodeId, value: f64) -> Option<NodeId> {
+        let (dtype, rank) = (self.ty(like).dtype, self.ty(like).rank());
+        let id = self.graph.scalar(dtype, rank, value, &origin());
+        self.settle(id)
+    }
+
+    fn ty(&self, x: NodeId) -> &Type {
+        self.graph.ty(x)
+    }
+
+    fn shape(&self, x: NodeId) -> Vec<usize> {
+        self.ty(x).shape.to_vec()
+    }
+
+    fn is_exact(&self, x: NodeId) -> bool {
+        self.exact[x.index()]
+    }
+
+    /// Adds an operation, if it fits and its value may be used.
+    fn add(&mut self, op: Op, args: &[NodeId]) -> Option<NodeId> {
+        let id = self.graph.add(op, args, &origin()).ok()?;
+        self.settle(id)
+    }
+
+    /// Interprets the nodes that are new. Gives the node if its value may be used.
+    fn settle(&mut self, id: NodeId) -> Option<NodeId> {
+        for node in &self.graph.nodes[self.values.len()..] {
+            let args: Vec<&Value> = node.args.iter().map(|a| &self.values[a.index()]).collect();
+            let small = node.ty.numel() <= ELEMENTS && node.ty.rank() <= RANK;
+            let value = match &node.op {
+                Op::Input(i) => self.inputs[*i as usize].clone(),
+                Op::Const(i) => Value::from_constant(&self.graph.constants[*i as usize]),
+                op if small && cost(op) <= 50 * ELEMENTS => eval_op(op, &args, &node.ty),
+                _ => Value::splat(DType::Bool, &[0], 0.0),
+            };
+            let known: Vec<(&Value, bool)> = node
+                .args
+                .iter()
+                .map(|a| (&self.values[a.index()], self.exact[a.index()]))
+                .collect();
+            self.exact.push(is_exact(&node.op, &known, &value));
+            let tame = self.diet == Diet::Wild || is_tame(&value);
+            let sound = node.args.iter().all(|a| self.sound[a.index()]);
+            self.sound.push(value.ty == node.ty && tame && sound);
+            self.values.push(value);
+        }
+        self.sound[id.index()].then_some(id)
+    }
+
+    /// Another operand for x: a number, one that repeats along some axes, or an earlier value.
+    fn partner(&mut self, x: NodeId) -> Option<NodeId> {
+        let (dtype, shape) = (self.ty(x).dtype, self.shape(x));
+        let fits = |&id: &NodeId| {
+            let ty = self.graph.ty(id);
+            ty.dtype == dtype && kiln::graph::infer::broadcast(&shape, &ty.shape).is_ok()
+        };
+        let earlier: Vec<NodeId> = self.open.iter().copied().filter(fits).collect();
+        match self.random.below(4) {
+            0 => {
+                let value = self.random.below(9) as f64 / 2.0 - 2.0;
+                self.number(x, value)
+            }
+            1 => {
+                let repeats: Vec<usize> =
+                    shape.iter().map(|&e| if self.chance(2) { 1 } else { e }).collect();
+                self.constant(dtype, &repeats)
+            }
+            2 if self.inputs.len() < 4 => self.input(Type::new(dtype, &shape)),
+            _ if earlier.is_empty() => self.constant(dtype, &shape),
+            _ => Some(self.pick(&earlier)),
+        }
+    }
+
+    fn unary(&mut self, x: NodeId) -> Option<NodeId> {
+        use UnaryFn::{Abs, Ceil, Cos, Floor, Log, Recip, Round, Sign, Sin, Sqrt};
+        let f = self.pick(&UnaryFn::ALL).0;
+        if matches!(f, Floor | Ceil | Round | Sign) && !self.is_exact(x) {
+            return None;
+        }
+        // Of large numbers, neighbours are apart by more than a radian.
+        let largest = self.values[x.index()].as_f64s().into_iter().filter(|v| v.is_finite());
+        if matches!(f, Sin | Cos) && largest.fold(0.0, |m: f64, v| m.max(v.abs())) > 1e6 {
+            return None;
+        }
+        let x = match f {
+            Sqrt | Log | Recip if self.diet == Diet::Tame && self.ty(x).dtype.is_float() => {
+                let positive = self.add(Op::Unary(Abs), &[x])?;
+                let least = self.number(x, 0.25)?;
+                self.add(Op::Binary(BinaryFn::Add), &[positive, least])?
+            }
+            _ => x,
+        };
+        self.add(Op::Unary(f), &[x])
+    }
+
+    fn binary(&mut self, x: NodeId) -> Option<NodeId> {
+        use BinaryFn::{Add, Div, Max, Min, Mul, Pow, Rem, Sub};
+        let f = match self.chance(2) {
+            true => self.pick(&[Add, Sub, Mul, Max, Min]),
+            false => self.pick(&BinaryFn::ALL).0,
+        };
+        let y = self.partner(x)?;
+        let exact = self.is_exact(x) && self.is_exact(y);
+        let tame = self.diet == Diet::Tame;
+        match f {
+            _ if f.is_comparison() && !exact => None,
+            Rem if !exact => None,
+            // Sums of infinities of both signs hang on their order where rules join constants.
+            // The remainder of a quotient beyond the mantissa is not what code says it is.
+            Add | Sub | Mul | Div | Rem if !tame => None,
+            Div if self.ty(y).dtype.is_float() => {
+                let positive = self.add(Op::Unary(UnaryFn::Abs), &[y])?;
+                let least = self.number(y, 0.5)?;
+                let y = self.add(Op::Binary(Add), &[positive, least])?;
+                self.add(Op::Binary(Div), &[x, y])
+            }
+            Pow => {
+                let x = match self.ty(x).dtype.is_float() && tame {
+                    true => self.add(Op::Unary(UnaryFn::Abs), &[x])?,
+                    false => x,
+                };
+                let power = self.pick(&[0.5, 1.0, 2.0, 3.0, 1.5, 4.0]);
+                let y = self.number(x, power)?;
+                self.add(Op::Binary(Pow), &[x, y])
+            }
+            _ => self.add(Op::Binary(f), &[x, y]),
+        }
+    }
+
+    fn select(&mut self, x: NodeId) -> Option<NodeId> {
+        let shape = self.shape(x);
+        let fits = |&id: &NodeId| {
+            let ty = self.graph.ty(id);
+            ty.dtype == DType::Bool && kiln::graph::infer::broadcast(&shape, &ty.shape).is_ok()
+        };
+        let conditions: Vec<NodeId> = self.open.iter().copied().filter(fits).collect();
+        let condition = match conditions.is_empty() {
+            true => self.constant(DType::Bool, &shape)?,
+            false => self.pick(&conditions),
+        };
+        let y = self.partner(x)?;
+        let (x, y) = if self.chance(2) { (x, y) } else { (y, x) };
+        self.add(Op::Select, &[condition, x, y])
+    }
+
+    fn cast(&mut self, x: NodeId) -> Option<NodeId> {
+        let to = self.pick(&DTYPES);
+        let jumps = self.ty(x).dtype.is_float() && !to.is_float();
+        if jumps && !self.is_exact(x) {
+            return None;
+        }
+        self.add(Op::Cast(to), &[x])
+    }
+
+    fn permute(&mut self, x: NodeId) -> Option<NodeId> {
+        let mut axes: Vec<u8> = (0..self.ty(x).rank() as u8).collect();
+        (1..axes.len()).for_each(|i| axes.swap(i, self.random.below(i + 1)));
+        self.add(Op::Permute(axes.into_iter().collect()), &[x])
+    }
+
+    /// Joins two axes, splits one, adds or drops one of extent 1.
+    fn reshape(&mut self, x: NodeId) -> Option<NodeId> {
+        let mut shape = self.shape(x);
+        let axis = self.random.below(shape.len().max(1));
+        match self.random.below(4) {
+            0 => shape.insert(axis.min(shape.len()), 1),
+            1 if shape.get(axis) == Some(&1) => drop(shape.remove(axis)),
+            2 if axis + 1 < shape.len() => shape[axis] *= shape.remove(axis + 1),
+            _ => {
+                let extent = *shape.get(axis)?;
+                let factors: Vec<usize> =
+                    (2..extent).filter(|&f| extent.is_multiple_of(f)).collect();
+                let factor = factors.get(self.random.below(factors.len().max(1)))?;
+                shape[axis] /= factor;
+                shape.insert(axis + 1, *factor);
+            }
+        }
+        self.add(Op::Reshape(shape.into_iter().collect()), &[x])
+    }
+
+    fn expand(&mut self, x: NodeId) -> Option<NodeId> {
+        let mut shape = self.shape(x);
+        let axis = self.random.below(shape.len() + 1);
+        shape.insert(axis, 1);
+        let x = self.add(Op::Reshape(shape.iter().copied().collect()), &[x])?;
+        shape[axis] = 2 + self.random.below(3);
+        self.add(Op::Expand(shape.into_iter().collect()), &[x])
+    }
+
+    fn slice(&mut self, x: NodeId) -> Option<NodeId> {
+        let shape = self.shape(x);
+        let range = |&extent: &usize| {
+            if extent == 0 || self.chance(2) {
+                return (0, 1, extent);
+            }
+            let (start, step) = (self.random.below(extent), 1 + self.random.below(3));
+            match self.chance(3) {
+                true => (start as i64, -(step as i64), start / step + 1),
+                false => (start as i64, step as i64, (extent - 1 - start) / step + 1),
+            }
+        };
+        let ranges = shape.iter().map(range).collect();
+        self.add(Op::Slice(ranges), &[x])
+    }
+
+    fn pad(&mut self, x: NodeId) -> Option<NodeId> {
+        let rank = self.ty(x).rank();
+        let border = |_| match self.chance(2) {
+            true => (0, 0),
+            false => (self.random.below(3), self.random.below(3)),
+        };
+        let borders = (0..rank).map(border).collect();
+        let dtype = self.ty(x).dtype;
+        let fill = self.constant(dtype, &[])?;
+        self.add(Op::Pad(borders), &[x, fill])
+    }
+
+    fn concat(&mut self, x: NodeId) -> Option<NodeId> {
+        let (dtype, mut shape) = (self.ty(x).dtype, self.shape(x));
+        let axis = self.random.below(shape.len().max(1));
+        *shape.get_mut(axis)? = 1 + self.random.below(3);
+        let y = match self.random.below(3) {
+            0 => self.slice(x)?,
+            1 => self.constant(dtype, &shape)?,
+            _ => x,
+        };
+        let mut args = vec![x, y];
+        if self.chance(3) {
+            args.push(x);
+        }
+        if self.chance(2) {
+            args.reverse();
+        }
+        self.add(Op::Concat(axis as u8), &args)
+    }
+
+    /// Indices from a constant or from data; some count from the end, some are out of range.
+    fn gather(&mut self, x: NodeId) -> Option<NodeId> {
+        let rank = self.ty(x).rank();
+        let axis = self.random.below(rank.max(1));
+        let is_index =
+            |&id: &NodeId| matches!(self.ty(id).dtype, DType::I32 | DType::I64) && id != x;
+        let indices: Vec<NodeId> = self.open.iter().copied().filter(is_index).collect();
+        let index = match indices.is_empty() || self.chance(2) {
+            true => {
+                let shape: Vec<usize> =
+                    (0..self.random.below(3)).map(|_| 1 + self.random.below(4)).collect();
+                let dtype = self.pick(&[DType::I32, DType::I64]);
+                self.constant(dtype, &shape)?
+            }
+            false => self.pick(&indices),
+        };
+        self.add(Op::Gather(axis as u8), &[x, index])
+    }
+
+    fn scatter(&mut self, x: NodeId) -> Option<NodeId> {
+        let (dtype, mut shape) = (self.ty(x).dtype, self.shape(x));
+        let count = 1 + self.random.below(5);
+        *shape.first_mut()? = count;
+        let index = self.constant(DType::I64, &[count])?;
+        let updates = self.constant(dtype, &shape)?;
+        let f = [None, Some(ReduceFn::Sum), Some(ReduceFn::Max), Some(ReduceFn::Min)];
+        let f = self.pick(&f);
+        self.add(Op::Scatter(f), &[x, index, updates])
+    }
+
+    /// Sliding windows along the last axes, folded.
+    fn windows(&mut self, x: NodeId) -> Option<NodeId> {
+        let shape = self.shape(x);
+        let count = 1 + self.random.below(2);
+        let lead = shape.len().checked_sub(count)?;
+        let window = |&extent: &usize| {
+            let size = (1 + self.random.below(3)).min(extent);
+            (size, 1 + self.random.below(2), 1 + self.random.below(2))
+        };
+        let windows = shape[lead..].iter().map(window).collect();
+        let y = self.add(Op::Window(windows), &[x])?;
+        if self.chance(4) {
+            return Some(y);
+        }
+        let taps = (shape.len()..shape.len() + count).map(|axis| axis as u8).collect();
+        let f = self.pick(&[ReduceFn::Max, ReduceFn::Max, ReduceFn::Sum, ReduceFn::Min]);
+        let y = self.add(Op::Reduce(f, taps), &[y])?;
+        let to = self.ty(y).shape[..shape.len()].iter().copied().collect();
+        self.add(Op::Reshape(to), &[y])
+    }
+
+    fn some_axes(&mut self, x: NodeId) -> Vec<u8> {
+        let rank = self.ty(x).rank() as u8;
+        (0..rank).filter(|_| self.chance(2)).collect()
+    }
+
+    fn reduce(&mut self, x: NodeId) -> Option<NodeId> {
+        let axes = self.some_axes(x);
+        let f = self.pick(&ReduceFn::ALL).0;
+        self.add(Op::Reduce(f, axes.into_iter().collect()), &[x])
+    }
+
+    /// The largest or the smallest element.
+    fn greatest(&mut self, x: NodeId) -> Option<NodeId> {
+        let axes = self.some_axes(x);
+        let f = self.pick(&[ReduceFn::Max, ReduceFn::Min]);
+        self.add(Op::Reduce(f, axes.into_iter().collect()), &[x])
+    }
+
+    fn scan(&mut self, x: NodeId) -> Option<NodeId> {
+        let axis = self.random.below(self.ty(x).rank().max(1));
+        let f = self.pick(&ReduceFn::ALL).0;
+        self.add(Op::Scan(f, axis as u8), &[x])
+    }
+
+    /// A product with weights, or with itself turned; often with a bias and a bound.
+    fn product(&mut self, x: NodeId) -> Option<NodeId> {
+        let (dtype, shape) = (self.ty(x).dtype, self.shape(x));
+        let rank = shape.len();
+        let &[.., rows, sums] = &shape[..] else { return None };
+        let y = match self.random.below(4) {
+            0 => {
+                let mut axes: Vec<u8> = (0..rank as u8).collect();
+                axes.swap(rank - 1, rank - 2);
+                let turned = self.add(Op::Permute(axes.into_iter().collect()), &[x])?;
+                self.graph.matmul(x, turned, &origin()).ok()?
+            }
+            1 => {
+                let w = self.constant(dtype, &[3, rows])?;
+                let w = self.graph.with_rank(w, rank, &origin()).ok()?;
+                self.settle(w)?;
+                self.graph.matmul(w, x, &origin()).ok()?
+            }
+            _ => {
+                let columns = 1 + self.random.below(20);
+                let w = self.constant(dtype, &[sums, columns])?;
+                let w = self.graph.with_rank(w, rank, &origin()).ok()?;
+                self.settle(w)?;
+                self.graph.matmul(x, w, &origin()).ok()?
+            }
+        };
+        let y = self.settle(y)?;
+        if self.chance(2) {
+            return Some(y);
+        }
+        let mut along = vec![1; self.ty(y).rank()];
+        *along.last_mut()? = *self.shape(y).last()?;
+        let bias = self.constant(dtype, &along)?;
+        let y = self.add(Op::Binary(BinaryFn::Add), &[y, bias])?;
+        let zero = self.number(y, 0.0)?;
+        self.add(Op::Binary(BinaryFn::Max), &[y, zero])
+    }
+
+    fn convolution(&mut self, x: NodeId) -> Option<NodeId> {
+        let (dtype, shape) = (self.ty(x).dtype, self.shape(x));
+        if shape.len() < 3 || shape.contains(&0) {
+            return None;
+        }
+        let spatial = shape.len() - 2;
+        let mut borders = vec![(0, 0); 2];
+        borders.extend((0..spatial).map(|_| (self.random.below(2), self.random.below(2))));
+        let zero = self.graph.scalar(dtype, 0, 0.0, &origin());
+        self.settle(zero)?;
+        let x = self.add(Op::Pad(borders.into_iter().collect()), &[x, zero])?;
+        let channels = shape[1];
+        let divisors: Vec<usize> = (1..=channels).filter(|&g| channels.is_multiple_of(g)).collect();
+        let groups = self.pick(&divisors);
+        let mut weights = vec![groups * (1 + self.random.below(4)), channels / groups];
+        let extents = self.shape(x);
+        weights.extend(extents[2..].iter().map(|&e| e.min(1 + self.random.below(3))));
+        let w = self.constant(dtype, &weights)?;
+        let strides: Vec<usize> = (0..spatial).map(|_| 1 + self.random.below(2)).collect();
+        let dilations: Vec<usize> =
+            (0..spatial).map(|_| if self.chance(4) { 2 } else { 1 }).collect();
+        let y = self.graph.conv([x, w], (&strides, &dilations), groups, &origin()).ok()?;
+        self.settle(y)
+    }
+
+    /// A sum of products whose operands share any axes in any order.
+    fn einsum(&mut self, x: NodeId) -> Option<NodeId> {
+        let (dtype, shape) = (self.ty(x).dtype, self.shape(x));
+        let own: Vec<usize> =
+            (0..1 + self.random.below(2)).map(|_| 1 + self.random.below(4)).collect();
+        // Axes of x and axes of y alone, in an order of their own, the first ones in the result.
+        let all: Vec<usize> = shape.iter().chain(&own).copied().collect();
+        let mut order: Vec<usize> = (0..all.len()).collect();
+        (1..order.len()).for_each(|i| order.swap(i, self.random.below(i + 1)));
+        let place = |axis: usize| order.iter().position(|&o| o == axis).expect("all are there");
+        let shared: Vec<usize> = (0..shape.len()).filter(|_| self.chance(2)).collect();
+        let mut of_y: Vec<usize> = shared.into_iter().chain(shape.len()..all.len()).collect();
+        (1..of_y.len()).for_each(|i| of_y.swap(i, self.random.below(i + 1)));
+        let lengths: Vec<usize> = of_y.iter().map(|&axis| all[axis]).collect();
+        let y = self.constant(dtype, &lengths)?;
+        let contract = Contract {
+            extents: order.iter().map(|&axis| all[axis]).collect(),
+            n_out: self.random.below(all.len() + 1),
+            maps: [
+                (0..shape.len()).map(|axis| Affine::axis(place(axis))).collect(),
+                of_y.iter().map(|&axis| Affine::axis(place(axis))).collect(),
+            ],
+        };
+        self.add(Op::Contract(Box::new(contract)), &[x, y])
+    }
+
+    fn composite(&mut self, x: NodeId) -> Option<NodeId> {
+        let rank = self.ty(x).rank();
+        let axis = self.random.below(rank.max(1)) as u8;
+        let epsilon = 1e-3f32.to_bits();
+        let f = self.pick(&[
+            Composite::Sigmoid,
+            Composite::Silu,
+            Composite::Gelu,
+            Composite::Softmax(axis),
+            Composite::LayerNorm(axis, epsilon),
+            Composite::RmsNorm(axis, epsilon),
+        ]);
+        let along = !matches!(f, Composite::Sigmoid | Composite::Silu | Composite::Gelu);
+        (!along || rank > 0).then(|| self.add(Op::Composite(f), &[x])).flatten()
+    }
+
+    /// Scores of x with itself, a softmax of them, and x weighted by it.
+    fn attention(&mut self, x: NodeId) -> Option<NodeId> {
+        let rank = self.ty(x).rank();
+        if rank < 2 || !self.ty(x).dtype.is_float() {
+            return None;
+        }
+        let mut axes: Vec<u8> = (0..rank as u8).collect();
+        axes.swap(rank - 1, rank - 2);
+        let keys = self.add(Op::Permute(axes.into_iter().collect()), &[x])?;
+        let scores = self.graph.matmul(x, keys, &origin()).ok()?;
+        let mut scores = self.settle(scores)?;
+        let scale = self.number(scores, 0.25)?;
+        scores = self.add(Op::Binary(BinaryFn::Mul), &[scores, scale])?;
+        if self.chance(2) {
+            let mask = self.partner(scores)?;
+            scores = self.add(Op::Binary(BinaryFn::Add), &[scores, mask])?;
+        }
+        let weights = self.add(Op::Composite(Composite::Softmax(rank as u8 - 1)), &[scores])?;
+        let mixed = self.graph.matmul(weights, x, &origin()).ok()?;
+        self.settle(mixed)
+    }
+}
+
+/// Steps of an operation that has more of them than results.
+fn cost(op: &Op) -> usize {
+    match op {
+        Op::Contract(contract) => {
+            contract.extents.iter().fold(1usize, |product, &e| product.saturating_mul(e))
+        }
+        _ => 0,
+    }
+}
+
+/// Whether numbers are of a moderate size for their dtype.
+fn is_tame(value: &Value) -> bool {
+    let limit = match value.ty.dtype {
+        DType::F16 | DType::BF16 => 500.0,
+        _ => 1e5,
+    };
+    match &value.data {
+        Data::Float(numbers) => numbers.iter().all(|v| v.abs() <= limit),
+        Data::Int(_) => true,
+    }
+}

@@ -1,0 +1,182 @@
+//! Random graphs in every form: the interpreter, machine code of both emitters, with and without
+//! the e-graph, loops, files, PTX and other architectures, and libtorch.
+//!
+//! `KILN_GRAPHS` is how many graphs are tried (2,000), `KILN_SEED` the first one. A graph that
+//! fails is made small before it is shown.
+
+mod found;
+mod torch;
+
+use kiln::graph::eval::Value;
+use kiln::graph::reduce::reduce;
+use kiln::graph::{Graph, text};
+use kiln::tensor::Tensor;
+use kiln::{Compiler, Form, Kind};
+use kiln_tests::grown::{Diet, Grown, grow};
+use kiln_tests::machines::machines;
+use kiln_tests::noise::{Expected, difference, expected};
+use kiln_tests::{compilers, old_compiler, ptx, run_compiled};
+
+/// Slow ways are tried on one graph of so many.
+const RARE: u64 = 8;
+/// The slowest ones, on one of so many.
+const VERY_RARE: u64 = 64;
+
+fn environment(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(otherwise)
+}
+
+/// Failures that are shown at most.
+const SHOWN: usize = 4;
+
+type Results = Result<Vec<Value>, String>;
+/// Computes the outputs of a graph.
+type Way = dyn Fn(&Graph, &[Tensor]) -> Results;
+
+fn values(tensors: Vec<Tensor>) -> Vec<Value> {
+    tensors.iter().map(Value::from_tensor).collect()
+}
+
+/// Machine code in memory.
+fn compiled(compiler: Compiler) -> Box<Way> {
+    Box::new(move |graph, inputs| {
+        run_compiled(graph, inputs, &compiler).map(values).map_err(|e| e.to_string())
+    })
+}
+
+/// The interpreter of loops.
+fn loops(graph: &Graph, inputs: &[Tensor]) -> Results {
+    let compiler = Compiler::new();
+    let kernels = compiler.optimise(graph).map_err(|e| e.to_string())?;
+    let program = compiler.lower(&kernels).map_err(|e| e.to_string())?;
+    let inputs: Vec<Value> = inputs.iter().map(Value::from_tensor).collect();
+    kiln::plan::eval::eval(&kernels, &program, &inputs).map_err(|e| e.to_string())
+}
+
+/// A shared library, written and loaded.
+fn library(graph: &Graph, inputs: &[Tensor]) -> Results {
+    let form = Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
+    let package = Compiler::new().package_of(graph, [0; 32], &form).map_err(|e| e.to_string())?;
+    let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let path = folder.path().join("net.so");
+    std::fs::write(&path, package.file).map_err(|e| e.to_string())?;
+    // SAFETY: the file was written just now.
+    let executable = unsafe { kiln::load(&path, 2) }.map_err(|e| e.to_string())?;
+    let named: Vec<_> =
+        graph.inputs.iter().zip(inputs).map(|((name, _), t)| (&name[..], t.view())).collect();
+    let outputs = executable.run(&named).map_err(|e| e.to_string())?;
+    Ok(values(outputs.into_iter().map(|(_, tensor)| tensor).collect()))
+}
+
+/// The ways that are tried on the graph of a number, with their names.
+fn ways(seed: u64) -> Vec<(String, Box<Way>)> {
+    let mut ways: Vec<(String, Box<Way>)> = compilers()
+        .into_iter()
+        .map(|(name, compiler)| (name.to_string(), compiled(compiler)))
+        .collect();
+    if seed.is_multiple_of(RARE) {
+        ways.extend(old_compiler().map(|(name, compiler)| (name.to_string(), compiled(compiler))));
+        ways.push(("as loops".into(), Box::new(loops)));
+        ways.push(("as a library".into(), Box::new(library)));
+        ways.push((
+            "as PTX".into(),
+            Box::new(|graph, inputs| ptx::run(graph, inputs, &Compiler::new()).map(values)),
+        ));
+    }
+    if seed.is_multiple_of(VERY_RARE) {
+        for machine in machines() {
+            let name = machine.lock().unwrap_or_else(|e| e.into_inner()).cpu().triple.name;
+            ways.push((
+                format!("on {name}"),
+                Box::new(move |graph, inputs| {
+                    let mut machine = machine.lock().unwrap_or_else(|e| e.into_inner());
+                    machine.run(graph, inputs).map(values)
+                }),
+            ));
+        }
+    }
+    ways
+}
+
+/// What is wrong with the results of a way.
+fn wrong(way: &Way, graph: &Graph, inputs: &[Value], expected: &Expected) -> Option<String> {
+    let tensors: Vec<Tensor> = inputs.iter().map(Value::to_tensor).collect();
+    match way(graph, &tensors) {
+        Ok(found) => difference(expected, &found),
+        Err(why) => Some(why),
+    }
+}
+
+/// The smallest graph that was found to be wrong in the same way, as text.
+fn shown(way: &Way, grown: &Grown) -> String {
+    let mut fails = |graph: &Graph, inputs: &[Value]| {
+        wrong(way, graph, inputs, &expected(graph, inputs)).is_some()
+    };
+    let (graph, inputs) = reduce(&grown.graph, &grown.inputs, &mut fails);
+    let why = wrong(way, &graph, &inputs, &expected(&graph, &inputs)).unwrap_or_default();
+    let inputs: Vec<Vec<f64>> = inputs.iter().map(Value::as_f64s).collect();
+    format!("{}inputs {inputs:?}\n{why}", text::print(&graph))
+}
+
+/// Compares all ways on so many graphs; gives how many nodes these had.
+fn compare(seeds: std::ops::Range<u64>, diet: Diet) -> usize {
+    let (mut nodes, mut failures) = (0, Vec::new());
+    for seed in seeds {
+        let grown = grow(seed, diet);
+        let expected = expected(&grown.graph, &grown.inputs);
+        nodes += grown.graph.nodes.len();
+        for (name, way) in ways(seed) {
+            if let Some(why) = wrong(&way, &grown.graph, &grown.inputs, &expected) {
+                let smaller = shown(&way, &grown);
+                failures.push(format!("{diet:?} graph {seed} {name}: {why}\nsmaller: {smaller}"));
+                break;
+            }
+        }
+        if failures.len() == SHOWN {
+            break;
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+    nodes
+}
+
+fn graphs() -> (u64, u64) {
+    (environment("KILN_SEED", 0), environment("KILN_GRAPHS", 2000))
+}
+
+#[test]
+fn graphs_mean_the_same_in_every_form() {
+    let (first, count) = graphs();
+    let nodes = compare(first..first + count, Diet::Tame);
+    println!("{count} graphs of {nodes} nodes");
+    assert!(nodes as u64 > 4 * count, "{nodes} nodes");
+}
+
+#[test]
+fn infinities_and_nans_mean_the_same_in_every_form() {
+    let (first, count) = graphs();
+    let nodes = compare(first..first + count / 4, Diet::Wild);
+    println!("{} graphs of {nodes} nodes", count / 4);
+}
+
+#[test]
+fn the_interpreter_says_what_libtorch_says() {
+    let (first, count) = graphs();
+    tch::set_num_threads(1);
+    let (mut compared, mut seed) = (0, first);
+    while compared < count / 4 {
+        let grown = grow(seed, Diet::Tame);
+        seed += 1;
+        let Some(found) = torch::eval(&grown.graph, &grown.inputs) else { continue };
+        compared += 1;
+        let expected = expected(&grown.graph, &grown.inputs);
+        if let Some(why) = difference(&expected, &found) {
+            let torch = |graph: &Graph, inputs: &[Tensor]| {
+                let inputs = values(inputs.to_vec());
+                torch::eval(graph, &inputs).ok_or_else(|| "not in libtorch".to_string())
+            };
+            panic!("graph {}: {why}\nsmaller: {}", seed - 1, shown(&torch, &grown));
+        }
+    }
+    println!("{compared} of {} graphs are ones that libtorch can compute", seed - first);
+}
