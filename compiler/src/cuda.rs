@@ -1,6 +1,7 @@
 //! Compiling for GPUs: the same pipeline to text, and to all that it takes to run it.
 
 use kiln_runtime::gpu::{GpuArtifact, Kernel, Module};
+use kiln_runtime::manifest::Hash;
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Entry, Gpu};
@@ -96,6 +97,20 @@ impl Compiler {
     /// As [`compile_cuda`](Self::compile_cuda).
     pub fn package_cuda(&self, model: &Model, gpus: &[Gpu], form: &Form) -> Result<Package> {
         package::gpu::package(self.compile_cuda(model, gpus)?, model.hash(), form)
+    }
+
+    /// The same from a graph on; the file says that it was made from a model of that hash.
+    ///
+    /// # Errors
+    /// As [`compile_cuda`](Self::compile_cuda).
+    pub fn package_cuda_of(
+        &self,
+        graph: &Graph,
+        model_hash: Hash,
+        gpus: &[Gpu],
+        form: &Form,
+    ) -> Result<Package> {
+        package::gpu::package(self.compile_cuda_of(graph, gpus)?, model_hash, form)
     }
 }
 

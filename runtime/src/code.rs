@@ -71,6 +71,11 @@ impl Code {
         self.entries.len()
     }
 
+    /// Bytes of memory: whole pages.
+    pub fn mapped_bytes(&self) -> usize {
+        self.region.mapped_bytes()
+    }
+
     /// The bytes that are executed.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: these bytes are mapped readable and nobody writes to them.

@@ -1,7 +1,7 @@
 //! The order in which kernels run and the places that they read and write.
 
 use crate::tensor::{DType, size_bytes};
-use crate::work::Work;
+use crate::work::{Term, Work};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -143,6 +143,24 @@ pub struct Plan {
     pub work: Vec<Work>,
     /// Bytes of memory for intermediate values.
     pub arena_bytes: usize,
+}
+
+impl Plan {
+    /// Bytes that the plan itself takes, about.
+    pub fn own_bytes(&self) -> usize {
+        let port = |port: &Port| size_of::<Port>() + port.name.len() + 8 * port.shape.len();
+        let step = |step: &Step| {
+            size_of::<Step>() + step.name.len() + size_of::<Place>() * step.buffers.len()
+        };
+        let work = |work: &Work| {
+            let terms = work.flops.iter().chain(&work.bytes);
+            let terms = terms.map(|term| size_of::<Term>() + 16 * term.lengths.len());
+            size_of::<Work>() + work.name.len() + terms.sum::<usize>()
+        };
+        let ports = self.inputs.iter().chain(&self.outputs).map(port);
+        let steps = self.steps.iter().map(step).chain(self.work.iter().map(work));
+        ports.chain(steps).sum()
+    }
 }
 
 /// A plan that does not fit the code and the constants beside it.

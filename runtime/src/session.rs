@@ -61,12 +61,12 @@ impl Executable {
         &self.0.artifact
     }
 
-    /// Bytes that the model takes: constants, code and the memory of one run. What is mapped from a
-    /// file counts too, though others may share it.
+    /// Bytes that the model takes: constants, code, the plan and the memory of one run. What is
+    /// mapped from a file counts too, though others may share it.
     pub fn memory_bytes(&self) -> usize {
         let Artifact { plan, code, constants } = self.artifact();
         let rooms: usize = room_bytes(plan).sum();
-        constants.len() + code.bytes().len() + plan.arena_bytes + rooms
+        constants.len() + code.mapped_bytes() + plan.own_bytes() + plan.arena_bytes + rooms
     }
 
     /// The threads that runs share.

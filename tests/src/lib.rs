@@ -3,6 +3,7 @@
 pub mod gpu;
 pub mod grown;
 pub mod machines;
+pub mod mutate;
 pub mod noise;
 pub mod ptx;
 

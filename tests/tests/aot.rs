@@ -178,6 +178,22 @@ fn resnet_runs_in_every_form_from_c_and_cpp() {
 }
 
 #[test]
+fn programs_are_clean_under_sanitizers() {
+    let Some(models) = oracle("models") else { return };
+    if !there(C.command) {
+        return;
+    }
+    let flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"].map(String::from);
+    for name in ["mlp_b1", "cnn_b1", "encoder", "qdq_mlp_b1"] {
+        let work = Work::new(&models.join(name));
+        for kind in [Kind::Shared, Kind::Object] {
+            work.package(kind, None);
+            work.check_with(&C, kind, None, &flags);
+        }
+    }
+}
+
+#[test]
 fn one_file_serves_all_lengths_of_dims() {
     let Some(models) = oracle("dynamic") else { return };
     if !there(C.command) {

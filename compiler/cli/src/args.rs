@@ -459,6 +459,10 @@ pub struct VerifyArgs {
     /// whose largest element is 1
     #[arg(long)]
     pub kernels: bool,
+    /// Where code is wrong, looks for the smallest graph that shows it and writes it there, as
+    /// graph.txt, with its inputs as inputs.npz
+    #[arg(long, value_name = "FOLDER")]
+    pub reduce: Option<PathBuf>,
 }
 
 /// `kiln explain`

@@ -89,7 +89,7 @@ impl Graph {
     }
 
     /// Adds a node whose type is known, sharing an equal one.
-    pub(crate) fn push(&mut self, op: Op, args: Args, ty: Type, origin: &Origin) -> NodeId {
+    pub fn push(&mut self, op: Op, args: Args, ty: Type, origin: &Origin) -> NodeId {
         let key = (op, args);
         if let Some(&id) = self.known.get(&key) {
             return id;

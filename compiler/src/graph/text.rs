@@ -173,6 +173,9 @@ pub fn parse(text: &str, table: &[Constant]) -> Result<Graph> {
 fn parse_line(graph: &mut Graph, body: &mut Option<Vec<Node>>, line: &str) -> Parsed<()> {
     if line == "}" {
         let nodes = body.take().ok_or("a body ends that did not begin")?;
+        if nodes.is_empty() {
+            return Err("a body has at least one node".into());
+        }
         graph.bodies.push(Arc::new(Body { nodes }));
     } else if line.starts_with("body ") {
         *body = Some(Vec::new());

@@ -114,6 +114,7 @@ pub fn lower(
     let mut lower = Lower::new(body, constants, args, target);
     let root = lower.peel();
     if let Op::Pad(borders) = &body.nodes[root].op
+        && body.nodes[root].ty.numel() > 0
         && let inside = body.nodes[root].args[0].index()
         && !matches!(body.nodes[inside].op, Op::Input(_))
     {
@@ -143,6 +144,9 @@ fn shared(body: &Body, args: Arguments, threads: usize, mut lowered: Lowered) ->
 /// The kernels that store a node of a body.
 fn kernels(lower: Lower, root: usize, name: &str) -> Lowering<Lowered> {
     let body = lower.body;
+    if body.nodes[root].ty.numel() == 0 {
+        return Ok(Lowered { kernels: Vec::new(), scratch: Vec::new() });
+    }
     let is = |test: fn(&Op) -> bool| body.nodes.iter().position(|n| test(&n.op));
     if let Some(parts) = attention::find(&body.nodes) {
         return super::attention::lower(lower, root, &parts, name);
@@ -157,7 +161,6 @@ fn kernels(lower: Lower, root: usize, name: &str) -> Lowering<Lowered> {
         Op::Concat(axis) => moves::concat(lower, root, *axis as usize)?,
         Op::Scatter(f) => lower.scatter(root, *f)?,
         Op::Scan(f, axis) => vec![lower.scan(root, *f, *axis as usize)?],
-        _ if body.nodes[root].ty.numel() == 0 => Vec::new(),
         _ => match reduces.as_slice() {
             [] => vec![nest::map(lower, root)?],
             [only] if nest::is_inline(body, root, *only) => {

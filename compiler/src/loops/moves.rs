@@ -154,11 +154,9 @@ impl Lower<'_> {
         let node = &self.body.nodes[root];
         let [x, y, z] = [0, 1, 2].map(|i: usize| node.args[i].index());
         let mut kernels = Vec::new();
-        if ty.numel() > 0 {
-            let copy = self.fresh();
-            kernels.push(nest::map(copy, x)?);
-        }
-        if ty.numel() == 0 || self.ty(z).numel() == 0 {
+        let copy = self.fresh();
+        kernels.push(nest::map(copy, x)?);
+        if self.ty(z).numel() == 0 {
             return Ok(kernels);
         }
         let out = self.out(&ty);

@@ -13,9 +13,9 @@ use super::lanes::beside;
 use super::lower::{Lower, Lowering, Refused, identity};
 use super::rewrite::{each_affine, rewrite, substitute};
 use super::turn::turned;
-use crate::graph::Body;
 use crate::graph::op::{Affine, Op, ReduceFn, UnaryFn};
 use crate::graph::used::{Span, span};
+use crate::graph::{Body, Node};
 
 /// Parallel loops are collapsed until there are at least this many pieces.
 const PIECES: usize = 64;
@@ -132,9 +132,25 @@ pub fn is_inline(body: &Body, root: usize, reduce: usize) -> bool {
         let trailing = axes.iter().enumerate().all(|(i, &a)| a as usize == first + i);
         // A row is stored with the axes that it was folded with.
         let to = &body.nodes[root].ty.shape;
-        let same = x.rank() == to.len() && x.shape[..first] == to[..first];
+        let same = x.rank() == to.len()
+            && x.shape[..first] == to[..first]
+            && !is_moved(&body.nodes[..=root], reduce);
         empty || !(innermost && long && same) || window || !trailing
     }
+}
+
+/// Whether a node that hangs on one does more than compute with its elements where they stand.
+fn is_moved(nodes: &[Node], one: usize) -> bool {
+    let mut above = vec![false; nodes.len()];
+    above[one] = true;
+    for (n, node) in nodes.iter().enumerate().skip(one + 1) {
+        above[n] = node.args.iter().any(|a| above[a.index()]);
+        let stays = matches!(node.op, Op::Unary(_) | Op::Binary(_) | Op::Select | Op::Cast(_));
+        if above[n] && !stays {
+            return true;
+        }
+    }
+    false
 }
 
 /// A kernel in which every element of the result folds its own part of the operand.

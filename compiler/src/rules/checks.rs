@@ -40,7 +40,7 @@ impl Rng {
 /// Sizes that keep the interpreter fast.
 const MAX_ELEMENTS: usize = 600;
 
-struct Random {
+pub(super) struct Random {
     graph: Graph,
     rng: Rng,
     values: Vec<NodeId>,
@@ -48,7 +48,7 @@ struct Random {
 }
 
 impl Random {
-    fn new(seed: u64, dtype: DType) -> Random {
+    pub(super) fn new(seed: u64, dtype: DType) -> Random {
         let mut random = Random {
             graph: Graph::default(),
             rng: Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1),
@@ -304,7 +304,7 @@ impl Random {
         self.graph.binary(BinaryFn::Mul, y, scale, &"scale".into())
     }
 
-    fn finish(mut self) -> Graph {
+    pub(super) fn finish(mut self) -> Graph {
         (0..12).for_each(|_| self.step());
         let last = self.values.len() - 1;
         for (i, &id) in self.values[last.saturating_sub(1)..].iter().enumerate() {
@@ -314,7 +314,7 @@ impl Random {
     }
 }
 
-fn inputs_of(graph: &Graph) -> Vec<Value> {
+pub(super) fn inputs_of(graph: &Graph) -> Vec<Value> {
     let mut rng = Rng(0x1234_5678_9abc_def1);
     let random = |(_, ty): &(String, Type)| {
         let numbers = rng.numbers(ty.numel());
@@ -324,7 +324,7 @@ fn inputs_of(graph: &Graph) -> Vec<Value> {
     graph.inputs.iter().map(random).collect()
 }
 
-fn close(a: &Value, b: &Value, tolerance: f64) -> bool {
+pub(super) fn close(a: &Value, b: &Value, tolerance: f64) -> bool {
     let near = |(x, y): (f64, f64)| {
         x == y || (x.is_nan() && y.is_nan()) || (x - y).abs() <= tolerance * (1.0 + x.abs())
     };
@@ -349,7 +349,7 @@ fn value_of(
 }
 
 /// Evaluates every e-node; all of one class must agree. Gives the number of e-nodes.
-fn check_classes(saturated: &Saturated, inputs: &[Value]) -> Result<usize, String> {
+pub(super) fn check_classes(saturated: &Saturated, inputs: &[Value]) -> Result<usize, String> {
     let egraph = &saturated.egraph;
     let mut ids: Vec<Id> = egraph.classes().map(|c| c.id).collect();
     ids.sort_unstable();

@@ -141,6 +141,15 @@ pub struct Cheapest {
 /// A node for each class, by Knuth's generalisation of Dijkstra's algorithm: a class is settled by
 /// the cheapest node whose operands are settled, so the choice has no cycles.
 pub fn cheapest(saturated: &Saturated, users: &HashMap<Id, f64>) -> Cheapest {
+    cheapest_by(&|class, node| node_us(saturated, class, node), saturated, users)
+}
+
+/// The same by other costs of nodes, which are positive.
+pub fn cheapest_by(
+    node_us: &dyn Fn(Id, &ENode) -> f64,
+    saturated: &Saturated,
+    users: &HashMap<Id, f64>,
+) -> Cheapest {
     let egraph = &saturated.egraph;
     let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();
     classes.sort_unstable();
@@ -163,7 +172,7 @@ pub fn cheapest(saturated: &Saturated, users: &HashMap<Id, f64>) -> Cheapest {
     for (i, (class, node, args)) in nodes.iter().enumerate() {
         args.iter().for_each(|a| used_by.entry(*a).or_default().push(i));
         if args.is_empty() {
-            queue.push(Reverse((key(node_us(saturated, *class, node)), i)));
+            queue.push(Reverse((key(node_us(*class, node)), i)));
         }
     }
     let mut cost: HashMap<Id, f64> = HashMap::new();
@@ -185,7 +194,7 @@ pub fn cheapest(saturated: &Saturated, users: &HashMap<Id, f64>) -> Cheapest {
                     .iter()
                     .map(|a| cost[a] / users.get(a).copied().unwrap_or(1.0).max(1.0))
                     .sum();
-                let total = node_us(saturated, *class, node) + below;
+                let total = node_us(*class, node) + below;
                 queue.push(Reverse((key(total), user)));
             }
         }

@@ -16,6 +16,10 @@ pub mod fuse;
 mod integers;
 pub mod kind;
 pub mod lang;
+#[cfg(test)]
+mod members;
+#[cfg(test)]
+mod mutants;
 mod reads;
 pub mod select;
 mod shuffle;

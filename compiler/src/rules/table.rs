@@ -145,13 +145,26 @@ const GROUPS: usize = 2;
 
 /// Applies all rules until nothing new is found or a budget ends; counts the firings.
 pub fn saturate(egraph: &mut Egg, budget: Budget) -> Fired {
+    saturate_by(&|rule, egraph, node| (rule.apply)(egraph, node), egraph, budget)
+}
+
+/// Gives an equal class by a rule, where it applies.
+pub(super) type Apply<'a> = dyn Fn(&Rule, &mut Egg, &ENode) -> Option<Id> + 'a;
+
+/// The same, with rules applied as a test wants it.
+pub(super) fn saturate_by(apply: &Apply, egraph: &mut Egg, budget: Budget) -> Fired {
     let mut fired: Fired = RULES.iter().map(|r| (r.name, BTreeMap::new())).collect();
-    saturate_with(&RULES[..RULES.len() - GROUPS], egraph, budget, &mut fired);
-    saturate_with(RULES, egraph, budget, &mut fired);
+    saturate_with((&RULES[..RULES.len() - GROUPS], apply), egraph, budget, &mut fired);
+    saturate_with((RULES, apply), egraph, budget, &mut fired);
     fired
 }
 
-fn saturate_with(rules: &[Rule], egraph: &mut Egg, budget: Budget, fired: &mut Fired) {
+fn saturate_with(
+    (rules, apply): (&[Rule], &Apply),
+    egraph: &mut Egg,
+    budget: Budget,
+    fired: &mut Fired,
+) {
     let mut sizes: FxHashMap<Id, usize> = FxHashMap::default();
     for _ in 0..budget.rounds {
         let nodes = unseen(egraph, &mut sizes);
@@ -161,7 +174,7 @@ fn saturate_with(rules: &[Rule], egraph: &mut Egg, budget: Budget, fired: &mut F
                 if egraph.total_size() > budget.nodes {
                     break;
                 }
-                let Some(equal) = (rule.apply)(egraph, &node) else { continue };
+                let Some(equal) = apply(rule, egraph, &node) else { continue };
                 // A rule that changes a type is wrong; better no optimisation than a wrong one.
                 let same = egraph[class].data.ty == egraph[equal].data.ty;
                 assert!(same || !cfg!(test), "{} changes a type", rule.name);

@@ -2,6 +2,7 @@
 //! carried to other machines; numbers for them, and how results are compared.
 
 pub mod cases;
+pub mod readers;
 pub mod small;
 pub mod suite;
 

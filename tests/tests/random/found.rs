@@ -41,6 +41,44 @@ const FOUND: &[(&str, &str, &[&[f64]])] = &[
         &[&[]],
     ),
     (
+        "a border around nothing was refused",
+        "constant 0 : f32[] = -0.5
+         %0 = input 0 : f32[0,1] \"x\"
+         %1 = expand [0,4] %0 : f32[0,4] \"n\"
+         %2 = const 0 : f32[] \"n\"
+         %3 = pad [0:0,1:1] %1 %2 : f32[0,6] \"n\"
+         output \"y\" %3",
+        &[&[]],
+    ),
+    (
+        "a border with nothing inside was refused",
+        "constant 0 : f32[] = -0.5
+         %0 = input 0 : f32[1,0] \"x\"
+         %1 = reshape [1,1,0] %0 : f32[1,1,0] \"n\"
+         %2 = const 0 : f32[] \"n\"
+         %3 = pad [0:2,0:1,2:2] %1 %2 : f32[3,2,4] \"n\"
+         output \"y\" %3",
+        &[&[]],
+    ),
+    (
+        "a square of maxima was not turned",
+        "%0 = input 0 : f32[1,1,3,12] \"x\"
+         %1 = input 1 : f32[3,1,1,1] \"y\"
+         %2 = mul %0 %1 : f32[3,1,3,12] \"n\"
+         %3 = permute [0,2,1,3] %2 : f32[3,3,1,12] \"n\"
+         %4 = reduce max [2,3] %3 : f32[3,3,1,1] \"n\"
+         %5 = permute [1,0,3,2] %4 : f32[3,3,1,1] \"n\"
+         output \"y\" %5",
+        &[
+            &[
+                1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 4.0,
+                5.0, 6.0, 7.0, 8.0, 20.0, 1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0,
+                30.0, 1.0, 1.0, 1.0,
+            ],
+            &[1.0, 2.0, 3.0],
+        ],
+    ),
+    (
         "bytes that do not change along lanes were refused by the narrow emitter",
         "%0 = input 0 : u8[2,22] \"x\"
          %1 = reduce max [1] %0 : u8[2,1] \"n\"

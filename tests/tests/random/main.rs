@@ -5,6 +5,7 @@
 //! fails is made small before it is shown.
 
 mod found;
+mod guarded;
 mod torch;
 
 use kiln::graph::eval::Value;
@@ -114,7 +115,9 @@ fn shown(way: &Way, grown: &Grown) -> String {
     };
     let (graph, inputs) = reduce(&grown.graph, &grown.inputs, &mut fails);
     let why = wrong(way, &graph, &inputs, &expected(&graph, &inputs)).unwrap_or_default();
-    let inputs: Vec<Vec<f64>> = inputs.iter().map(Value::as_f64s).collect();
+    // The first ones of many numbers.
+    let first = |value: &Value| value.as_f64s().into_iter().take(40).collect();
+    let inputs: Vec<Vec<f64>> = inputs.iter().map(first).collect();
     format!("{}inputs {inputs:?}\n{why}", text::print(&graph))
 }
 

@@ -2,8 +2,9 @@
 //! graph, the graph of kernels and the loops have interpreters; code is run.
 
 use kiln::error::sanitize;
-use kiln::graph::eval::{Value, eval_nodes};
+use kiln::graph::eval::{Value, eval, eval_nodes};
 use kiln::graph::op::Op;
+use kiln::graph::reduce::reduce;
 use kiln::graph::{Graph, NodeId};
 use kiln::plan::eval::eval_node;
 use kiln::plan::kernels::Program;
@@ -44,6 +45,29 @@ pub fn locate(
     let wrong = probe(compiler, &fused, &after, inputs, tolerance)?.wrong;
     // Where all kernels are right when nothing shares memory, the plan is left.
     Ok(wrong.unwrap_or(Place::stage("plan")))
+}
+
+/// Compiles a graph.
+pub type Build<'a> = dyn Fn(&Graph) -> kiln::error::Result<Executable> + 'a;
+
+/// The smallest graph that was found whose code gives something else than its interpreter, with
+/// values for its inputs; `graph` is one.
+pub fn smallest(
+    build: &Build,
+    graph: &Graph,
+    inputs: &[Value],
+    tolerance: Tolerance,
+) -> (Graph, Vec<Value>) {
+    reduce(graph, inputs, &mut |graph, inputs| {
+        // One that does not compile has another fault.
+        let found = build(graph).map_err(drop).and_then(|e| results(&e, inputs).map_err(drop));
+        let Ok(found) = found else { return false };
+        let expected = eval(graph, inputs);
+        found
+            .iter()
+            .zip(&expected)
+            .any(|(found, expected)| tolerance.compare(found, &expected.to_tensor()).outside > 0)
+    })
 }
 
 /// A stage and the node that a kernel comes from.
@@ -266,5 +290,24 @@ mod tests {
         // The loops mean what the code does, so lowering is to blame; with the right loops, code.
         assert!(loops_differ(&graph, &wrong, id, &values, TOLERANCE));
         assert!(!loops_differ(&graph, &right, id, &values, TOLERANCE));
+    }
+    #[test]
+    fn a_planted_fault_is_made_small() {
+        let compiler = Compiler::new();
+        // Whatever is compiled has another function in its code.
+        let build = |graph: &Graph| {
+            let kernels = compiler.optimise(graph)?;
+            let mut program = compiler.lower(&kernels)?;
+            for kernel in &mut program.kernels {
+                let planted = text::print(kernel).replace("tanh(", "sin(");
+                *kernel = text::parse(&planted)?.swap_remove(0);
+            }
+            compiler.emit(&kernels, &program)
+        };
+        let (small, values) = smallest(&build, &model(UnaryFn::Tanh), &inputs(), TOLERANCE);
+        let ops: Vec<&Op> = small.nodes.iter().map(|node| &node.op).collect();
+        assert_eq!(ops, [&Op::Input(0), &Op::Unary(UnaryFn::Tanh)]);
+        assert_eq!(values.len(), 1);
+        assert_eq!(small.node(small.outputs[0].1).origin.as_ref(), "function");
     }
 }

@@ -1,17 +1,23 @@
 //! `kiln verify`: the compiled model against the reference interpreter and stored outputs.
 
+use std::fs;
+use std::path::Path;
+
 use kiln::error::sanitize;
 use kiln::graph::eval::{Value as Meaning, eval, eval_nodes};
+use kiln::graph::op::Op;
+use kiln::graph::{Graph, text};
 use kiln::tensor::Tensor;
 use kiln::{Compiler, Model, Precision};
 use serde_json::{Value, json};
 
 use crate::args::VerifyArgs;
-use crate::commands::locate::{Place, Probe, locate, probe};
+use crate::commands::locate::{Place, Probe, locate, probe, smallest};
 use crate::commands::{
     compile, compiler, cuda, gather, model_name, open, verify_artifact, verify_cuda, with_cache,
 };
 use crate::failure::{Exit, Failure};
+use crate::files;
 use crate::input::Inputs;
 use crate::stats::{Difference, Tolerance};
 use crate::term::Term;
@@ -77,6 +83,11 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
         // Compiled code and interpreter agree with each other, not with the stored outputs.
         wrong.then_some(Place::stage("import"))
     };
+    if let (Some(folder), true) = (&args.reduce, wrong_code) {
+        let build = |graph: &Graph| compiler.build(&compiler.optimise(graph)?);
+        let small = term.during("reduce", None, || smallest(&build, &graph, &values, tolerance));
+        write_reduced(folder, &small, term)?;
+    }
     if args.kernels && !wrong {
         let fused = compiler.optimise(&graph)?;
         let probe = term.during("probe", None, || {
@@ -88,6 +99,33 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     }
     report(args, &rows, kernels.as_ref(), place.as_ref(), term)?;
     if wrong { Err(Failure::said(Exit::Mismatch)) } else { Ok(()) }
+}
+
+/// Writes the smallest graph with a fault: its text, and the values of its inputs and of constants
+/// that the text names by hash only.
+fn write_reduced(
+    folder: &Path,
+    (graph, inputs): &(Graph, Vec<Meaning>),
+    term: &Term,
+) -> Result<(), Failure> {
+    fs::create_dir_all(folder).map_err(|error| Failure::io(folder.display(), error))?;
+    let text = text::print(graph);
+    files::write(&folder.join("graph.txt"), |out| out.write_all(text.as_bytes()))?;
+    let named = graph.inputs.iter().zip(inputs).map(|((name, _), v)| (name.clone(), v.to_tensor()));
+    let constants = graph.nodes.iter().filter_map(|node| match node.op {
+        Op::Const(index) => {
+            let value = Meaning::from_constant(&graph.constants[index as usize]);
+            Some((format!("constant {index}"), value.to_tensor()))
+        }
+        _ => None,
+    });
+    let tensors: Vec<(String, Tensor)> = named.chain(constants).collect();
+    let views: Vec<_> = tensors.iter().map(|(name, t)| (name.as_str(), t.view())).collect();
+    let file = folder.join("inputs.npz");
+    files::write(&file, |mut out| kiln::npz::write_npz(&mut out, &views))?;
+    let (count, folder) = (graph.nodes.len(), folder.display());
+    term.note(format!("the smallest graph with the fault, {count} nodes: {folder}/graph.txt"));
+    Ok(())
 }
 
 /// What rounding changes: comparisons with the model as it is compiled without.

@@ -24,6 +24,9 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
         let text = "--kernels compares each kernel with the model, which must be an .onnx file";
         return Err(Failure::usage(text));
     }
+    if args.reduce.is_some() {
+        return Err(Failure::usage("--reduce needs the graph of the model: an .onnx file"));
+    }
     // With the model at hand its flags mean something.
     let own = ModelArgs { model: args.model.model.clone(), ..ModelArgs::default() };
     let (model, build) = match args.reference {

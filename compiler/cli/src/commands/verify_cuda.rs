@@ -22,6 +22,9 @@ pub fn verify(
     given: Given,
     term: &Term,
 ) -> Result<(), Failure> {
+    if args.reduce.is_some() {
+        return Err(Failure::usage("--reduce looks at code for the CPU; leave --device out"));
+    }
     let tolerance = Tolerance::of(args.rtol, args.atol, args.build.precision);
     cuda::refuse_for_gpus(&args.build)?;
     let isa = cuda::isa(gpu)?;

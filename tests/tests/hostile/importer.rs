@@ -19,47 +19,22 @@ use kiln::onnx::tensor_type;
 use kiln::onnx::{ImportOptions, Limits, import};
 use kiln::tensor::Tensor;
 use kiln_tests::cases::{folders, read};
+use kiln_tests::mutate::mutate;
 use kiln_tests::{Random, oracle};
 use prost::Message;
 
+use crate::{cases, memory_of};
+
 const MUTATIONS: u64 = 50_000;
+/// The limit on the tensors of a model, and what its import and compilation may take in all: the
+/// compiler's own tables, and constants as the interpreter has them, with 16 bytes an element.
+const LIMIT: usize = 64 << 20;
+const MEMORY: usize = 4 * LIMIT;
 /// Files above this size are mostly weights, where damage does nothing.
 const LARGEST: u64 = 8 << 10;
 /// Lengths, tags and extents at which code breaks.
 const NUMBERS: [i64; 14] =
     [-2, -1, 0, 1, 2, 3, 4, 7, 100, 1 << 20, 1 << 31, 1 << 40, i64::MAX, i64::MIN];
-/// The same for bytes.
-const BYTES: [u8; 10] = [0x00, 0x01, 0x02, 0x08, 0x12, 0x7f, 0x80, 0xfe, 0xff, 0x0a];
-
-/// One to four damages: bytes changed, dropped, repeated, or taken from another file.
-fn mutate(file: &[u8], other: &[u8], random: &mut Random) -> Vec<u8> {
-    let mut bytes = file.to_vec();
-    for _ in 0..1 + random.below(4) {
-        if bytes.is_empty() {
-            break;
-        }
-        let at = random.below(bytes.len());
-        let end = (at + 1 + random.below(16)).min(bytes.len());
-        match random.below(7) {
-            0 => bytes[at] ^= 1 << random.below(8),
-            1 => bytes[at] = BYTES[random.below(BYTES.len())],
-            2 => bytes[at] = random.bits() as u8,
-            3 => bytes.truncate(at),
-            4 => drop(bytes.drain(at..end)),
-            5 => {
-                let piece = bytes[at..end].to_vec();
-                bytes.splice(at..at, piece);
-            }
-            _ => {
-                let from = random.below(other.len());
-                let to = (from + 1 + random.below(64)).min(other.len());
-                bytes.splice(at..end, other[from..to].iter().copied());
-            }
-        }
-    }
-    bytes
-}
-
 /// A number at which code breaks.
 fn number(random: &mut Random) -> i64 {
     NUMBERS[random.below(NUMBERS.len())]
@@ -176,7 +151,7 @@ fn damage(seed: u64, seeds: &[Bytes]) -> (Bytes, ImportOptions) {
         _ => mutate_fields(file, other, &mut random),
     };
     let values = values(&damaged, &mut random);
-    let limits = Limits { nodes: 10_000, bytes: 64 << 20, ..Limits::default() };
+    let limits = Limits { nodes: 10_000, bytes: LIMIT, ..Limits::default() };
     (Bytes::from(damaged), ImportOptions { limits, values, ..ImportOptions::default() })
 }
 
@@ -201,21 +176,24 @@ fn damaged_models_are_refused_and_never_panic() {
         let mut noted = noted.lock().expect("only this thread panics");
         *noted.entry(place).or_insert(0) += 1;
     }));
-    let (mut accepted, mut slowest) = (0, Duration::ZERO);
+    let (mut accepted, mut most, mut slowest) = (0, 0, Duration::ZERO);
     let mut panicked = Vec::new();
     let compiler = Compiler::new();
-    let count = std::env::var("KILN_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(MUTATIONS);
+    let count = cases(MUTATIONS);
     for seed in 0..count {
         let (damaged, options) = damage(seed, &seeds);
         let start = Instant::now();
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            let graph = import(damaged, &options)?;
-            slowest = slowest.max(start.elapsed());
-            match compiles(&graph) {
-                true => compiler.build(&compiler.optimise(&graph)?).map(|_| ()),
-                false => Ok(()),
-            }
-        }));
+        let (result, memory) = memory_of(|| {
+            catch_unwind(AssertUnwindSafe(|| {
+                let graph = import(damaged, &options)?;
+                slowest = slowest.max(start.elapsed());
+                match compiles(&graph) {
+                    true => compiler.build(&compiler.optimise(&graph)?).map(|_| ()),
+                    false => Ok(()),
+                }
+            }))
+        });
+        most = most.max(memory);
         match result {
             Ok(Ok(_)) => accepted += 1,
             Ok(Err(error)) => {
@@ -232,6 +210,8 @@ fn damaged_models_are_refused_and_never_panic() {
     std::panic::set_hook(hook);
     let first = panicked.first().map(|&seed| shown(seed, &seeds)).unwrap_or_default();
     assert!(panicked.is_empty(), "{panicked:?} panic: {places:#?}\nthe first one: {first}");
-    println!("{accepted} of {count} damaged models are still models; slowest {slowest:?}");
+    println!("{accepted} of {count} damaged models are still models");
+    println!("the slowest took {slowest:?}, the largest {most} bytes");
+    assert!(most <= MEMORY, "a damaged model took {most} bytes");
     assert!(slowest < Duration::from_secs(5), "a damaged model took {slowest:?}");
 }
