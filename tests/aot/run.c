@@ -203,6 +203,9 @@ int main(int argc, char **argv)
         if (memcmp(out[i], again[i], sizes[i] + 1) != 0) return fail("a pool changes results", -1);
         if (fwrite(out[i], 1, sizes[i], to) != sizes[i] || fclose(to) != 0) return 3;
     }
+    for (i = 0; i < inputs; i++) free((void *)in[i]);
+    for (i = 0; i < outputs; i++) free(out[i]), free(again[i]);
+    free(scratch);
     printf("%s, %u tasks\n", FN(_about)(), (unsigned)ran);
     return 0;
 }

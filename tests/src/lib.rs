@@ -10,10 +10,11 @@ pub mod ptx;
 use std::io::Write;
 use std::path::PathBuf;
 
-use kiln::Compiler;
 use kiln::backend::cpu::{Cpu, emit_all};
 use kiln::graph::Graph;
+use kiln::graph::eval::Value;
 use kiln::tensor::{Tensor, TensorView};
+use kiln::{Compiler, Executable, Form, Kind, RunError};
 
 /// A folder of the references that `tests/run` makes, or `None` (said aloud) where there is none.
 pub fn oracle(folder: &str) -> Option<PathBuf> {
@@ -41,10 +42,39 @@ pub fn run_compiled(
     compiler: &Compiler,
 ) -> kiln::error::Result<Vec<Tensor>> {
     let executable = compiler.build(&compiler.optimise(graph)?)?;
-    let named: Vec<(&str, TensorView)> =
-        graph.inputs.iter().zip(inputs).map(|(port, t)| (port.0.as_str(), t.view())).collect();
-    let outputs = executable.run(&named).expect("the inputs are those of the graph");
-    Ok(outputs.into_iter().map(|(_, tensor)| tensor).collect())
+    Ok(run(&executable, inputs).expect("the inputs are those of the graph"))
+}
+
+/// Computes the outputs of a graph, or says why not.
+pub type Run = fn(&Graph, &[Tensor]) -> Result<Vec<Tensor>, String>;
+
+/// What the interpreter of loops says.
+pub fn run_loops(graph: &Graph, inputs: &[Tensor]) -> Result<Vec<Tensor>, String> {
+    let compiler = Compiler::new();
+    let kernels = compiler.optimise(graph).map_err(|e| e.to_string())?;
+    let program = compiler.lower(&kernels).map_err(|e| e.to_string())?;
+    let inputs: Vec<Value> = inputs.iter().map(Value::from_tensor).collect();
+    let found = kiln::plan::eval::eval(&kernels, &program, &inputs).map_err(|e| e.to_string())?;
+    Ok(found.iter().map(Value::to_tensor).collect())
+}
+
+/// What a shared library says that was written and loaded.
+pub fn run_library(graph: &Graph, inputs: &[Tensor]) -> Result<Vec<Tensor>, String> {
+    let form = Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
+    let package = Compiler::new().package_of(graph, [0; 32], &form).map_err(|e| e.to_string())?;
+    let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let path = folder.path().join("net.so");
+    std::fs::write(&path, package.file).map_err(|e| e.to_string())?;
+    // SAFETY: the file was written just now.
+    let executable = unsafe { kiln::load(&path, 2) }.map_err(|e| e.to_string())?;
+    run(&executable, inputs).map_err(|e| e.to_string())
+}
+
+/// Runs an executable on inputs in its order.
+fn run(executable: &Executable, inputs: &[Tensor]) -> Result<Vec<Tensor>, RunError> {
+    let names = executable.inputs().iter().map(|port| port.name.as_str());
+    let named: Vec<(&str, TensorView)> = names.zip(inputs.iter().map(Tensor::view)).collect();
+    Ok(executable.run(&named)?.into_iter().map(|(_, tensor)| tensor).collect())
 }
 
 /// The ways of compiling that must all give right results, with their names.

@@ -8,15 +8,15 @@ mod found;
 mod guarded;
 mod torch;
 
+use kiln::Compiler;
 use kiln::graph::eval::Value;
 use kiln::graph::reduce::reduce;
 use kiln::graph::{Graph, text};
 use kiln::tensor::Tensor;
-use kiln::{Compiler, Form, Kind};
 use kiln_tests::grown::{Diet, Grown, grow};
 use kiln_tests::machines::machines;
 use kiln_tests::noise::{Expected, difference, expected};
-use kiln_tests::{compilers, old_compiler, ptx, run_compiled};
+use kiln_tests::{Run, compilers, old_compiler, ptx, run_compiled, run_library, run_loops};
 
 /// Slow ways are tried on one graph of so many.
 const RARE: u64 = 8;
@@ -45,30 +45,6 @@ fn compiled(compiler: Compiler) -> Box<Way> {
     })
 }
 
-/// The interpreter of loops.
-fn loops(graph: &Graph, inputs: &[Tensor]) -> Results {
-    let compiler = Compiler::new();
-    let kernels = compiler.optimise(graph).map_err(|e| e.to_string())?;
-    let program = compiler.lower(&kernels).map_err(|e| e.to_string())?;
-    let inputs: Vec<Value> = inputs.iter().map(Value::from_tensor).collect();
-    kiln::plan::eval::eval(&kernels, &program, &inputs).map_err(|e| e.to_string())
-}
-
-/// A shared library, written and loaded.
-fn library(graph: &Graph, inputs: &[Tensor]) -> Results {
-    let form = Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
-    let package = Compiler::new().package_of(graph, [0; 32], &form).map_err(|e| e.to_string())?;
-    let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
-    let path = folder.path().join("net.so");
-    std::fs::write(&path, package.file).map_err(|e| e.to_string())?;
-    // SAFETY: the file was written just now.
-    let executable = unsafe { kiln::load(&path, 2) }.map_err(|e| e.to_string())?;
-    let named: Vec<_> =
-        graph.inputs.iter().zip(inputs).map(|((name, _), t)| (&name[..], t.view())).collect();
-    let outputs = executable.run(&named).map_err(|e| e.to_string())?;
-    Ok(values(outputs.into_iter().map(|(_, tensor)| tensor).collect()))
-}
-
 /// The ways that are tried on the graph of a number, with their names.
 fn ways(seed: u64) -> Vec<(String, Box<Way>)> {
     let mut ways: Vec<(String, Box<Way>)> = compilers()
@@ -77,12 +53,15 @@ fn ways(seed: u64) -> Vec<(String, Box<Way>)> {
         .collect();
     if seed.is_multiple_of(RARE) {
         ways.extend(old_compiler().map(|(name, compiler)| (name.to_string(), compiled(compiler))));
-        ways.push(("as loops".into(), Box::new(loops)));
-        ways.push(("as a library".into(), Box::new(library)));
-        ways.push((
-            "as PTX".into(),
-            Box::new(|graph, inputs| ptx::run(graph, inputs, &Compiler::new()).map(values)),
-        ));
+        let others: [(&str, Run); 3] = [
+            ("as loops", run_loops),
+            ("as a library", run_library),
+            ("as PTX", |graph, inputs| ptx::run(graph, inputs, &Compiler::new())),
+        ];
+        for (name, run) in others {
+            let way = move |graph: &Graph, inputs: &[Tensor]| run(graph, inputs).map(values);
+            ways.push((name.into(), Box::new(way)));
+        }
     }
     if seed.is_multiple_of(VERY_RARE) {
         for machine in machines() {
