@@ -10,15 +10,15 @@ use crate::graph::NodeId;
 use crate::graph::build::Added;
 use crate::graph::op::{BinaryFn, Composite, Op, Shape, UnaryFn};
 
-fn count(call: &Call, name: &str) -> Result<usize, Diagnostic> {
+pub(super) fn count(call: &Call, name: &str) -> Result<usize, Diagnostic> {
     usize::try_from(call.int_or(name, 0))
         .ok()
-        .filter(|&n| n > 0)
+        .filter(|&n| (1..1 << 31).contains(&n))
         .ok_or_else(|| not_supported(format!("operands of rank 3 without {name}")))
 }
 
 /// `[b, s, heads * d]` as `[b, heads, s, d]`; of rank 4 as it is.
-fn split_heads(call: &mut Call, x: NodeId, heads: &str) -> Added {
+pub(super) fn split_heads(call: &mut Call, x: NodeId, heads: &str) -> Added {
     let shape = call.shape(x);
     match shape[..] {
         [_, _, _, _] => Ok(x),
@@ -36,7 +36,7 @@ fn split_heads(call: &mut Call, x: NodeId, heads: &str) -> Added {
 }
 
 /// Each head of `[b, heads, s, d]` as often as several heads of the query share it.
-fn repeat_heads(call: &mut Call, x: NodeId, heads: usize) -> Added {
+pub(super) fn repeat_heads(call: &mut Call, x: NodeId, heads: usize) -> Added {
     let shape = call.shape(x);
     let [b, own, s, d] = shape[..] else {
         return Err(not_supported(format!("an operand of shape {shape:?}")));
@@ -54,7 +54,7 @@ fn repeat_heads(call: &mut Call, x: NodeId, heads: usize) -> Added {
 }
 
 /// 0 where a bool is true, else minus infinity.
-fn bias_of(call: &mut Call, allowed: NodeId, dtype: DType) -> Added {
+pub(super) fn bias_of(call: &mut Call, allowed: NodeId, dtype: DType) -> Added {
     let zero = call.number(dtype, 0, 0.0);
     let never = call.number(dtype, 0, f64::NEG_INFINITY);
     call.graph.select(allowed, zero, never, &call.origin)
@@ -120,7 +120,7 @@ fn with_past(call: &mut Call, index: usize, x: NodeId) -> Added {
 }
 
 /// Scores of queries and keys, capped.
-fn scores(call: &mut Call, q: NodeId, k: NodeId) -> Added {
+pub(super) fn scores(call: &mut Call, q: NodeId, k: NodeId) -> Added {
     let width = call.shape(q)[3];
     let scale = call.float("scale").map_or(1.0 / (width.max(1) as f64).sqrt(), f64::from);
     let cap = f64::from(call.float_or("softcap", 0.0));
@@ -222,6 +222,20 @@ pub(super) fn rotary(call: &mut Call) -> Outputs {
         shape.insert(head_axis, 1);
         turns.push(call.graph.reshape(cache, &shape, &call.origin)?);
     }
+    let [cos, sin] = turns[..] else { return Err(not_supported("a table that is missing")) };
+    let y = turned(call, x, [cos, sin], (dim, interleaved))?;
+    one(call.graph.reshape(y, &from, &call.origin)?)
+}
+
+/// The first `dim` numbers of the last of four axes, as pairs that are turned by angles of which
+/// the cosines and sines are given; neighbours are pairs, or numbers of the two halves.
+pub(super) fn turned(
+    call: &mut Call,
+    x: NodeId,
+    [cos, sin]: [NodeId; 2],
+    (dim, interleaved): (usize, bool),
+) -> Added {
+    let (width, half) = (call.shape(x)[3], dim / 2);
     let (first, second) = match interleaved {
         true => ((0, 2, half), (1, 2, half)),
         false => ((0, 1, half), (half as i64, 1, half)),
@@ -230,7 +244,6 @@ pub(super) fn rotary(call: &mut Call) -> Outputs {
     let rest = call.cut(x, 3, (dim as i64, 1, width - dim))?;
     let (g, o) = (&mut *call.graph, &call.origin);
     let mut product = |x, y| g.binary(BinaryFn::Mul, x, y, o);
-    let [cos, sin] = turns[..] else { return Err(not_supported("a table that is missing")) };
     let (ac, bs) = (product(a, cos)?, product(b, sin)?);
     let (as_, bc) = (product(a, sin)?, product(b, cos)?);
     let real = g.binary(BinaryFn::Sub, ac, bs, o)?;
@@ -247,8 +260,7 @@ pub(super) fn rotary(call: &mut Call) -> Outputs {
             g.reshape(both, &pair, o)?
         }
     };
-    let y = g.add(Op::Concat(3), &[turned, rest], o)?;
-    one(g.reshape(y, &from, o)?)
+    g.add(Op::Concat(3), &[turned, rest], o)
 }
 
 /// New rows written into a cache, from a place that each batch has for itself.

@@ -53,7 +53,7 @@ pub(super) fn batch_norm(call: &mut Call) -> Outputs {
 }
 
 /// Norms of halves are computed in f32, as ONNX asks (`stash_type` 1).
-fn stashed(call: &mut Call, x: NodeId) -> Added {
+pub(super) fn stashed(call: &mut Call, x: NodeId) -> Added {
     call.ignore("stash_type");
     match call.ty(x).dtype {
         DType::F16 | DType::BF16 => call.graph.cast(x, DType::F32, &call.origin),

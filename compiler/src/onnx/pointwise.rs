@@ -274,6 +274,11 @@ pub(super) fn gelu(call: &mut Call) -> Outputs {
     if approximate == "none" {
         return one(call.graph.composite(Composite::Gelu, x, &call.origin)?);
     }
+    one(tanh_gelu(call, x)?)
+}
+
+/// x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))
+pub(super) fn tanh_gelu(call: &mut Call, x: NodeId) -> Added {
     let (g, o) = (&mut *call.graph, &call.origin);
     let square = g.binary(BinaryFn::Mul, x, x, o)?;
     let cube = g.binary(BinaryFn::Mul, square, x, o)?;
@@ -283,7 +288,7 @@ pub(super) fn gelu(call: &mut Call) -> Outputs {
     let tanh = g.unary(UnaryFn::Tanh, scaled, o)?;
     let gate = g.binary_number(BinaryFn::Add, tanh, 1.0, o)?;
     let half = g.binary_number(BinaryFn::Mul, x, 0.5, o)?;
-    one(g.binary(BinaryFn::Mul, half, gate, o)?)
+    g.binary(BinaryFn::Mul, half, gate, o)
 }
 
 /// ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|)
