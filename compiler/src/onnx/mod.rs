@@ -17,6 +17,7 @@ pub mod recurrent;
 pub mod reduce;
 pub mod resize;
 pub mod shape;
+mod small;
 pub mod special;
 pub mod spectrum;
 pub mod table;

@@ -3,6 +3,7 @@
 use kiln_runtime::tensor::DType;
 
 use super::call::{Call, Outputs, not_supported, one};
+use super::small::{Manner, converted};
 use crate::error::Diagnostic;
 use crate::graph::NodeId;
 use crate::graph::build::Added;
@@ -345,19 +346,17 @@ pub(super) fn select(call: &mut Call) -> Outputs {
 
 pub(super) fn cast(call: &mut Call) -> Outputs {
     let x = call.input(0)?;
-    call.ignore("saturate");
-    call.ignore("round_mode");
+    let manner = Manner::of(call, false)?;
     let to = call.int("to").ok_or_else(|| not_supported("a cast without `to`"))?;
     let dtype = super::tensor::dtype_of(i32::try_from(to).unwrap_or(0))?;
-    one(call.graph.cast(x, dtype, &call.origin)?)
+    one(converted(call, x, dtype, manner)?)
 }
 
 pub(super) fn cast_like(call: &mut Call) -> Outputs {
     let (x, like) = (call.input(0)?, call.input(1)?);
-    call.ignore("saturate");
-    call.ignore("round_mode");
+    let manner = Manner::of(call, false)?;
     let dtype = call.ty(like).dtype;
-    one(call.graph.cast(x, dtype, &call.origin)?)
+    one(converted(call, x, dtype, manner)?)
 }
 
 pub(super) fn identity(call: &mut Call) -> Outputs {
