@@ -3,12 +3,15 @@
 
 use smallvec::SmallVec;
 
-use super::call::not_supported;
+use super::attention::flexible;
+use super::call::{Call, not_supported};
 use super::proto::{GraphProto, NodeProto};
 use super::recurrent::MOST_STEPS;
+use super::table::full_name;
 use super::{Import, NEEDS_VALUE};
 use crate::error::Diagnostic;
-use crate::graph::op::Op;
+use crate::graph::op::{Composite, Op};
+use crate::graph::text::type_text;
 use crate::graph::{NodeId, Origin};
 
 /// Graphs within each other at most.
@@ -51,11 +54,18 @@ pub(super) static FLOWS: &[Flow] = &[
         ],
         import: scan,
     },
+    Flow {
+        name: "ai.onnx.preview.FlexAttention",
+        since: 1,
+        attributes: &["score_mod", "prob_mod", "scale", "softmax_precision"],
+        import: flex_attention,
+    },
 ];
 
 /// The one of that name where the opset has it.
 pub(super) fn find(domain: &str, name: &str, opset: i64) -> Option<&'static Flow> {
-    FLOWS.iter().find(|f| domain.is_empty() && f.name == name && opset >= f.since)
+    let full = full_name(domain, name);
+    FLOWS.iter().find(|f| f.name == full && opset >= f.since)
 }
 
 impl Flow {
@@ -327,6 +337,44 @@ fn scan(import: &mut Import, site: &Site) -> Made {
         states.push(import.stacked(&rows, axis, origin)?);
     }
     Ok(states.into_iter().map(Some).collect())
+}
+
+/// Attention whose scores, and whose weights, graphs may change.
+fn flex_attention(import: &mut Import, site: &Site) -> Made {
+    let before = import.graph.nodes.len();
+    let (inputs, origin) = (site.inputs.clone(), &site.origin);
+    let mut call =
+        Call::new(&mut import.graph, &mut import.files, site.node, inputs, 1, origin.as_ref());
+    let (scores, values, dtype) = flexible(&mut call).map_err(Some)?;
+    import.all_fit(before)?;
+    let scores = changed(import, site, "score_mod", scores)?;
+    let weights = import.put(Op::Composite(Composite::Softmax(3)), &[scores], origin)?;
+    let weights = changed(import, site, "prob_mod", weights)?;
+    let before = import.graph.nodes.len();
+    let y = import.graph.matmul(weights, values, origin).map_err(Some)?;
+    let y = import.graph.cast(y, dtype, origin).map_err(Some)?;
+    import.all_fit(before)?;
+    Ok(vec![Some(y)])
+}
+
+/// What the graph of that name makes of a value, where there is one; its type stays.
+fn changed(
+    import: &mut Import,
+    site: &Site,
+    name: &str,
+    x: NodeId,
+) -> Result<NodeId, Option<Diagnostic>> {
+    if site.node.attribute.iter().all(|a| a.name.as_deref() != Some(name)) {
+        return Ok(x);
+    }
+    let outputs = import.within(site.graph(name)?, &[x])?;
+    match outputs[..] {
+        [y] if import.graph.ty(y) == import.graph.ty(x) => Ok(y),
+        _ => {
+            let (made, ty) = (outputs.len(), type_text(import.graph.ty(x)));
+            Err(Some(not_supported(format!("{made} results of {name}, not one {ty}"))))
+        }
+    }
 }
 
 #[cfg(test)]

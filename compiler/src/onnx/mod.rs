@@ -6,6 +6,7 @@ pub mod call;
 pub mod contraction;
 mod control;
 pub mod grid;
+mod known;
 pub mod loss;
 pub mod norm;
 mod place;
@@ -16,12 +17,15 @@ pub mod quant;
 pub mod recurrent;
 pub mod reduce;
 pub mod resize;
+mod sampled;
 pub mod shape;
 mod small;
 pub mod special;
 pub mod spectrum;
 pub mod table;
 pub mod tensor;
+mod training;
+mod trees;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -209,6 +213,17 @@ impl Import<'_> {
         true
     }
 
+    /// Whether there is room for all nodes from one on.
+    fn all_fit(&mut self, first: usize) -> std::result::Result<(), Option<Diagnostic>> {
+        for i in first..self.graph.nodes.len() {
+            let ty = self.graph.nodes[i].ty.clone();
+            if !self.room(&ty) {
+                return Err(None);
+            }
+        }
+        Ok(())
+    }
+
     fn input(&mut self, input: &ValueInfoProto, name: &str) -> Option<NodeId> {
         if let Some((_, value)) = self.options.values.iter().find(|v| v.0 == name) {
             return Some(self.graph.tensor(value, &Origin::from(name)));
@@ -382,12 +397,7 @@ impl Import<'_> {
                     .found(unread.join(", ")),
             ));
         }
-        for i in before..self.graph.nodes.len() {
-            let ty = self.graph.nodes[i].ty.clone();
-            if !self.room(&ty) {
-                return Err(None);
-            }
-        }
+        self.all_fit(before)?;
         Ok(outputs)
     }
 }

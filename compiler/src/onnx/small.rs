@@ -23,6 +23,10 @@ pub(super) struct Manner {
 }
 
 impl Manner {
+    /// Integers lose their upper bits.
+    pub(super) const WRAP: Manner =
+        Manner { rounding: Rounding::Up, saturate: true, clamp: false };
+
     /// As the attributes of a node say.
     pub(super) fn of(call: &Call, clamp: bool) -> Result<Manner, crate::error::Diagnostic> {
         let saturate = call.int_or("saturate", 1) != 0;

@@ -232,6 +232,66 @@ pub(super) fn eye_like(call: &mut Call) -> Outputs {
     one(g.cast(same, dtype, o)?)
 }
 
+/// Determinants: each column gives a factor, the largest number in it, whose row goes; the others
+/// are made 0 in that column.
+pub(super) fn det(call: &mut Call) -> Outputs {
+    const MOST_ROWS: usize = 128;
+    let x = call.input(0)?;
+    let ty = call.ty(x);
+    let lead = ty.rank().saturating_sub(2);
+    let m = ty.shape.last().copied().unwrap_or(0);
+    if ty.rank() < 2 || ty.shape[lead] != m || m > MOST_ROWS {
+        return Err(not_supported(format!("determinants of {:?}", ty.shape)));
+    }
+    let batch: usize = ty.shape[..lead].iter().product();
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let mut rest = g.reshape(x, &[batch, m, m], o)?;
+    let one_of_each = g.scalar(ty.dtype, 3, 1.0, o);
+    let mut product = g.expand(one_of_each, &[batch, 1, 1], o)?;
+    for n in (1..=m).rev() {
+        let column = call.cut(rest, 2, (0, 1, 1))?;
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let size = g.unary(UnaryFn::Abs, column, o)?;
+        let largest = g.reduce(ReduceFn::Max, size, &[1], o)?;
+        let is_largest = g.binary(BinaryFn::Eq, size, largest, o)?;
+        let row = g.add(Op::Iota(Shape::from_slice(&[1, n, 1]), 1), &[], o)?;
+        let none = g.scalar(DType::I64, 3, n as f64 - 1.0, o);
+        let at = g.select(is_largest, row, none, o)?;
+        let at = g.reduce(ReduceFn::Min, at, &[1], o)?;
+        let here = g.binary(BinaryFn::Eq, row, at, o)?;
+        let zero = g.scalar(ty.dtype, 3, 0.0, o);
+        let pivots = g.select(here, rest, zero, o)?;
+        let pivots = g.reduce(ReduceFn::Sum, pivots, &[1], o)?;
+        let pivot = call.cut(pivots, 2, (0, 1, 1))?;
+        let (g, o) = (&mut *call.graph, &call.origin);
+        product = g.binary(BinaryFn::Mul, product, pivot, o)?;
+        // A row that goes from an odd place turns the sign.
+        let odd = g.binary_number(BinaryFn::Rem, at, 2.0, o)?;
+        let odd = g.binary_number(BinaryFn::Eq, odd, 1.0, o)?;
+        let turned = g.unary(UnaryFn::Neg, product, o)?;
+        product = g.select(odd, turned, product, o)?;
+        if n == 1 {
+            break;
+        }
+        let (before, after) = (call.cut(rest, 1, (0, 1, n - 1))?, call.cut(rest, 1, (1, 1, n - 1))?);
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let row = g.add(Op::Iota(Shape::from_slice(&[1, n - 1, 1]), 1), &[], o)?;
+        let is_before = g.binary(BinaryFn::Lt, row, at, o)?;
+        let others = g.select(is_before, before, after, o)?;
+        let column = call.cut(others, 2, (0, 1, 1))?;
+        let (g, o) = (&mut *call.graph, &call.origin);
+        // A column of zeros makes the product 0, whatever comes after.
+        let none = g.binary_number(BinaryFn::Eq, pivot, 0.0, o)?;
+        let unit = g.scalar(ty.dtype, 3, 1.0, o);
+        let below = g.select(none, unit, pivot, o)?;
+        let part = g.binary(BinaryFn::Div, column, below, o)?;
+        let less = g.binary(BinaryFn::Mul, part, pivots, o)?;
+        let others = g.binary(BinaryFn::Sub, others, less, o)?;
+        rest = call.cut(others, 2, (1, 1, n - 1))?;
+    }
+    one(call.graph.reshape(product, &ty.shape[..lead], &call.origin)?)
+}
+
 /// Where elements of a known value are not 0, as `[rank, count]`.
 pub(super) fn non_zero(call: &mut Call) -> Outputs {
     let value = call.known_input(0)?;

@@ -1,0 +1,433 @@
+//! Operators of classical machine learning, as far as they are about numbers.
+
+use kiln_runtime::tensor::{DType, Tensor};
+
+use super::call::{Call, Outputs, not_supported, one};
+use crate::error::Diagnostic;
+use crate::graph::NodeId;
+use crate::graph::build::Added;
+use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Shape};
+
+/// Numbers of a table that the importer writes out at most.
+const MOST: usize = 1 << 24;
+/// Steps from the root of a tree to a leaf, and numbers that are skipped, at most.
+const DEEPEST: usize = 4096;
+
+/// 1 where x is above a threshold, else 0.
+pub(super) fn binarizer(call: &mut Call) -> Outputs {
+    let threshold = f64::from(call.float_or("threshold", 0.0));
+    let x = call.input(0)?;
+    let ty = call.ty(x);
+    let threshold = call.number(ty.dtype, ty.rank(), threshold);
+    let above = call.graph.binary(BinaryFn::Lt, threshold, x, &call.origin)?;
+    one(call.graph.cast(above, ty.dtype, &call.origin)?)
+}
+
+/// Columns of x; of a list, as a matrix of one row.
+pub(super) fn array_feature_extractor(call: &mut Call) -> Outputs {
+    let (mut x, index) = (call.input(0)?, call.input(1)?);
+    let mut shape = call.shape(x);
+    if shape.len() == 1 {
+        shape.insert(0, 1);
+        x = call.graph.reshape(x, &shape, &call.origin)?;
+    }
+    let Some(last) = shape.len().checked_sub(1) else {
+        return Err(not_supported("columns of a single number"));
+    };
+    let count = call.ty(index).numel();
+    let index = call.graph.reshape(index, &[count], &call.origin)?;
+    one(call.graph.add(Op::Gather(last as u8), &[x, index], &call.origin)?)
+}
+
+/// Nodes of all trees, and after them the leaves, which lead to themselves.
+struct Forest {
+    features: Vec<i64>,
+    modes: Vec<i64>,
+    splits: Vec<f64>,
+    missing: Vec<bool>,
+    /// What each node leads to where it holds, and where it does not.
+    next: [Vec<i64>; 2],
+    /// For each node, the numbers that are in its set.
+    members: Vec<Vec<f64>>,
+    roots: Vec<i64>,
+    depth: usize,
+    weights: Vec<f64>,
+    targets: Vec<i64>,
+}
+
+const MEMBER: i64 = 6;
+
+fn numbers(call: &mut Call, name: &str) -> Result<Vec<f64>, Diagnostic> {
+    let constant = call.tensor(name)?;
+    Ok(constant.map_or(Vec::new(), |c| crate::graph::eval::Value::from_constant(&c).as_f64s()))
+}
+
+fn forest(call: &mut Call) -> Result<Forest, Diagnostic> {
+    let ints = |call: &Call, name: &str| call.ints(name).unwrap_or_default();
+    let features = ints(call, "nodes_featureids");
+    let count = features.len();
+    let modes: Vec<i64> = numbers(call, "nodes_modes")?.into_iter().map(|m| m as i64).collect();
+    let splits = numbers(call, "nodes_splits")?;
+    let weights = numbers(call, "leaf_weights")?;
+    let targets = ints(call, "leaf_targetids");
+    let members = numbers(call, "membership_values")?;
+    call.ignore("nodes_hitrates");
+    let missing = call.ints("nodes_missing_value_tracks_true").unwrap_or_else(|| vec![0; count]);
+    let roots = ints(call, "tree_roots");
+    let leads = |call: &Call, ids: &str, leafs: &str| -> Vec<Option<i64>> {
+        let (ids, leafs) = (ints(call, ids), ints(call, leafs));
+        let place = |(&id, &leaf): (&i64, &i64)| {
+            let below = if leaf != 0 { weights.len() } else { count };
+            let at = usize::try_from(id).ok().filter(|&id| id < below)?;
+            Some((at + if leaf != 0 { count } else { 0 }) as i64)
+        };
+        ids.iter().zip(&leafs).map(place).collect()
+    };
+    let yes = leads(call, "nodes_truenodeids", "nodes_trueleafs");
+    let no = leads(call, "nodes_falsenodeids", "nodes_falseleafs");
+    let lists = [modes.len(), splits.len(), missing.len(), yes.len(), no.len()];
+    let inside = |list: &[i64], end: usize| list.iter().all(|&v| v >= 0 && (v as usize) < end);
+    let fits = count > 0
+        && lists.iter().all(|&len| len == count)
+        && weights.len() == targets.len()
+        && inside(&modes, 7)
+        && inside(&roots, count)
+        && !roots.is_empty();
+    let next: Option<[Vec<i64>; 2]> = yes
+        .into_iter()
+        .collect::<Option<Vec<_>>>()
+        .zip(no.into_iter().collect::<Option<Vec<_>>>())
+        .map(|(yes, no)| [yes, no]);
+    let (true, Some(next)) = (fits, next) else {
+        let leaves = weights.len();
+        return Err(not_supported(format!("{count} nodes and {leaves} leaves, lists {lists:?}")));
+    };
+    let missing = missing.into_iter().map(|m| m != 0).collect();
+    let splits = splits.into_iter().collect();
+    let mut all = Forest {
+        features,
+        modes,
+        splits,
+        missing,
+        next,
+        members: vec![Vec::new(); count],
+        roots,
+        depth: 0,
+        weights,
+        targets,
+    };
+    all.walk(&members)?;
+    Ok(all)
+}
+
+impl Forest {
+    /// Goes through the trees, each node before what it leads to and first where it holds: so sets
+    /// are listed. Finds how deep they are, and that none goes round.
+    fn walk(&mut self, members: &[f64]) -> Result<(), Diagnostic> {
+        let count = self.features.len() as i64;
+        let mut sets = members.split(|v| v.is_nan());
+        let mut seen = vec![false; count as usize];
+        let mut open: Vec<(i64, usize)> = self.roots.iter().rev().map(|&root| (root, 1)).collect();
+        while let Some((at, depth)) = open.pop() {
+            if at >= count {
+                continue;
+            }
+            if std::mem::replace(&mut seen[at as usize], true) || depth > DEEPEST {
+                let what = format!("node {at} of a tree, met twice or deeper than {DEEPEST}");
+                return Err(not_supported(what));
+            }
+            self.depth = self.depth.max(depth);
+            if self.modes[at as usize] == MEMBER {
+                let set = sets.next().ok_or_else(|| not_supported("a node without its set"))?;
+                self.members[at as usize] = set.to_vec();
+            }
+            let [yes, no] = [0, 1].map(|k: usize| self.next[k][at as usize]);
+            open.extend([(no, depth + 1), (yes, depth + 1)]);
+        }
+        Ok(())
+    }
+}
+
+/// A table in a graph, one number for each node and leaf.
+fn table(call: &mut Call, values: impl Iterator<Item = f64>, dtype: DType) -> Added {
+    let values: Vec<f64> = values.collect();
+    let all = call.graph.tensor(&Tensor::from_slice(&[values.len()], &values), &call.origin);
+    call.graph.cast(all, dtype, &call.origin)
+}
+
+fn read(call: &mut Call, table: NodeId, at: NodeId) -> Added {
+    call.graph.add(Op::Gather(0), &[table, at], &call.origin)
+}
+
+/// Whether the nodes at hold for the values of their features.
+fn holds(call: &mut Call, forest: &Forest, at: NodeId, value: NodeId) -> Added {
+    let leaves = forest.weights.len();
+    let ty = call.ty(value);
+    let splits = forest.splits.iter().copied().chain(vec![0.0; leaves]);
+    let splits = table(call, splits, ty.dtype)?;
+    let split = read(call, splits, at)?;
+    let modes: Vec<f64> = forest.modes.iter().map(|&m| m as f64).collect();
+    let modes = table(call, modes.into_iter().chain(vec![0.0; leaves]), DType::I32)?;
+    let mode = read(call, modes, at)?;
+    let mut result = call.number(DType::Bool, ty.rank(), 0.0);
+    for number in 0..=MEMBER {
+        if !forest.modes.contains(&number) {
+            continue;
+        }
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let one = match number {
+            0 => g.binary(BinaryFn::Le, value, split, o)?,
+            1 => g.binary(BinaryFn::Lt, value, split, o)?,
+            2 => g.binary(BinaryFn::Le, split, value, o)?,
+            3 => g.binary(BinaryFn::Lt, split, value, o)?,
+            4 => g.binary(BinaryFn::Eq, value, split, o)?,
+            5 => g.binary(BinaryFn::Ne, value, split, o)?,
+            _ => is_member(call, forest, at, value)?,
+        };
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let is_mode = g.binary_number(BinaryFn::Eq, mode, number as f64, o)?;
+        let one = g.binary(BinaryFn::And, one, is_mode, o)?;
+        result = g.binary(BinaryFn::Or, result, one, o)?;
+    }
+    if forest.missing.contains(&true) {
+        let missing = forest.missing.iter().map(|&m| f64::from(u8::from(m)));
+        let missing = table(call, missing.chain(vec![0.0; leaves]), DType::Bool)?;
+        let missing = read(call, missing, at)?;
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let is_nan = g.binary(BinaryFn::Ne, value, value, o)?;
+        let missing = g.binary(BinaryFn::And, missing, is_nan, o)?;
+        result = g.binary(BinaryFn::Or, result, missing, o)?;
+    }
+    Ok(result)
+}
+
+/// Whether values are in the sets of the nodes at; sets are as long as the longest.
+fn is_member(call: &mut Call, forest: &Forest, at: NodeId, value: NodeId) -> Added {
+    let longest = forest.members.iter().map(Vec::len).max().unwrap_or(0).max(1);
+    let rows = forest.members.len() + forest.weights.len();
+    if rows.checked_mul(longest).is_none_or(|n| n > MOST) {
+        return Err(not_supported(format!("sets of {longest} numbers for {rows} nodes")));
+    }
+    // NaN is equal to nothing.
+    let mut values = vec![f64::NAN; rows * longest];
+    for (row, set) in forest.members.iter().enumerate() {
+        values[row * longest..][..set.len()].copy_from_slice(set);
+    }
+    let ty = call.ty(value);
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let sets = g.tensor(&Tensor::from_slice(&[rows, longest], &values), o);
+    let sets = g.cast(sets, ty.dtype, o)?;
+    let sets = g.add(Op::Gather(0), &[sets, at], o)?;
+    let mut shape = ty.shape.clone();
+    shape.push(1);
+    let value = g.reshape(value, &shape, o)?;
+    let same = g.binary(BinaryFn::Eq, sets, value, o)?;
+    let any = g.reduce(ReduceFn::Max, same, &[ty.rank()], o)?;
+    g.reshape(any, &ty.shape, o)
+}
+
+/// Trees of comparisons: every row goes down every tree, as many steps as the deepest has.
+pub(super) fn tree_ensemble(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    let ty = call.ty(x);
+    let [rows, columns] = ty.shape[..] else {
+        return Err(not_supported(format!("features of shape {:?}", ty.shape)));
+    };
+    let forest = forest(call)?;
+    let targets = call.int_or("n_targets", 0);
+    let fold = call.int_or("aggregate_function", 1);
+    let after = call.int_or("post_transform", 0);
+    let targets = usize::try_from(targets).ok().filter(|&n| n > 0 && n <= MOST);
+    let inside = |list: &[i64], end: usize| list.iter().all(|&v| v >= 0 && (v as usize) < end);
+    let fits = targets.is_some_and(|n| inside(&forest.targets, n))
+        && inside(&forest.features, columns);
+    let (Some(targets), true) = (targets, fits) else {
+        let named = call.int_or("n_targets", 0);
+        return Err(not_supported(format!("trees over {columns} features for {named} targets")));
+    };
+    let trees = forest.roots.len();
+    let leaf = leaves_of(call, &forest, x)?;
+    let count = forest.features.len();
+    let weights = vec![0.0; count].into_iter().chain(forest.weights.iter().copied());
+    let weights = table(call, weights, ty.dtype)?;
+    let weight = read(call, weights, leaf)?;
+    let owners = vec![0.0; count].into_iter().chain(forest.targets.iter().map(|&t| t as f64));
+    let owners = table(call, owners, DType::I64)?;
+    let owner = read(call, owners, leaf)?;
+    let (f, fill) = match fold {
+        0 | 1 => (ReduceFn::Sum, 0.0),
+        2 => (ReduceFn::Min, if ty.dtype == DType::F64 { f64::MAX } else { f32::MAX.into() }),
+        3 => (ReduceFn::Max, if ty.dtype == DType::F64 { f64::MIN } else { f32::MIN.into() }),
+        other => return Err(not_supported(format!("the aggregate function {other}"))),
+    };
+    let fill = call.number(ty.dtype, 3, fill);
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let (owner, weight) =
+        (g.reshape(owner, &[rows, trees, 1], o)?, g.reshape(weight, &[rows, trees, 1], o)?);
+    let target = g.add(Op::Iota(Shape::from_slice(&[1, 1, targets]), 2), &[], o)?;
+    let own = g.binary(BinaryFn::Eq, owner, target, o)?;
+    let own = g.select(own, weight, fill, o)?;
+    let sum = g.reduce(f, own, &[1], o)?;
+    let mut y = g.reshape(sum, &[rows, targets], o)?;
+    if fold == 0 {
+        y = g.binary_number(BinaryFn::Div, y, trees as f64, o)?;
+    }
+    one(match after {
+        0 => y,
+        1 => g.composite(Composite::Softmax(1), y, o)?,
+        2 => g.composite(Composite::Sigmoid, y, o)?,
+        other => return Err(not_supported(format!("the post transform {other}"))),
+    })
+}
+
+/// The place of the leaf that each row comes to in each tree.
+fn leaves_of(call: &mut Call, forest: &Forest, x: NodeId) -> Added {
+    let (shape, dtype) = (call.shape(x), call.ty(x).dtype);
+    let (rows, columns, trees) = (shape[0], shape[1], forest.roots.len());
+    let (count, leaves) = (forest.features.len(), forest.weights.len());
+    // Trees of one leaf are written as a node that leads to it either way.
+    let features = forest.features.iter().map(|&f| f as f64).chain(vec![0.0; leaves]);
+    let features = table(call, features, DType::I64)?;
+    let leads = |k: usize| {
+        let own = count..count + leaves;
+        forest.next[k].iter().map(|&n| n as f64).chain(own.map(|n| n as f64))
+    };
+    let (yes, no) = (table(call, leads(0), DType::I64)?, table(call, leads(1), DType::I64)?);
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let flat = g.reshape(x, &[rows * columns], o)?;
+    let roots = g.i64s(&[1, trees], &forest.roots, o);
+    let mut at = g.expand(roots, &[rows, trees], o)?;
+    let row = g.add(Op::Iota(Shape::from_slice(&[rows, 1]), 0), &[], o)?;
+    let row = g.binary_number(BinaryFn::Mul, row, columns as f64, o)?;
+    for _ in 0..forest.depth {
+        let feature = read(call, features, at)?;
+        let place = call.graph.binary(BinaryFn::Add, feature, row, &call.origin)?;
+        let value = read(call, flat, place)?;
+        debug_assert_eq!(call.ty(value).dtype, dtype, "features are read as they are");
+        let holds = holds(call, forest, at, value)?;
+        let (there, elsewhere) = (read(call, yes, at)?, read(call, no, at)?);
+        at = call.graph.select(holds, there, elsewhere, &call.origin)?;
+    }
+    Ok(at)
+}
+
+/// Which of the n-grams of a pool a list, or each row of a matrix, has, and how often.
+pub(super) fn tf_idf(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    let shape = call.shape(x);
+    let pool = call.ints("pool_int64s").ok_or_else(|| not_supported("n-grams of strings"))?;
+    let starts = call.ints("ngram_counts").unwrap_or_default();
+    let columns = call.ints("ngram_indexes").unwrap_or_default();
+    let (shortest, longest) = (call.int_or("min_gram_length", 1), call.int_or("max_gram_length", 1));
+    let skips = usize::try_from(call.int_or("max_skip_count", 0)).unwrap_or(0);
+    let mode = call.string_or("mode", "TF");
+    let weights = call.floats("weights").unwrap_or_default();
+    let (rows, length) = match shape[..] {
+        [length] => (1, length),
+        [rows, length] => (rows, length),
+        _ => return Err(not_supported(format!("n-grams of a tensor {shape:?}"))),
+    };
+    let width = columns.iter().max().map_or(0, |&last| last.saturating_add(1));
+    let width = usize::try_from(width).ok().filter(|&n| n > 0 && n <= MOST);
+    let fits = columns.iter().all(|&c| c >= 0)
+        && (weights.is_empty() || Some(weights.len()) == width)
+        && skips.min(length) <= DEEPEST;
+    let grams = grams(&pool, &starts);
+    let (Some(width), Some(grams), true) = (width, grams, fits) else {
+        let (n, all) = (columns.len(), pool.len());
+        return Err(not_supported(format!("{n} columns for n-grams of {all} numbers, {starts:?}")));
+    };
+    let x = call.graph.reshape(x, &[rows, length], &call.origin)?;
+    let x = call.graph.cast(x, DType::I64, &call.origin)?;
+    let mut sum = call.number(DType::F32, 2, 0.0);
+    sum = call.graph.expand(sum, &[rows, width], &call.origin)?;
+    let mut first = 0;
+    for (size, list) in (1..).zip(grams) {
+        let many = list.len() / size;
+        let wanted = (shortest..=longest).contains(&(size as i64));
+        let own: Option<&[i64]> = columns.get(first..first + many);
+        first += many;
+        let own = own.ok_or_else(|| not_supported(format!("no columns for {size}-grams")))?;
+        if wanted && many > 0 {
+            let counts = counted(call, x, (list, size), (own, width), skips)?;
+            sum = call.graph.binary(BinaryFn::Add, sum, counts, &call.origin)?;
+        }
+    }
+    let weighed = |call: &mut Call, y: NodeId| match weights.is_empty() {
+        true => Ok(y),
+        false => {
+            let weights = Tensor::from_slice(&[1, width], &weights);
+            let weights = call.graph.tensor(&weights, &call.origin);
+            call.graph.binary(BinaryFn::Mul, y, weights, &call.origin)
+        }
+    };
+    let y = match mode.as_str() {
+        "TF" => sum,
+        "TFIDF" => weighed(call, sum)?,
+        "IDF" => {
+            let there = call.graph.binary_number(BinaryFn::Min, sum, 1.0, &call.origin)?;
+            weighed(call, there)?
+        }
+        other => return Err(not_supported(format!("the mode {other:?}"))),
+    };
+    let shape = if shape.len() == 1 { vec![width] } else { vec![rows, width] };
+    one(call.graph.reshape(y, &shape, &call.origin)?)
+}
+
+/// The n-grams of each size, one after another, where their beginnings are in order.
+fn grams<'p>(pool: &'p [i64], starts: &[i64]) -> Option<Vec<&'p [i64]>> {
+    let start = |i: usize| match starts.get(i) {
+        Some(&start) => usize::try_from(start).ok(),
+        None => Some(pool.len()),
+    };
+    (0..starts.len())
+        .map(|i| pool.get(start(i)?..start(i + 1)?).filter(|list| list.len().is_multiple_of(i + 1)))
+        .collect()
+}
+
+/// How often each n-gram of one size stands in each row, in its column.
+fn counted(
+    call: &mut Call,
+    x: NodeId,
+    (list, size): (&[i64], usize),
+    (columns, width): (&[i64], usize),
+    skips: usize,
+) -> Added {
+    let (many, shape) = (list.len() / size, call.shape(x));
+    let (rows, length) = (shape[0], shape[1]);
+    if many.checked_mul(width).is_none_or(|n| n > MOST) {
+        return Err(not_supported(format!("{many} n-grams in {width} columns")));
+    }
+    // Of equal n-grams, the last one counts.
+    let mut into = vec![0f32; many * width];
+    for (gram, &column) in columns.iter().enumerate() {
+        let own = &list[gram * size..][..size];
+        let again = list[(gram + 1) * size..].chunks(size).any(|later| later == own);
+        into[gram * width + column as usize] = if again { 0.0 } else { 1.0 };
+    }
+    let mut sum = call.number(DType::F32, 2, 0.0);
+    sum = call.graph.expand(sum, &[rows, many], &call.origin)?;
+    // A single number has nothing between its parts.
+    let most = if size == 1 { 0 } else { skips.min(length) };
+    for apart in 1..=most + 1 {
+        let Some(places) = length.checked_sub(apart * (size - 1)).filter(|&n| n > 0) else { break };
+        let mut all: Option<NodeId> = None;
+        for part in 0..size {
+            let own: Vec<i64> = list.iter().skip(part).step_by(size).copied().collect();
+            let x = call.cut(x, 1, ((part * apart) as i64, 1, places))?;
+            let (g, o) = (&mut *call.graph, &call.origin);
+            let x = g.reshape(x, &[rows, places, 1], o)?;
+            let own = g.i64s(&[1, 1, many], &own, o);
+            let same = g.binary(BinaryFn::Eq, x, own, o)?;
+            all = Some(all.map_or(Ok(same), |all| g.binary(BinaryFn::And, all, same, o))?);
+        }
+        let Some(all) = all else { break };
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let all = g.cast(all, DType::F32, o)?;
+        let found = g.reduce(ReduceFn::Sum, all, &[1], o)?;
+        let found = g.reshape(found, &[rows, many], o)?;
+        sum = g.binary(BinaryFn::Add, sum, found, o)?;
+    }
+    let into = call.graph.tensor(&Tensor::from_slice(&[many, width], &into), &call.origin);
+    call.graph.matmul(sum, into, &call.origin)
+}
