@@ -119,7 +119,8 @@ fn transposed(bytes: &[u8], shape: &[usize], width: usize) -> Vec<u8> {
 
 /// The header of a `.npy` file; the elements follow in native order.
 fn npy_header(view: TensorView<'_>) -> Vec<u8> {
-    let code = CODES.iter().find(|(dtype, _)| *dtype == view.dtype.stored()).map_or("", |(_, code)| code);
+    let code =
+        CODES.iter().find(|(dtype, _)| *dtype == view.dtype.stored()).map_or("", |(_, code)| code);
     let order = match view.dtype.bytes() {
         1 => '|',
         _ if cfg!(target_endian = "little") => '<',

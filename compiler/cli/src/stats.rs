@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use kiln::Precision;
-use kiln::half::{bf16, f16};
 use kiln::graph::small::number;
+use kiln::half::{bf16, f16};
 use kiln::tensor::{DType, Element, Tensor};
 
 /// The time below which `percent` of the sorted times lie: the nearest rank.

@@ -164,6 +164,12 @@ impl Value {
         tensor
     }
 
+    /// The bits of the elements as another dtype of as many bytes.
+    pub fn bits(&self, dtype: DType) -> Data {
+        let ty = Type { dtype, ..self.ty.clone() };
+        Value::from_bytes(&ty, self.to_tensor().bytes()).data
+    }
+
     /// The elements as i64, where the dtype is an integer or bool.
     pub fn as_i64s(&self) -> Option<Vec<i64>> {
         match &self.data {
@@ -259,7 +265,7 @@ pub fn eval_op(op: &Op, args: &[&Value], ty: &Type) -> Value {
             Data::collect(ty.dtype, c.iter().enumerate().map(pick))
         }
         Op::Cast(dtype) => cast(args[0], *dtype),
-        Op::Bits(_) => Value::from_bytes(ty, args[0].to_tensor().bytes()).data,
+        Op::Bits(dtype) => args[0].bits(*dtype),
         Op::Reshape(_) => args[0].data.clone(),
         Op::Permute(axes) => view(args[0], &ty.shape, |i, from| {
             axes.iter().enumerate().for_each(|(d, &a)| from[a as usize] = i[d]);

@@ -235,7 +235,8 @@ mod tests {
     #[test]
     fn what_is_too_large_saturates_or_does_not() {
         let beyond = |small, saturate| {
-            let ranks = ranks(small, DType::F32, Rounding::NearestEven, saturate).expect("fractions");
+            let ranks =
+                ranks(small, DType::F32, Rounding::NearestEven, saturate).expect("fractions");
             let of = |v: f64| {
                 let rank = ranks.bounds.iter().filter(|&&b| v.abs() >= b).count();
                 ranks.codes[rank + if v < 0.0 { ranks.bounds.len() + 1 } else { 0 }]

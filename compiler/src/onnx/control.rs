@@ -407,13 +407,25 @@ pub(super) mod tests {
         ValueInfoProto { name: Some(name.into()), r#type, ..Default::default() }
     }
 
+    /// A node; what stands before the last dot of its operator is the domain.
     pub fn node(op: &str, inputs: &[&str], outputs: &[&str]) -> NodeProto {
         let names = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
-        let op_type = Some(op.into());
-        NodeProto { op_type, input: names(inputs), output: names(outputs), ..Default::default() }
+        let (domain, op) = op.rsplit_once('.').unwrap_or(("", op));
+        let (domain, op_type) = (Some(domain.into()), Some(op.into()));
+        let (input, output) = (names(inputs), names(outputs));
+        NodeProto { domain, op_type, input, output, ..Default::default() }
     }
 
-    fn with(mut node: NodeProto, name: &str, graph: GraphProto) -> NodeProto {
+    /// An attribute of integers: one number is a number, others are a list.
+    pub fn ints(name: &str, list: &[i64]) -> AttributeProto {
+        let name = Some(name.into());
+        match list {
+            [i] => AttributeProto { name, i: Some(*i), ints: vec![*i], ..Default::default() },
+            _ => AttributeProto { name, ints: list.to_vec(), ..Default::default() },
+        }
+    }
+
+    pub fn with(mut node: NodeProto, name: &str, graph: GraphProto) -> NodeProto {
         let attribute = AttributeProto {
             name: Some(name.into()),
             g: Some(Box::new(graph)),
@@ -430,9 +442,13 @@ pub(super) mod tests {
 
     /// The model of a graph, or why there is none. `m` is 5 where it is given.
     pub fn model(graph: GraphProto, known: bool) -> Result<Graph, String> {
-        let opset = OperatorSetIdProto { version: Some(21), ..Default::default() };
-        let model =
-            ModelProto { graph: Some(graph), opset_import: vec![opset], ..Default::default() };
+        let domains = ["", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training"];
+        let opset = |(domain, version): (&str, i64)| OperatorSetIdProto {
+            domain: Some(domain.into()),
+            version: Some(version),
+        };
+        let opset_import = domains.into_iter().zip([26, 5, 1, 1]).map(opset).collect();
+        let model = ModelProto { graph: Some(graph), opset_import, ..Default::default() };
         let mut options =
             ImportOptions { limits: super::super::Limits::default(), ..Default::default() };
         if known {
@@ -441,7 +457,7 @@ pub(super) mod tests {
         import(Bytes::from(model.encode_to_vec()), &options).map_err(|e| e.to_string())
     }
 
-    fn outputs(graph: &Graph, inputs: &[Tensor]) -> Vec<Vec<f64>> {
+    pub fn outputs(graph: &Graph, inputs: &[Tensor]) -> Vec<Vec<f64>> {
         let inputs: Vec<Value> = inputs.iter().map(Value::from_tensor).collect();
         eval(graph, &inputs).iter().map(Value::as_f64s).collect()
     }

@@ -150,3 +150,61 @@ pub(super) fn unique(call: &mut Call) -> Outputs {
     let mut list = |values: &[i64]| Some(g.tensor(&Tensor::from_slice(&[values.len()], values), o));
     Ok(vec![Some(y), list(&first), list(&inverse), list(&counts)])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::NEEDS_VALUE;
+    use super::super::control::tests::{graph, ints, model, node, outputs, port};
+    use super::super::proto::TensorProto;
+
+    fn constant(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
+        TensorProto {
+            name: Some(name.into()),
+            dims: dims.to_vec(),
+            data_type: Some(1),
+            float_data: values.to_vec(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn slices_are_taken_once_and_counted() {
+        let mut unique = node("Unique", &["c"], &["y", "first", "which", "count"]);
+        unique.attribute.extend([ints("axis", &[-1]), ints("sorted", &[0])]);
+        let mut made = graph(&[], &[unique], &["y", "first", "which", "count"]);
+        // Columns 2 1, NaN 0, 2 1, -0 0, 0 0, NaN 0.
+        let rows = [2.0, f32::NAN, 2.0, -0.0, 0.0, f32::NAN, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0];
+        made.initializer.push(constant("c", &[2, 6], &rows));
+        let found = outputs(&model(made, false).expect("a model"), &[]);
+        assert_eq!(found[1], [0.0, 1.0, 3.0]);
+        assert_eq!(found[2], [0.0, 1.0, 0.0, 2.0, 2.0, 1.0]);
+        assert_eq!(found[3], [2.0, 2.0, 2.0]);
+        assert_eq!(found[0][3..], [1.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn what_is_not_known_and_what_does_not_fit_is_refused() {
+        let unknown = graph(&[port("x", &[4], 1)], &[node("Unique", &["x"], &["y"])], &["y"]);
+        assert!(model(unknown, false).expect_err("data").contains(NEEDS_VALUE));
+        let boxes = |shape: &[i64], scores: &[i64], most: f32| {
+            let numbers = |shape: &[i64]| vec![0.5; shape.iter().product::<i64>() as usize];
+            let taken = node("NonMaxSuppression", &["b", "s", "m"], &["y"]);
+            let mut made = graph(&[], &[taken], &["y"]);
+            made.initializer = vec![
+                constant("b", shape, &numbers(shape)),
+                constant("s", scores, &numbers(scores)),
+                constant("m", &[1], &[most]),
+            ];
+            model(made, false)
+        };
+        for (shape, scores) in
+            [([1, 3, 5], [1, 1, 3]), ([1, 3, 4], [2, 1, 3]), ([1, 3, 4], [1, 1, 4])]
+        {
+            let problem = boxes(&shape, &scores, 2.0).expect_err("shapes that do not fit");
+            assert!(problem.contains(&format!("{shape:?}")), "{problem}");
+        }
+        let many = boxes(&[1, 20_000, 4], &[1, 1, 20_000], 1e9).expect_err("too many pairs");
+        assert!(many.contains("20000"), "{many}");
+        assert!(boxes(&[1, 3, 4], &[1, 1, 3], -1.0).is_ok());
+    }
+}

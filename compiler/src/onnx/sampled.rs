@@ -340,3 +340,109 @@ pub(super) fn max_unpool(call: &mut Call) -> Outputs {
     let fill = call.number(ty.dtype, 0, 0.0);
     one(call.graph.add(Op::Pad(borders), &[y, fill], &call.origin)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::control::tests::{graph, ints, model, node, port};
+    use super::super::proto::AttributeProto;
+    use super::*;
+    use crate::tests::compiled;
+
+    fn list(name: &str, ints: &[i64]) -> AttributeProto {
+        AttributeProto { name: Some(name.into()), ints: ints.to_vec(), ..Default::default() }
+    }
+
+    fn refused(op: &str, shapes: &[(&[i64], i32)], attributes: &[AttributeProto]) -> String {
+        let names = ["a", "b", "c", "d", "e"];
+        let ports: Vec<_> = shapes
+            .iter()
+            .zip(names)
+            .map(|(&(shape, dtype), name)| port(name, shape, dtype))
+            .collect();
+        let mut asked = node(op, &names[..shapes.len()], &["y"]);
+        asked.attribute = attributes.to_vec();
+        model(graph(&ports, &[asked], &["y"]), false).expect_err("sizes that do not fit")
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused_and_named() {
+        let most = i64::MAX;
+        let image: (&[i64], i32) = (&[1, 2, 5, 5], 1);
+        let boxes: (&[i64], i32) = (&[3, 4], 1);
+        let pair = vec![image, (&[1, 2, 5, 5], 7)];
+        let sampled = |n: i64| vec![ints("sampling_ratio", &[n])];
+        for (op, shapes, attributes, what) in [
+            ("RoiAlign", vec![image, boxes, (&[2], 7)], sampled(2), "[3, 4]"),
+            ("RoiAlign", vec![(&[1, 2, 5], 1), boxes, (&[3], 7)], sampled(2), "[1, 2, 5]"),
+            ("RoiAlign", vec![image, (&[3, 5], 1), (&[3], 7)], sampled(2), "[3, 5]"),
+            ("RoiAlign", vec![image, boxes, (&[3], 7)], sampled(0), "sampling_ratio of 0"),
+            ("RoiAlign", vec![image, boxes, (&[3], 7)], sampled(most), "sampling_ratio of"),
+            ("MaxUnpool", vec![image, boxes], vec![list("kernel_shape", &[2, 2])], "[2, 2]"),
+            ("MaxUnpool", pair.clone(), vec![list("kernel_shape", &[2])], "[2]"),
+            ("MaxUnpool", pair.clone(), vec![list("kernel_shape", &[1 << 40, 1 << 40])], "K0201"),
+            (
+                "MaxUnpool",
+                pair.clone(),
+                vec![list("kernel_shape", &[2, 2]), list("strides", &[most, most])],
+                "K0130",
+            ),
+        ] {
+            let problem = refused(op, &shapes, &attributes);
+            assert!(problem.contains(what) && problem.contains(op), "{op} {what}: {problem}");
+        }
+        let weight: (&[i64], i32) = (&[4, 2, 2, 2], 1);
+        let fits: (&[i64], i32) = (&[1, 8, 4, 4], 1);
+        for (shapes, attributes) in [
+            (vec![image, weight, (&[1, 7, 4, 4], 1)], vec![]),
+            (vec![image, weight, (&[1, 8, 4, 3], 1)], vec![]),
+            (vec![image, weight, (&[2, 8, 4, 4], 1)], vec![]),
+            (vec![image, weight, fits], vec![ints("group", &[3])]),
+            (vec![image, weight, fits], vec![ints("offset_group", &[0])]),
+            (vec![image, weight, fits], vec![list("strides", &[most, 1])]),
+            (vec![image, weight, fits], vec![list("pads", &[0, 0, 0, -1])]),
+            (vec![image, (&[4, 2, 0, 2], 1), fits], vec![]),
+        ] {
+            let problem = refused("DeformConv", &shapes, &attributes);
+            assert!(problem.contains("K0130"), "{shapes:?}: {problem}");
+        }
+    }
+
+    /// Without offsets it is the convolution, whatever the groups are.
+    #[test]
+    fn without_offsets_nothing_is_moved() {
+        let all = [
+            list("strides", &[2, 1]),
+            list("dilations", &[1, 2]),
+            list("pads", &[1, 0, 1, 2]),
+            ints("group", &[2]),
+        ];
+        let x: Vec<f32> = (0..2 * 4 * 6 * 7).map(|i| ((i * 37 % 23) as f32) - 11.0).collect();
+        let x = Tensor::from_slice(&[2, 4, 6, 7], &x);
+        let weights: Vec<f32> = (0..6 * 2 * 3 * 2).map(|i| ((i * 5 % 7) as f32) - 3.0).collect();
+        let made = |op: &str, inputs: &[&str], more: Option<AttributeProto>| {
+            let mut conv = node(op, inputs, &["y"]);
+            conv.attribute = all.iter().cloned().chain(more).collect();
+            let mut made = graph(&[port("x", &[2, 4, 6, 7], 1)], &[conv], &["y"]);
+            let constant =
+                |name: &str, dims: &[i64], values: &[f32]| super::super::proto::TensorProto {
+                    name: Some(name.into()),
+                    dims: dims.to_vec(),
+                    data_type: Some(1),
+                    float_data: values.to_vec(),
+                    ..Default::default()
+                };
+            made.initializer.push(constant("w", &[6, 2, 3, 2], &weights));
+            if inputs.len() == 3 {
+                let shape = [2, 24, 3, 7];
+                let zeros = vec![0.0; shape.iter().product::<i64>() as usize];
+                made.initializer.push(constant("o", &shape, &zeros));
+            }
+            compiled(&model(made, false).expect("a model"), &x)
+        };
+        let plain = made("Conv", &["x", "w"], None);
+        let moved = made("DeformConv", &["x", "w", "o"], Some(ints("offset_group", &[2])));
+        // Whole numbers: sums are exact in any order.
+        assert_eq!(plain.shape(), moved.shape());
+        assert_eq!(plain.as_slice::<f32>(), moved.as_slice::<f32>());
+    }
+}

@@ -273,7 +273,8 @@ pub(super) fn det(call: &mut Call) -> Outputs {
         if n == 1 {
             break;
         }
-        let (before, after) = (call.cut(rest, 1, (0, 1, n - 1))?, call.cut(rest, 1, (1, 1, n - 1))?);
+        let (before, after) =
+            (call.cut(rest, 1, (0, 1, n - 1))?, call.cut(rest, 1, (1, 1, n - 1))?);
         let (g, o) = (&mut *call.graph, &call.origin);
         let row = g.add(Op::Iota(Shape::from_slice(&[1, n - 1, 1]), 1), &[], o)?;
         let is_before = g.binary(BinaryFn::Lt, row, at, o)?;
@@ -546,4 +547,49 @@ pub(super) fn einsum(call: &mut Call) -> Outputs {
     }
     let contract = Contract { extents, n_out, maps }.without_unit_axes();
     one(call.graph.add(Op::Contract(Box::new(contract)), &[x, y], &call.origin)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_runtime::tensor::Tensor;
+
+    use super::super::control::tests::{graph, model, node, port};
+    use crate::tests::compiled;
+
+    /// By the first row, written out.
+    fn expanded(rows: &[Vec<f64>]) -> f64 {
+        let [first, rest @ ..] = rows else { return 1.0 };
+        let without = |k: usize| -> Vec<Vec<f64>> {
+            rest.iter().map(|row| [&row[..k], &row[k + 1..]].concat()).collect()
+        };
+        let sign = |k: usize| if k.is_multiple_of(2) { 1.0 } else { -1.0 };
+        (0..first.len()).map(|k| sign(k) * first[k] * expanded(&without(k))).sum()
+    }
+
+    #[test]
+    fn determinants_are_what_expansion_says() {
+        for m in 1..=6usize {
+            let count = 16;
+            // Small whole numbers, many of them 0: some matrices have no inverse, and pivots move.
+            let digits = |i: usize| ((i * 7919 + i / 3 * 31 + m) % 7) as f32 - 3.0;
+            let mut values: Vec<f32> = (0..count * m * m).map(digits).collect();
+            values.iter_mut().step_by(3).for_each(|v| *v = 0.0);
+            let x = Tensor::from_slice(&[count / 4, 4, m, m], &values);
+            let shape = [count as i64 / 4, 4, m as i64, m as i64];
+            let made = graph(&[port("x", &shape, 1)], &[node("Det", &["x"], &["y"])], &["y"]);
+            let found = compiled(&model(made, false).expect("a model"), &x);
+            assert_eq!(found.shape(), [count / 4, 4]);
+            let found = found.as_slice::<f32>().expect("f32").iter();
+            for (matrix, got) in values.chunks(m * m).zip(found) {
+                let row = |row: &[f32]| row.iter().map(|&v| f64::from(v)).collect();
+                let rows: Vec<Vec<f64>> = matrix.chunks(m).map(row).collect();
+                let want = expanded(&rows);
+                assert!((f64::from(*got) - want).abs() < 1e-3, "{rows:?}: {got}, not {want}");
+            }
+        }
+        for shape in [&[3][..], &[2, 3], &[1 << 40, 1 << 40]] {
+            let made = graph(&[port("x", shape, 1)], &[node("Det", &["x"], &["y"])], &["y"]);
+            assert!(model(made, false).is_err(), "{shape:?}");
+        }
+    }
 }

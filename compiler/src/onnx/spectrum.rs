@@ -81,7 +81,8 @@ pub(super) fn mel_weight_matrix(call: &mut Call) -> Outputs {
     for band in 0..bands {
         let [left, middle, right] = [0, 1, 2].map(|k: usize| edges[band + k]);
         for at in left..=middle {
-            let part = if left == middle { 1.0 } else { (at - left) as f64 / (middle - left) as f64 };
+            let part =
+                if left == middle { 1.0 } else { (at - left) as f64 / (middle - left) as f64 };
             values[at * bands + band] = part;
         }
         for at in middle..right {

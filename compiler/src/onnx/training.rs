@@ -172,3 +172,31 @@ pub(super) fn momentum(call: &mut Call) -> Outputs {
     }
     results(all)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::control::tests::{graph, model, node, port};
+
+    #[test]
+    fn operands_that_do_not_fit_are_refused() {
+        let refused = |op: &str, shapes: &[&[i64]]| {
+            let names = ["r", "t", "x", "g", "h", "v", "w"];
+            let ports: Vec<_> =
+                shapes.iter().zip(names).map(|(shape, name)| port(name, shape, 1)).collect();
+            let op = format!("ai.onnx.preview.training.{op}");
+            let step = node(&op, &names[..shapes.len()], &["y"]);
+            model(graph(&ports, &[step], &["y"]), false).expect_err("operands that do not fit")
+        };
+        let (one, x): (&[i64], &[i64]) = (&[], &[3]);
+        for (op, shapes, what) in [
+            ("Adagrad", vec![one, one], "0 operands, 3 for each tensor"),
+            ("Adagrad", vec![one, one, x, x], "2 operands, 3 for each tensor"),
+            ("Adam", vec![one, one, x, x, x], "3 operands, 4 for each tensor"),
+            ("Momentum", vec![x, one, x, x, x], "a rate or a count of shape [3]"),
+            ("Momentum", vec![one, one, x, &[4], x], "[3] that goes with one of [4]"),
+        ] {
+            let problem = refused(op, &shapes);
+            assert!(problem.contains(what), "{op}: {problem}");
+        }
+    }
+}

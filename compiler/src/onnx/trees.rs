@@ -125,7 +125,8 @@ impl Forest {
     /// are listed. Finds how deep they are, and that none goes round.
     fn walk(&mut self, members: &[f64]) -> Result<(), Diagnostic> {
         let count = self.features.len() as i64;
-        let mut sets = members.split(|v| v.is_nan());
+        // Each ends in a NaN, which is equal to nothing.
+        let mut sets = members.split_inclusive(|v| v.is_nan());
         let mut seen = vec![false; count as usize];
         let mut open: Vec<(i64, usize)> = self.roots.iter().rev().map(|&root| (root, 1)).collect();
         while let Some((at, depth)) = open.pop() {
@@ -239,8 +240,8 @@ pub(super) fn tree_ensemble(call: &mut Call) -> Outputs {
     let after = call.int_or("post_transform", 0);
     let targets = usize::try_from(targets).ok().filter(|&n| n > 0 && n <= MOST);
     let inside = |list: &[i64], end: usize| list.iter().all(|&v| v >= 0 && (v as usize) < end);
-    let fits = targets.is_some_and(|n| inside(&forest.targets, n))
-        && inside(&forest.features, columns);
+    let fits =
+        targets.is_some_and(|n| inside(&forest.targets, n)) && inside(&forest.features, columns);
     let (Some(targets), true) = (targets, fits) else {
         let named = call.int_or("n_targets", 0);
         return Err(not_supported(format!("trees over {columns} features for {named} targets")));
@@ -318,7 +319,8 @@ pub(super) fn tf_idf(call: &mut Call) -> Outputs {
     let pool = call.ints("pool_int64s").ok_or_else(|| not_supported("n-grams of strings"))?;
     let starts = call.ints("ngram_counts").unwrap_or_default();
     let columns = call.ints("ngram_indexes").unwrap_or_default();
-    let (shortest, longest) = (call.int_or("min_gram_length", 1), call.int_or("max_gram_length", 1));
+    let (shortest, longest) =
+        (call.int_or("min_gram_length", 1), call.int_or("max_gram_length", 1));
     let skips = usize::try_from(call.int_or("max_skip_count", 0)).unwrap_or(0);
     let mode = call.string_or("mode", "TF");
     let weights = call.floats("weights").unwrap_or_default();
@@ -430,4 +432,162 @@ fn counted(
     }
     let into = call.graph.tensor(&Tensor::from_slice(&[many, width], &into), &call.origin);
     call.graph.matmul(sum, into, &call.origin)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::control::tests::{graph, ints, model, node, port};
+    use super::super::proto::{AttributeProto, NodeProto, TensorProto};
+    use super::*;
+    use crate::interpret;
+    use crate::tests::compiled;
+
+    fn tensor(name: &str, data_type: i32, values: &[f32]) -> AttributeProto {
+        let raw: Vec<u8> = match data_type {
+            2 => values.iter().map(|&v| v as u8).collect(),
+            _ => values.iter().flat_map(|v| v.to_ne_bytes()).collect(),
+        };
+        let tensor = TensorProto {
+            dims: vec![values.len() as i64],
+            data_type: Some(data_type),
+            raw_data: Some(raw.into()),
+            ..Default::default()
+        };
+        AttributeProto { name: Some(name.into()), t: Some(Box::new(tensor)), ..Default::default() }
+    }
+
+    fn list(name: &str, ints: &[i64]) -> AttributeProto {
+        AttributeProto { name: Some(name.into()), ints: ints.to_vec(), ..Default::default() }
+    }
+
+    /// Two trees over three features: one of all kinds of comparisons, one that is a leaf.
+    fn forest() -> NodeProto {
+        let mut trees = node("ai.onnx.ml.TreeEnsemble", &["x"], &["y"]);
+        trees.attribute = vec![
+            list("nodes_featureids", &[0, 1, 2, 0, 1, 2, 0, 1]),
+            tensor("nodes_modes", 2, &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0]),
+            tensor("nodes_splits", 1, &[0.5, -1.0, 2.0, 1.5, 1.0, 0.0, 0.0, 0.0]),
+            list("nodes_truenodeids", &[1, 3, 5, 0, 1, 2, 3, 7]),
+            list("nodes_trueleafs", &[0, 0, 0, 1, 1, 1, 1, 1]),
+            list("nodes_falsenodeids", &[2, 4, 6, 4, 5, 6, 0, 7]),
+            list("nodes_falseleafs", &[0, 0, 0, 1, 1, 1, 1, 1]),
+            list("nodes_missing_value_tracks_true", &[1, 0, 0, 0, 0, 0, 0, 0]),
+            tensor("membership_values", 1, &[2.0, 3.0, f32::NAN]),
+            list("tree_roots", &[0, 7]),
+            tensor("leaf_weights", 1, &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 0.5]),
+            list("leaf_targetids", &[0, 1, 0, 1, 0, 1, 0, 1]),
+            ints("n_targets", &[2]),
+        ];
+        trees
+    }
+
+    /// What the first tree says, written out.
+    fn leaf([a, b, c]: [f32; 3]) -> usize {
+        if a <= 0.5 || a.is_nan() {
+            return match b < -1.0 {
+                true if a > 1.5 => 0,
+                true => 4,
+                false if b == 1.0 => 1,
+                false => 5,
+            };
+        }
+        match c >= 2.0 {
+            true if c != 0.0 => 2,
+            true => 6,
+            false if [2.0, 3.0].contains(&a) => 3,
+            false => 0,
+        }
+    }
+
+    #[test]
+    fn trees_are_walked_from_their_roots_to_their_leaves() {
+        let values = [-2.0, 0.0, 0.5, 1.0, 1.6, 2.0, 3.0, f32::NAN];
+        let all: Vec<[f32; 3]> =
+            (0..512).map(|i: usize| [values[i % 8], values[i / 8 % 8], values[i / 64]]).collect();
+        let x = Tensor::from_slice(&[512, 3], &all.concat());
+        let made = graph(&[port("x", &[512, 3], 1)], &[forest()], &["y"]);
+        let made = model(made, false).expect("a model");
+        let weights = [1.0f32, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
+        let meant = interpret(&made, std::slice::from_ref(&x)).remove(0);
+        for found in [compiled(&made, &x), meant] {
+            let rows = found.as_slice::<f32>().expect("f32").chunks(2);
+            for (row, features) in rows.zip(&all) {
+                let leaf = leaf(*features);
+                let mut want = [0.0, 0.5];
+                want[leaf % 2] += weights[leaf];
+                assert_eq!(row, want, "{features:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn trees_that_are_none_are_refused() {
+        let refused = |change: fn(&mut NodeProto)| {
+            let mut trees = forest();
+            change(&mut trees);
+            let made = graph(&[port("x", &[4, 3], 1)], &[trees], &["y"]);
+            model(made, false).expect_err("no tree")
+        };
+        let round = refused(|t| t.attribute[3].ints[1] = 0);
+        let round_leaf = refused(|t| {
+            t.attribute[3].ints[1] = 0;
+            t.attribute[4].ints[1] = 0;
+        });
+        assert!(round_leaf.contains("met twice"), "{round_leaf}");
+        assert!(round.contains("met twice") || round.contains("nodes and"), "{round}");
+        for (change, what) in [
+            ((|t| t.attribute[0].ints[2] = 3) as fn(&mut NodeProto), "trees over 3 features"),
+            (|t| t.attribute[3].ints[0] = i64::MAX, "8 nodes and 8 leaves"),
+            (|t| t.attribute[3].ints[0] = -1, "8 nodes and 8 leaves"),
+            (|t| t.attribute[9].ints[0] = 8, "8 nodes and 8 leaves"),
+            (|t| t.attribute[11].ints[0] = 2, "trees over 3 features for 2 targets"),
+            (|t| drop(t.attribute.remove(8)), "a node without its set"),
+            (|t| t.attribute[12].i = Some(1 << 40), "targets"),
+        ] {
+            let problem = refused(change);
+            assert!(problem.contains(what), "{what}: {problem}");
+        }
+    }
+
+    #[test]
+    fn n_grams_are_counted_with_numbers_between_them() {
+        let mut counted = node("TfIdfVectorizer", &["x"], &["y"]);
+        let text = |name: &str, s: &str| AttributeProto {
+            name: Some(name.into()),
+            s: Some(s.as_bytes().to_vec().into()),
+            ..Default::default()
+        };
+        counted.attribute = vec![
+            list("pool_int64s", &[1, 2, 1, 2, 2, 3, 1, 3]),
+            list("ngram_counts", &[0, 2]),
+            list("ngram_indexes", &[4, 0, 1, 2, 3]),
+            ints("min_gram_length", &[1]),
+            ints("max_gram_length", &[2]),
+            ints("max_skip_count", &[1]),
+            text("mode", "TF"),
+        ];
+        let made = |counted: &NodeProto, len: i64| {
+            model(graph(&[port("x", &[len], 7)], &[counted.clone()], &["y"]), false)
+        };
+        let x = Tensor::from_slice(&[6], &[1i64, 2, 3, 1, 2, 9]);
+        let found = compiled(&made(&counted, 6).expect("a model"), &x);
+        // 2 of 2; 1 2 twice; 2 3 once; 1 . 3 once; 2 of 1.
+        assert_eq!(found.as_slice::<f32>(), Some(&[2.0, 2.0, 1.0, 1.0, 2.0][..]));
+        counted.attribute[6] = text("mode", "IDF");
+        let weights = AttributeProto {
+            name: Some("weights".into()),
+            floats: vec![2.0, 3.0, 4.0, 5.0, 6.0],
+            ..Default::default()
+        };
+        counted.attribute.push(weights);
+        let found = compiled(&made(&counted, 6).expect("a model"), &x);
+        assert_eq!(found.as_slice::<f32>(), Some(&[2.0, 3.0, 4.0, 5.0, 6.0][..]));
+        counted.attribute[1] = list("ngram_counts", &[0, 5]);
+        assert!(made(&counted, 6).expect_err("an odd number").contains("[0, 5]"));
+        counted.attribute[1] = list("ngram_counts", &[4, 2]);
+        assert!(made(&counted, 6).expect_err("out of order").contains("[4, 2]"));
+        counted.attribute[1] = list("ngram_counts", &[0, 2]);
+        counted.attribute[5] = ints("max_skip_count", &[1 << 40]);
+        assert!(made(&counted, 1 << 20).expect_err("too far").contains("K0130"));
+    }
 }
