@@ -3,8 +3,8 @@
 
 use super::call::{Call, Outputs};
 use super::{
-    attention, contraction, grid, known, loss, norm, pointwise, quant, recurrent, reduce, resize,
-    sampled, shape, special, spectrum, training, trees,
+    attention, contraction, grid, known, loss, ngrams, norm, pointwise, quant, recurrent, reduce,
+    resize, sampled, shape, special, spectrum, training, trees,
 };
 use crate::error::Diagnostic;
 
@@ -195,7 +195,7 @@ pub static OPERATORS: &[Operator] = operators! {
     "Tan" 7 => special::tan;
     "Tanh" 6 => pointwise::tanh;
     "TensorScatter" 24 => attention::tensor_scatter;
-    "TfIdfVectorizer" 9 => trees::tf_idf;
+    "TfIdfVectorizer" 9 => ngrams::tf_idf;
     "ThresholdedRelu" 10 => pointwise::thresholded_relu;
     "Tile" 6 => shape::tile;
     "TopK" 1 => special::top_k;
@@ -208,6 +208,7 @@ pub static OPERATORS: &[Operator] = operators! {
     "Xor" 6 => pointwise::xor;
     "ai.onnx.ml.ArrayFeatureExtractor" 1 => trees::array_feature_extractor;
     "ai.onnx.ml.Binarizer" 1 => trees::binarizer;
+    "ai.onnx.ml.LabelEncoder" 2 => trees::label_encoder;
     "ai.onnx.ml.TreeEnsemble" 5 => trees::tree_ensemble;
     "ai.onnx.preview.training.Adagrad" 1 => training::adagrad;
     "ai.onnx.preview.training.Adam" 1 => training::adam;
