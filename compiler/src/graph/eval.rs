@@ -293,13 +293,17 @@ pub fn eval_op(op: &Op, args: &[&Value], ty: &Type) -> Value {
         Op::Scan(f, axis) => eval_scan(*f, args[0], *axis as usize),
         Op::Contract(contract) => eval_contract(contract, args),
         Op::Composite(f) => {
+            // Of halves it is rounded once, as code does it, and not at every step.
+            let half = matches!(ty.dtype, DType::F16 | DType::BF16);
+            let dtype = if half { DType::F64 } else { ty.dtype };
+            let x = Value { ty: Type { dtype, ..ty.clone() }, data: args[0].data.clone() };
             let mut graph = Graph::default();
             let origin = "".into();
-            let x = graph.input("x", args[0].ty.clone());
+            let input = graph.input("x", x.ty.clone());
             let root =
-                composite::define(&mut graph, *f, x, &origin).expect("the type was inferred");
+                composite::define(&mut graph, *f, input, &origin).expect("the type was inferred");
             graph.outputs.push(("y".into(), root));
-            return eval(&graph, &[args[0].clone()]).swap_remove(0);
+            cast(&eval(&graph, &[x]).swap_remove(0), ty.dtype)
         }
     };
     Value { ty: ty.clone(), data }

@@ -21,12 +21,10 @@ use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use self::cast::mask;
-use crate::backend::emit::{
-    Access, Bits, Dynamic, Emitted, Machine, Unsupported, compute_dtype, emit,
-};
+use crate::backend::emit::{Access, Bits, Dynamic, Emitted, Machine, Unsupported, emit};
 use crate::backend::{bf16, dot};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
-use crate::loops::ir::{BufferId, Count, Loops, Number, Parts};
+use crate::loops::ir::{BufferId, Count, Loops, Number, Parts, compute_dtype};
 
 /// Bytes and texts of one function.
 #[derive(Clone, Debug, Default)]
