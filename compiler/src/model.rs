@@ -371,12 +371,9 @@ fn dim(dim: &Dimension) -> Dim {
 }
 
 fn weight_size(tensor: &TensorProto) -> u64 {
-    let width = onnx::tensor::dtype_of(tensor.data_type.unwrap_or(0)).map_or(0, |d| d.bytes());
-    tensor
-        .dims
-        .iter()
-        .map(|&d| u64::try_from(d).unwrap_or(0))
-        .fold(width as u64, u64::saturating_mul)
+    let bits = onnx::tensor::dtype_of(tensor.data_type.unwrap_or(0)).map_or(0, |d| d.bits());
+    let extents = tensor.dims.iter().map(|&d| u64::try_from(d).unwrap_or(0));
+    extents.fold(bits as u64, u64::saturating_mul).div_ceil(8)
 }
 
 /// The name and the tensor of a `.pb` file.

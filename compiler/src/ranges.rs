@@ -152,7 +152,7 @@ impl Proof<'_> {
                 .any(|arg| (0..self.graph.ty(node.args[arg]).rank()).any(|axis| hidden(arg, axis))),
             Op::Input(_) | Op::Const(_) | Op::Iota(..) | Op::Unary(_) | Op::Binary(_) => false,
             Op::Select | Op::Cast(_) | Op::Reshape(_) | Op::Permute(_) | Op::Expand(_) => false,
-            Op::Slice(_) | Op::Gather(_) | Op::Fused(_) => false,
+            Op::Slice(_) | Op::Gather(_) | Op::Bits(_) | Op::Fused(_) => false,
         };
         match involved {
             true => differ("an axis is as long as a dim that it does not depend on"),

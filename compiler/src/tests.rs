@@ -430,7 +430,7 @@ fn functions_of_f64_and_powers_of_integers() {
     assert_eq!(compiled(&graph, &x).as_slice::<i32>(), want[0].as_slice::<i32>());
 }
 
-fn compiled(graph: &Graph, x: &Tensor) -> Tensor {
+pub fn compiled(graph: &Graph, x: &Tensor) -> Tensor {
     let compiler = crate::Compiler::new();
     let executable = compiler.build(&compiler.optimise(graph).unwrap()).unwrap();
     executable.run(&[("x", x.view())]).unwrap().remove(0).1

@@ -1,7 +1,8 @@
 //! Tensors in the files of NumPy: `.npy` holds one array, `.npz` is a zip archive of them.
 //!
 //! bfloat16 has no name there; it is written as two bytes without a type (`<V2`), which
-//! `array.view(ml_dtypes.bfloat16)` turns back into numbers.
+//! `array.view(ml_dtypes.bfloat16)` turns back into numbers. Types of codes have no names either:
+//! they are written as the bytes that they are in memory, and come back as such.
 
 use std::io::{self, Write};
 
@@ -118,7 +119,8 @@ fn transposed(bytes: &[u8], shape: &[usize], width: usize) -> Vec<u8> {
 
 /// The header of a `.npy` file; the elements follow in native order.
 fn npy_header(view: TensorView<'_>) -> Vec<u8> {
-    let code = CODES.iter().find(|(dtype, _)| *dtype == view.dtype).map_or("", |(_, code)| code);
+    let code =
+        CODES.iter().find(|(dtype, _)| *dtype == view.dtype.stored()).map_or("", |(_, code)| code);
     let order = match view.dtype.bytes() {
         1 => '|',
         _ if cfg!(target_endian = "little") => '<',
@@ -393,6 +395,7 @@ mod tests {
         for ((key, tensor), (old_key, old)) in back.iter().zip(tensors()) {
             assert_eq!(*key, old_key);
             assert!(tensor.bytes() == old.bytes() && tensor.shape() == old.shape(), "{key}");
+            assert_eq!(tensor.dtype(), old.dtype().stored(), "{key}");
         }
     }
 

@@ -38,10 +38,52 @@ pub enum DType {
     U64,
     /// One byte, 0 or 1.
     Bool,
+    /// A code that stands for a number: moved and converted, never computed with.
+    Small(Small),
 }
 
+/// Element types of which files and formats keep codes of 8 bits or fewer. In memory each code has
+/// a byte of its own: those of integers are the integers, those of fractions are their bits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub enum Small {
+    /// 4 bits of exponent, 3 of mantissa; no infinities.
+    F8E4M3FN,
+    /// The same with one zero, whose negative is the only NaN.
+    F8E4M3FNUZ,
+    /// 5 bits of exponent, 2 of mantissa, as IEEE 754 would have it.
+    F8E5M2,
+    /// The same with one zero, whose negative is the only NaN; no infinities.
+    F8E5M2FNUZ,
+    /// A power of two, or NaN.
+    F8E8M0,
+    /// 2 bits of exponent, 1 of mantissa; all are numbers.
+    F4E2M1,
+    /// Signed 4-bit integer.
+    I4,
+    /// Unsigned 4-bit integer.
+    U4,
+    /// Signed 2-bit integer.
+    I2,
+    /// Unsigned 2-bit integer.
+    U2,
+}
+
+/// Every small type with its name in text, in the order of the enum.
+pub const SMALL: [(Small, &str); 10] = [
+    (Small::F8E4M3FN, "f8e4m3fn"),
+    (Small::F8E4M3FNUZ, "f8e4m3fnuz"),
+    (Small::F8E5M2, "f8e5m2"),
+    (Small::F8E5M2FNUZ, "f8e5m2fnuz"),
+    (Small::F8E8M0, "f8e8m0"),
+    (Small::F4E2M1, "f4e2m1"),
+    (Small::I4, "i4"),
+    (Small::U4, "u4"),
+    (Small::I2, "i2"),
+    (Small::U2, "u2"),
+];
+
 /// Every dtype, in the order of the enum.
-pub const DTYPES: [DType; 13] = [
+pub const DTYPES: [DType; 23] = [
     DType::F32,
     DType::F16,
     DType::BF16,
@@ -55,20 +97,76 @@ pub const DTYPES: [DType; 13] = [
     DType::U32,
     DType::U64,
     DType::Bool,
+    DType::Small(SMALL[0].0),
+    DType::Small(SMALL[1].0),
+    DType::Small(SMALL[2].0),
+    DType::Small(SMALL[3].0),
+    DType::Small(SMALL[4].0),
+    DType::Small(SMALL[5].0),
+    DType::Small(SMALL[6].0),
+    DType::Small(SMALL[7].0),
+    DType::Small(SMALL[8].0),
+    DType::Small(SMALL[9].0),
 ];
+
+impl Small {
+    /// Bits of a code: several lie in a byte of a file where they are fewer than 8.
+    pub fn bits(self) -> usize {
+        match self {
+            Small::F8E4M3FN | Small::F8E4M3FNUZ | Small::F8E5M2 | Small::F8E5M2FNUZ => 8,
+            Small::F8E8M0 => 8,
+            Small::F4E2M1 | Small::I4 | Small::U4 => 4,
+            Small::I2 | Small::U2 => 2,
+        }
+    }
+
+    /// Whether the codes are integers below zero as well.
+    pub fn is_signed(self) -> bool {
+        matches!(self, Small::I4 | Small::I2)
+    }
+
+    /// The least and the greatest number where the codes are integers.
+    pub fn int_range(self) -> Option<(i8, i8)> {
+        match self {
+            Small::I4 => Some((-8, 7)),
+            Small::U4 => Some((0, 15)),
+            Small::I2 => Some((-2, 1)),
+            Small::U2 => Some((0, 3)),
+            Small::F8E4M3FN | Small::F8E4M3FNUZ | Small::F8E5M2 | Small::F8E5M2FNUZ => None,
+            Small::F8E8M0 | Small::F4E2M1 => None,
+        }
+    }
+}
 
 impl DType {
     /// Bytes of one element.
     pub fn bytes(self) -> usize {
         match self {
-            DType::I8 | DType::U8 | DType::Bool => 1,
+            DType::I8 | DType::U8 | DType::Bool | DType::Small(_) => 1,
             DType::F16 | DType::BF16 | DType::I16 | DType::U16 => 2,
             DType::F32 | DType::I32 | DType::U32 => 4,
             DType::F64 | DType::I64 | DType::U64 => 8,
         }
     }
 
-    /// Whether the type has a fraction.
+    /// Bits of one element in files, where several codes may share a byte.
+    pub fn bits(self) -> usize {
+        match self {
+            DType::Small(small) => small.bits(),
+            other => 8 * other.bytes(),
+        }
+    }
+
+    /// The dtype that code knows for it: bytes, for one of codes.
+    pub fn stored(self) -> DType {
+        match self {
+            DType::Small(small) if small.is_signed() => DType::I8,
+            DType::Small(_) => DType::U8,
+            other => other,
+        }
+    }
+
+    /// Whether the type has a fraction and is computed with.
     pub fn is_float(self) -> bool {
         matches!(self, DType::F32 | DType::F16 | DType::BF16 | DType::F64)
     }
@@ -94,6 +192,7 @@ impl DType {
             DType::U32 => "u32",
             DType::U64 => "u64",
             DType::Bool => "bool",
+            DType::Small(small) => SMALL.iter().find(|s| s.0 == small).map_or("", |s| s.1),
         }
     }
 

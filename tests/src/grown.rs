@@ -76,7 +76,7 @@ const EDGES: [f64; 13] = [
 
 type Step = fn(&mut Grower, NodeId) -> Option<NodeId>;
 /// Operations as often as they are tried; the first [`WILD`] ones suit any numbers.
-const STEPS: [(usize, Step); 21] = [
+const STEPS: [(usize, Step); 22] = [
     (4, Grower::unary),
     (6, Grower::binary),
     (2, Grower::select),
@@ -98,6 +98,7 @@ const STEPS: [(usize, Step); 21] = [
     (2, Grower::einsum),
     (3, Grower::composite),
     (2, Grower::attention),
+    (2, Grower::bits),
 ];
 const WILD: usize = 12;
 
@@ -391,6 +392,21 @@ impl Grower {
             return None;
         }
         self.add(Op::Cast(to), &[x])
+    }
+
+    /// Integers as others of as many bytes, or as codes, and back. (Zeros of code have any sign.)
+    fn bits(&mut self, x: NodeId) -> Option<NodeId> {
+        let from = self.ty(x).dtype;
+        let fits = |to: &DType| {
+            let whole = !from.is_float() && !to.is_float() && *to != DType::Bool;
+            whole && to.bytes() == from.bytes() && *to != from
+        };
+        let all: Vec<DType> = kiln::tensor::DTYPES.into_iter().filter(fits).collect();
+        if all.is_empty() {
+            return None;
+        }
+        let to = self.pick(&all);
+        self.add(Op::Bits(to), &[x])
     }
 
     fn permute(&mut self, x: NodeId) -> Option<NodeId> {

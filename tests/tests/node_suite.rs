@@ -12,10 +12,10 @@ use kiln::Compiler;
 use kiln::graph::Graph;
 use kiln::graph::eval::Value;
 use kiln::onnx::proto::ModelProto;
-use kiln::tensor::{DType, Tensor};
+use kiln::tensor::Tensor;
 use kiln_tests::cases::read;
 use kiln_tests::suite::{Given, KINDS, cases, given, reason, run_all};
-use kiln_tests::{ONNX, Run, Tolerance, difference, interpret, oracle, run_compiled, run_library};
+use kiln_tests::{ONNX, Run, difference, interpret, oracle, run_compiled, run_library};
 use prost::Message;
 
 fn compare(got: &[Tensor], want: &[Tensor]) -> Result<(), String> {
@@ -78,12 +78,10 @@ fn check_loops(graph: &Graph, inputs: &[Tensor], outputs: &[Tensor]) -> Result<(
     }
     let inputs: Vec<Value> = inputs.iter().map(Value::from_tensor).collect();
     let found = kiln::plan::eval::eval(&kernels, &program, &inputs).map_err(|e| e.to_string())?;
-    let different = found.iter().zip(outputs).find_map(|(found, want)| {
-        // Each operation of loops is rounded to its dtype; code may keep more between two.
-        let half = Tolerance { rtol: 2f64.powi(-9), ..ONNX };
-        let tolerance = if want.dtype() == DType::F16 { half } else { ONNX };
-        difference(&found.to_tensor(), want, tolerance)
-    });
+    let different = found
+        .iter()
+        .zip(outputs)
+        .find_map(|(found, want)| difference(&found.to_tensor(), want, ONNX));
     different.map_or(Ok(()), Err)
 }
 

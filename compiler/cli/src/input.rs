@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use kiln::graph::small::code;
 use kiln::plan::Port;
 use kiln::tensor::{DType, Tensor, TensorView};
 
@@ -83,6 +84,7 @@ impl Given {
                         .help("give one with -i NAME=FILE.npy, or -i random for made-up ones"));
                 }
             };
+            let tensor = coded(tensor, port);
             let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
             if dtype != port.dtype || !port.admits(&shape) {
                 let found = Port::new("given", dtype, &shape);
@@ -93,6 +95,13 @@ impl Given {
         }
         Ok(Inputs { tensors, expected: self.expected })
     }
+}
+
+/// A tensor of bytes as the codes that an input asks for: files of NumPy have no names for those.
+fn coded(tensor: Tensor, port: &Port) -> Tensor {
+    let small = matches!(port.dtype, DType::Small(_)) && tensor.dtype() == port.dtype.stored();
+    let codes = small.then(|| Tensor::from_bytes(port.dtype, tensor.shape(), tensor.bytes()));
+    codes.flatten().unwrap_or(tensor)
 }
 
 /// Where a tensor comes from.
@@ -246,6 +255,11 @@ pub fn random(port: &Port, seed: u64, index: usize) -> Tensor {
         let mut state = seed ^ index as u64;
         move |limit: u64| next(&mut state) % limit
     };
+    // Codes of numbers as large as others are.
+    let codes: Vec<u8> = match port.dtype {
+        DType::Small(small) => (0..64).map(|_| code(small, float())).collect(),
+        _ => Vec::new(),
+    };
     let width = port.dtype.bytes();
     for element in tensor.bytes_mut().chunks_exact_mut(width) {
         match port.dtype {
@@ -257,6 +271,7 @@ pub fn random(port: &Port, seed: u64, index: usize) -> Tensor {
             DType::Bool => element[0] = small(2) as u8,
             DType::I8 | DType::I16 | DType::I32 | DType::I64 => set_integer(element, small(10)),
             DType::U8 | DType::U16 | DType::U32 | DType::U64 => set_integer(element, small(10)),
+            DType::Small(_) => element[0] = codes[small(codes.len() as u64) as usize],
         }
     }
     tensor

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use kiln::Precision;
+use kiln::graph::small::number;
 use kiln::half::{bf16, f16};
 use kiln::tensor::{DType, Element, Tensor};
 
@@ -39,6 +40,7 @@ pub fn values(tensor: &Tensor) -> Vec<f64> {
         DType::U32 => of::<u32>(tensor, f64::from),
         DType::U64 => of::<u64>(tensor, |value| value as f64),
         DType::Bool => tensor.bytes().iter().map(|byte| f64::from(*byte)).collect(),
+        DType::Small(small) => tensor.bytes().iter().map(|&code| number(small, code)).collect(),
     }
 }
 

@@ -18,7 +18,7 @@ use super::weave::{unwoven, woven};
 use crate::graph::op::{Affine, BinaryFn};
 use crate::loops::index::multiple_of;
 use crate::loops::ir::{
-    Buffer, BufferId, Count, Expr, Kind, Loops, Param, Place, Scope, Stmt, Var,
+    Buffer, BufferId, Count, Expr, Kind, Loops, Param, Place, Scope, Stmt, Var, compute_dtype,
 };
 
 pub use super::machine::{Access, Bits, Dynamic, Emitted, Machine, Unsupported};
@@ -554,12 +554,4 @@ impl<M: Machine> Emit<'_, M> {
 
 fn unwritten() -> Unsupported {
     Unsupported("a register is read before it is written".into())
-}
-
-/// Short floats are computed as f32 and rounded when they are stored or cast.
-pub fn compute_dtype(dtype: DType) -> DType {
-    match dtype {
-        DType::F16 | DType::BF16 => DType::F32,
-        other => other,
-    }
 }

@@ -139,7 +139,7 @@ impl Apart {
         let op = node.op.clone();
         let same = |op: Op| Some((op, SmallVec::from_slice(&[x.id]), x.parts.clone()));
         match op {
-            Op::Unary(_) | Op::Cast(_) => same(op),
+            Op::Unary(_) | Op::Cast(_) | Op::Bits(_) => same(op),
             Op::Composite(f) => match f {
                 Composite::Sigmoid | Composite::Silu | Composite::Gelu => same(op),
                 Composite::Softmax(a) => same(Op::Composite(Composite::Softmax(single(a.into())?))),
@@ -337,7 +337,7 @@ fn moved(op: &Op, x: &Value) -> Option<(Op, Vec<Parts>)> {
         Op::Input(_) | Op::Const(_) | Op::Iota(..) | Op::Reshape(_) | Op::Window(_) => return None,
         Op::Scatter(_) | Op::Fused(_) | Op::Contract(_) | Op::Composite(_) => return None,
         Op::Unary(_) | Op::Cast(_) | Op::Scan(..) | Op::Binary(_) | Op::Select => return None,
-        Op::Concat(_) | Op::Gather(_) => return None,
+        Op::Concat(_) | Op::Gather(_) | Op::Bits(_) => return None,
     };
     Some((op, parts))
 }

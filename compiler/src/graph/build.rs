@@ -82,6 +82,11 @@ impl Graph {
         if let Some(id) = self.identity(&op, args, &ty) {
             return Ok(id);
         }
+        if let (Op::Bits(_), Some(constant)) = (&op, args.first().and_then(|&x| self.constant(x))) {
+            // However large it is, it stays where it is.
+            let bytes = constant.bytes.clone();
+            return Ok(self.constant_bytes(ty, bytes, origin));
+        }
         if let Some(value) = self.fold(&op, args, &ty) {
             return Ok(self.tensor(&value.to_tensor(), origin));
         }
@@ -103,7 +108,7 @@ impl Graph {
     /// Operations that change nothing are not added.
     fn identity(&self, op: &Op, args: &[NodeId], ty: &Type) -> Option<NodeId> {
         let same = match op {
-            Op::Cast(_) | Op::Reshape(_) | Op::Expand(_) => self.ty(args[0]) == ty,
+            Op::Cast(_) | Op::Bits(_) | Op::Reshape(_) | Op::Expand(_) => self.ty(args[0]) == ty,
             Op::Permute(axes) => axes.iter().enumerate().all(|(i, &a)| i == a as usize),
             Op::Slice(axes) => {
                 self.ty(args[0]) == ty && axes.iter().all(|a| a.0 == 0 && (a.1 == 1 || a.2 == 1))
@@ -190,6 +195,11 @@ impl Graph {
     /// x as another dtype.
     pub fn cast(&mut self, x: NodeId, dtype: DType, origin: &Origin) -> Added {
         self.add(Op::Cast(dtype), &[x], origin)
+    }
+
+    /// The bits of x as another dtype.
+    pub fn bits(&mut self, x: NodeId, dtype: DType, origin: &Origin) -> Added {
+        self.add(Op::Bits(dtype), &[x], origin)
     }
 
     /// f over axes, which stay with extent 1.

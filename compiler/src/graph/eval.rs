@@ -7,7 +7,7 @@ use kiln_runtime::tensor::{DType, Tensor};
 
 use super::op::{Affine, BinaryFn, Contract, Op, ReduceFn, Shape, Type, UnaryFn};
 use super::scalar::{self, Number, bf16, cast_to_int, f16, float_binary, int_binary, wrap};
-use super::{Body, Constant, Graph, Node, composite};
+use super::{Body, Constant, Graph, Node, composite, small};
 
 pub use super::scalar::{int_range, reduce_identity, round_float};
 
@@ -92,9 +92,13 @@ impl Value {
     pub fn splat(dtype: DType, shape: &[usize], value: f64) -> Value {
         let ty = Type::new(dtype, shape);
         let n = ty.numel();
-        let data = match dtype.is_float() {
-            true => Data::Float(vec![round_float(dtype, value); n]),
-            false => Data::Int(vec![cast_to_int(dtype, value); n]),
+        let data = match dtype {
+            dtype if dtype.is_float() => Data::Float(vec![round_float(dtype, value); n]),
+            DType::Small(small) => {
+                let code = small::code(small, value);
+                Data::Int(vec![wrap(dtype, code.into()); n])
+            }
+            dtype => Data::Int(vec![cast_to_int(dtype, value); n]),
         };
         Value { ty, data }
     }
@@ -136,6 +140,8 @@ impl Value {
             DType::U32 => read!(u32, Int, i128, |v| v),
             DType::U64 => read!(u64, Int, i128, |v| v),
             DType::Bool => read!(u8, Int, i128, |v: u8| (v != 0) as u8),
+            DType::Small(small) if small.is_signed() => read!(i8, Int, i128, |v| v),
+            DType::Small(_) => read!(u8, Int, i128, |v| v),
         };
         Value { ty: ty.clone(), data }
     }
@@ -156,6 +162,12 @@ impl Value {
             }
         }
         tensor
+    }
+
+    /// The bits of the elements as another dtype of as many bytes.
+    pub fn bits(&self, dtype: DType) -> Data {
+        let ty = Type { dtype, ..self.ty.clone() };
+        Value::from_bytes(&ty, self.to_tensor().bytes()).data
     }
 
     /// The elements as i64, where the dtype is an integer or bool.
@@ -253,6 +265,7 @@ pub fn eval_op(op: &Op, args: &[&Value], ty: &Type) -> Value {
             Data::collect(ty.dtype, c.iter().enumerate().map(pick))
         }
         Op::Cast(dtype) => cast(args[0], *dtype),
+        Op::Bits(dtype) => args[0].bits(*dtype),
         Op::Reshape(_) => args[0].data.clone(),
         Op::Permute(axes) => view(args[0], &ty.shape, |i, from| {
             axes.iter().enumerate().for_each(|(d, &a)| from[a as usize] = i[d]);
@@ -280,13 +293,17 @@ pub fn eval_op(op: &Op, args: &[&Value], ty: &Type) -> Value {
         Op::Scan(f, axis) => eval_scan(*f, args[0], *axis as usize),
         Op::Contract(contract) => eval_contract(contract, args),
         Op::Composite(f) => {
+            // Of halves it is rounded once, as code does it, and not at every step.
+            let half = matches!(ty.dtype, DType::F16 | DType::BF16);
+            let dtype = if half { DType::F64 } else { ty.dtype };
+            let x = Value { ty: Type { dtype, ..ty.clone() }, data: args[0].data.clone() };
             let mut graph = Graph::default();
             let origin = "".into();
-            let x = graph.input("x", args[0].ty.clone());
+            let input = graph.input("x", x.ty.clone());
             let root =
-                composite::define(&mut graph, *f, x, &origin).expect("the type was inferred");
+                composite::define(&mut graph, *f, input, &origin).expect("the type was inferred");
             graph.outputs.push(("y".into(), root));
-            return eval(&graph, &[args[0].clone()]).swap_remove(0);
+            cast(&eval(&graph, &[x]).swap_remove(0), ty.dtype)
         }
     };
     Value { ty: ty.clone(), data }

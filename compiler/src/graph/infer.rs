@@ -28,6 +28,7 @@ pub fn arity(op: &Op) -> Option<usize> {
         Op::Input(_) | Op::Const(_) | Op::Iota(..) => Some(0),
         Op::Unary(_)
         | Op::Cast(_)
+        | Op::Bits(_)
         | Op::Reshape(_)
         | Op::Permute(_)
         | Op::Expand(_)
@@ -71,7 +72,18 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
             let shape = broadcast(&args[0].shape, &broadcast(&args[1].shape, &args[2].shape)?)?;
             Ok(Type::of(args[1].dtype, shape))
         }
-        Op::Cast(dtype) => Ok(Type::of(*dtype, args[0].shape.clone())),
+        Op::Cast(dtype) => {
+            ensure_numbers(args[0])?;
+            ensure(!is_small(*dtype), "a type of numbers", dtype)?;
+            Ok(Type::of(*dtype, args[0].shape.clone()))
+        }
+        Op::Bits(dtype) => {
+            let width = format!("a type of {} bytes", args[0].dtype.bytes());
+            ensure(dtype.bytes() == args[0].dtype.bytes(), &width, dtype)?;
+            // Of a bool, code knows that it is 0 or 1.
+            ensure(*dtype != DType::Bool, "a type of which all bits are free", dtype)?;
+            Ok(Type::of(*dtype, args[0].shape.clone()))
+        }
         Op::Reshape(shape) => {
             let before: usize = args[0].numel();
             let after = shape.iter().try_fold(1usize, |p, &e| p.checked_mul(e));
@@ -120,7 +132,8 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
             shape.extend_from_slice(&args[0].shape[axis + 1..]);
             Ok(Type::of(args[0].dtype, shape))
         }
-        Op::Scatter(_) => {
+        Op::Scatter(f) => {
+            f.map_or(Ok(()), |_| ensure_numbers(args[0]))?;
             ensure(is_index(args[1].dtype), "i32 or i64 indices", args[1].dtype)?;
             ensure(
                 args[1].rank() == 1 && args[0].rank() >= 1,
@@ -134,6 +147,7 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
             Ok(args[0].clone())
         }
         Op::Reduce(_, axes) => {
+            ensure_numbers(args[0])?;
             let fits = axes.windows(2).all(|w| w[0] < w[1])
                 && axes.iter().all(|&a| (a as usize) < args[0].rank());
             ensure(fits, "ascending axes of the operand", axes)?;
@@ -142,6 +156,7 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
             Ok(Type::of(args[0].dtype, shape))
         }
         Op::Scan(_, axis) => {
+            ensure_numbers(args[0])?;
             ensure((*axis as usize) < args[0].rank(), "an axis of the operand", axis)?;
             Ok(args[0].clone())
         }
@@ -153,11 +168,21 @@ fn infer_unchecked(op: &Op, args: &[&Type]) -> Result<Type, Misfit> {
     }
 }
 
+fn is_small(dtype: DType) -> bool {
+    matches!(dtype, DType::Small(_))
+}
+
+/// Codes are moved; numbers are computed with.
+fn ensure_numbers(x: &Type) -> Result<(), Misfit> {
+    ensure(!is_small(x.dtype), "numbers (codes are cast or dequantised before)", x.dtype)
+}
+
 fn is_index(dtype: DType) -> bool {
     matches!(dtype, DType::I32 | DType::I64)
 }
 
 fn unary(f: UnaryFn, x: &Type) -> Result<Type, Misfit> {
+    ensure_numbers(x)?;
     let float_only = match f {
         UnaryFn::Recip
         | UnaryFn::Sqrt
@@ -181,6 +206,7 @@ fn unary(f: UnaryFn, x: &Type) -> Result<Type, Misfit> {
 }
 
 fn binary(f: BinaryFn, x: &Type, y: &Type) -> Result<Type, Misfit> {
+    ensure_numbers(x)?;
     ensure(x.dtype == y.dtype, &format!("two operands of {}", x.dtype), y.dtype)?;
     match f {
         BinaryFn::And | BinaryFn::Or | BinaryFn::Xor => {
@@ -255,6 +281,7 @@ fn concat(args: &[&Type], axis: usize) -> Result<Type, Misfit> {
 }
 
 fn contraction(contract: &Contract, x: &Type, y: &Type) -> Result<Type, Misfit> {
+    ensure_numbers(x)?;
     ensure(x.dtype == y.dtype && x.dtype != DType::Bool, "two operands of one dtype", y.dtype)?;
     ensure(contract.n_out <= contract.extents.len(), "result axes of the space", contract.n_out)?;
     let empty = contract.extents.contains(&0);

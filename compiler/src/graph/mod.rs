@@ -8,6 +8,7 @@ pub mod infer;
 pub mod op;
 pub mod reduce;
 pub mod scalar;
+pub mod small;
 pub mod text;
 pub mod used;
 pub mod verify;

@@ -253,6 +253,9 @@ pub enum Op {
     Select,
     /// out[i] = x[i] as another dtype (float to integer truncates and saturates, to bool is != 0)
     Cast(DType),
+    /// out[i] = the bits of x[i] as another dtype of as many bytes. It changes no byte: in memory,
+    /// the result is the operand.
+    Bits(DType),
     /// Same elements in row-major order under another shape.
     Reshape(Shape),
     /// out[i\[p0\], i\[p1\], ...] : axis d of the result is axis p\[d\] of x.
@@ -284,6 +287,13 @@ pub enum Op {
     Composite(Composite),
     /// A kernel made by the fuser: the body of that number, with the operands as its inputs.
     Fused(u32),
+}
+
+impl Op {
+    /// Whether the result lies where the operand does, byte for byte.
+    pub fn is_alias(&self) -> bool {
+        matches!(self, Op::Reshape(_) | Op::Bits(_))
+    }
 }
 
 impl UnaryFn {

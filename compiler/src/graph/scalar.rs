@@ -201,6 +201,7 @@ pub fn wrap(dtype: DType, v: i128) -> i128 {
         DType::U64 => v as u64 as i128,
         DType::Bool => (v != 0) as i128,
         DType::F32 | DType::F16 | DType::BF16 | DType::F64 => v,
+        DType::Small(_) => wrap(dtype.stored(), v),
     }
 }
 
@@ -216,6 +217,7 @@ pub fn int_range(dtype: DType) -> (i128, i128) {
         DType::U32 => (0, u32::MAX as i128),
         DType::U64 => (0, u64::MAX as i128),
         DType::Bool | DType::F32 | DType::F16 | DType::BF16 | DType::F64 => (0, 1),
+        DType::Small(_) => int_range(dtype.stored()),
     }
 }
 

@@ -72,7 +72,8 @@ pub fn used(op: &Op, args: &[&Type], ty: &Type) -> Used {
 fn of(op: &Op, args: &[&Type], ty: &Type) -> Used {
     match op {
         Op::Input(_) | Op::Const(_) | Op::Fused(_) | Op::Iota(..) => Used::new(),
-        Op::Unary(_) | Op::Cast(_) | Op::Composite(_) | Op::Scan(..) => args[0].used.clone(),
+        Op::Unary(_) | Op::Cast(_) | Op::Bits(_) => args[0].used.clone(),
+        Op::Composite(_) | Op::Scan(..) => args[0].used.clone(),
         Op::Binary(_) | Op::Select => {
             // Axes of extent 1 repeat; they are in use whole.
             list((0..ty.rank()).map(|a| {

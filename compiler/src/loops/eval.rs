@@ -1,12 +1,13 @@
 //! What loops mean: they are run as they stand, one number at a time, slow and obviously right.
 //!
 //! Numbers are those of `graph/scalar.rs`: each operation is computed in f64 (or exactly, of
-//! integers) and rounded to its dtype, a multiply-add once.
+//! integers) and rounded to what code computes its dtype in, a multiply-add once.
 
 use kiln_runtime::tensor::DType;
 
 use super::ir::{
     BufferId, Count, Expr, Loops, Multiply, Param, Place, Scope, Stmt, Var, WARP_BYTES,
+    compute_dtype,
 };
 use super::text::affine;
 use super::verify::typed;
@@ -71,6 +72,11 @@ impl Run<'_> {
                 Stmt::Store { buffer, place, value } => {
                     let value = self.value(value)?;
                     let at = self.place(*buffer, place)?;
+                    let into = &self.loops.buffers[*buffer];
+                    let value = match into.scope {
+                        Scope::Register => value,
+                        Scope::Global | Scope::Shared => scalar::cast(into.dtype, value),
+                    };
                     self.buffers[*buffer].set(at, value);
                 }
                 Stmt::If { condition, then, other } => {
@@ -157,14 +163,19 @@ impl Run<'_> {
         })
     }
 
+    /// What a value is computed as.
+    fn computed(&self, e: &Expr) -> DType {
+        compute_dtype(self.loops.dtype(e))
+    }
+
     fn value(&self, e: &Expr) -> Result<Number, Diagnostic> {
         Ok(match e {
             Expr::Load(buffer, place) => self.buffers[*buffer].get(self.place(*buffer, place)?),
             Expr::Index(index) => Number::Int(scalar::wrap(DType::I64, self.affine(index)?)),
-            Expr::Const(dtype, number) => scalar::cast(*dtype, *number),
-            Expr::Unary(f, x) => scalar::unary(*f, self.loops.dtype(x), self.value(x)?),
+            Expr::Const(dtype, number) => scalar::cast(compute_dtype(*dtype), *number),
+            Expr::Unary(f, x) => scalar::unary(*f, self.computed(x), self.value(x)?),
             Expr::Binary(f, x, y) => {
-                scalar::binary(*f, self.loops.dtype(x), self.value(x)?, self.value(y)?)
+                scalar::binary(*f, self.computed(x), self.value(x)?, self.value(y)?)
             }
             Expr::Select(c, x, y) => {
                 let (c, x, y) = (self.value(c)?, self.value(x)?, self.value(y)?);
@@ -172,13 +183,13 @@ impl Run<'_> {
             }
             Expr::Cast(dtype, x) => scalar::cast(*dtype, self.value(x)?),
             Expr::Fma(x, y, z) => {
-                let dtype = self.loops.dtype(x);
+                let dtype = self.computed(x);
                 scalar::fma(dtype, self.value(x)?, self.value(y)?, self.value(z)?)
             }
             Expr::Fold(f, buffer) => {
                 let data = &self.buffers[*buffer];
                 let mut lanes: Vec<Number> = (0..data.len()).map(|n| data.get(n)).collect();
-                let dtype = self.loops.buffers[*buffer].dtype;
+                let dtype = compute_dtype(self.loops.buffers[*buffer].dtype);
                 while lanes.len() > 1 {
                     let (low, high) = lanes.split_at(lanes.len() / 2);
                     let pairs = low.iter().zip(high);

@@ -327,6 +327,15 @@ pub fn work(buffers: &[Buffer], body: &[Stmt]) -> u64 {
     body.iter().map(of).fold(0, u64::saturating_add)
 }
 
+/// What numbers of a dtype are computed as: short floats as f32, and they are rounded when they are
+/// stored to memory or cast.
+pub fn compute_dtype(dtype: DType) -> DType {
+    match dtype {
+        DType::F16 | DType::BF16 => DType::F32,
+        other => other,
+    }
+}
+
 /// The dtype of a value over these buffers.
 pub fn dtype(buffers: &[Buffer], e: &Expr) -> DType {
     match e {

@@ -248,11 +248,11 @@ impl<'a> Lower<'a> {
         }
     }
 
-    /// A new buffer.
+    /// A new buffer; loops know codes as bytes.
     pub fn buffer(&mut self, dtype: DType, len: usize, scope: Scope, param: Param) -> BufferId {
         let known = self.buffers.iter().position(|b| b.param == param && param != Param::None);
         known.unwrap_or_else(|| {
-            self.buffers.push(Buffer { dtype, len, scope, param });
+            self.buffers.push(Buffer { dtype: dtype.stored(), len, scope, param });
             self.buffers.len() - 1
         })
     }
@@ -414,7 +414,7 @@ impl<'a> Lower<'a> {
     /// An element of an argument.
     fn load_arg(&mut self, arg: usize, ty: &Type, index: &[Index]) -> Arc<Expr> {
         if let Some(number) = self.args.scalars.get(arg).copied().flatten() {
-            return Arc::new(Expr::Const(ty.dtype, number));
+            return Arc::new(Expr::Const(ty.dtype.stored(), number));
         }
         let buffer = self.buffer(ty.dtype, ty.numel(), Scope::Global, Param::Arg(arg));
         Arc::new(Expr::Load(buffer, flatten(index, &ty.shape)))
@@ -454,7 +454,7 @@ impl<'a> Lower<'a> {
         Ok(Arc::new(match &n.op {
             Op::Input(i) => return Ok(self.load_arg(*i as usize, &n.ty, index)),
             Op::Const(i) => match one_number(&self.constants[*i as usize]) {
-                Some(number) => Expr::Const(n.ty.dtype, number),
+                Some(number) => Expr::Const(n.ty.dtype.stored(), number),
                 None => return Err(Refused("a large constant inside a body".into())),
             },
             Op::Iota(_, axis) => to_expr(&index[*axis as usize]),

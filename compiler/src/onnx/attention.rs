@@ -138,6 +138,26 @@ pub(super) fn scores(call: &mut Call, q: NodeId, k: NodeId) -> Added {
     g.binary_number(BinaryFn::Mul, capped, cap, o)
 }
 
+/// Scores of an attention that graphs may change, values, and the dtype of the result; all heads
+/// apart, scores and values in the precision of the softmax.
+pub(super) fn flexible(call: &mut Call) -> Result<(NodeId, NodeId, DType), Diagnostic> {
+    let [q, k, v] = [call.input(0)?, call.input(1)?, call.input(2)?];
+    let ranks = [q, k, v].map(|x| call.ty(x).rank());
+    if ranks != [4; 3] {
+        return Err(not_supported(format!("operands of rank {ranks:?}, not 4")));
+    }
+    let (dtype, heads) = (call.ty(v).dtype, call.shape(q)[1]);
+    let wide = match call.int("softmax_precision") {
+        Some(number) => dtype_of(i32::try_from(number).unwrap_or(0))?,
+        None if call.ty(q).dtype == DType::F64 => DType::F64,
+        None => DType::F32,
+    };
+    let (k, v) = (repeat_heads(call, k, heads)?, repeat_heads(call, v, heads)?);
+    let scores = scores(call, q, k)?;
+    let scores = call.graph.cast(scores, wide, &call.origin)?;
+    Ok((scores, call.graph.cast(v, wide, &call.origin)?, dtype))
+}
+
 pub(super) fn attention(call: &mut Call) -> Outputs {
     let mode = call.int_or("qk_matmul_output_mode", 0);
     let precision = call.int("softmax_precision");

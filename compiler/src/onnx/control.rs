@@ -3,25 +3,31 @@
 
 use smallvec::SmallVec;
 
-use super::call::not_supported;
+use super::attention::flexible;
+use super::call::{Call, not_supported};
 use super::proto::{GraphProto, NodeProto};
 use super::recurrent::MOST_STEPS;
-use super::{Import, NEEDS_VALUE};
+use super::sequence::SEQUENCES;
+use super::table::full_name;
+use super::{Held, Import, NEEDS_VALUE, scan};
 use crate::error::Diagnostic;
-use crate::graph::op::Op;
+use crate::graph::op::{Composite, Op};
+use crate::graph::text::type_text;
 use crate::graph::{NodeId, Origin};
 
 /// Graphs within each other at most.
 const DEEPEST: usize = 16;
 
 /// What a node gives; without a diagnostic where something has been refused before.
-pub(super) type Made = Result<Vec<Option<NodeId>>, Option<Diagnostic>>;
+pub(super) type Made = Result<Vec<Held>, Option<Diagnostic>>;
 
 /// A node with its operands.
 pub(super) struct Site<'n> {
     pub node: &'n NodeProto,
     pub origin: Origin,
     pub inputs: Vec<Option<NodeId>>,
+    /// The operands that are sequences, in order.
+    pub sequences: Vec<Vec<NodeId>>,
 }
 
 /// An operator of this kind.
@@ -30,14 +36,21 @@ pub(super) struct Flow {
     /// First opset.
     pub since: i64,
     /// The attributes that it has.
-    attributes: &'static [&'static str],
-    import: fn(&mut Import, &Site) -> Made,
+    pub attributes: &'static [&'static str],
+    /// Whether it takes sequences.
+    pub sequences: bool,
+    pub import: fn(&mut Import, &Site) -> Made,
 }
 
-/// All of them.
-pub(super) static FLOWS: &[Flow] = &[
-    Flow { name: "If", since: 1, attributes: &["then_branch", "else_branch"], import: choice },
-    Flow { name: "Loop", since: 1, attributes: &["body"], import: repetition },
+static FLOWS: &[Flow] = &[
+    Flow {
+        name: "If",
+        since: 1,
+        attributes: &["then_branch", "else_branch"],
+        sequences: false,
+        import: choice,
+    },
+    Flow { name: "Loop", since: 1, attributes: &["body"], sequences: false, import: repetition },
     Flow {
         name: "Scan",
         since: 9,
@@ -49,13 +62,34 @@ pub(super) static FLOWS: &[Flow] = &[
             "scan_output_axes",
             "scan_output_directions",
         ],
-        import: scan,
+        sequences: false,
+        import: scan::scan,
+    },
+    Flow {
+        name: "Scan",
+        since: 8,
+        attributes: &["body", "num_scan_inputs", "directions"],
+        sequences: false,
+        import: scan::scan_of_batches,
+    },
+    Flow {
+        name: "ai.onnx.preview.FlexAttention",
+        since: 1,
+        attributes: &["score_mod", "prob_mod", "scale", "softmax_precision"],
+        sequences: false,
+        import: flex_attention,
     },
 ];
 
-/// The one of that name where the opset has it.
+/// All of them, and those of sequences.
+pub(super) fn flows() -> impl Iterator<Item = &'static Flow> {
+    FLOWS.iter().chain(SEQUENCES)
+}
+
+/// The newest one of that name that the opset has.
 pub(super) fn find(domain: &str, name: &str, opset: i64) -> Option<&'static Flow> {
-    FLOWS.iter().find(|f| domain.is_empty() && f.name == name && opset >= f.since)
+    let full = full_name(domain, name);
+    flows().find(|f| f.name == full && opset >= f.since)
 }
 
 impl Flow {
@@ -73,36 +107,36 @@ impl Flow {
 }
 
 impl<'n> Site<'n> {
-    fn graph(&self, name: &str) -> Result<&'n GraphProto, Option<Diagnostic>> {
+    pub fn graph(&self, name: &str) -> Result<&'n GraphProto, Option<Diagnostic>> {
         let named = self.node.attribute.iter().find(|a| a.name.as_deref() == Some(name));
         let graph = named.and_then(|a| a.g.as_deref());
         graph.ok_or_else(|| Some(not_supported(format!("a node without the graph {name}"))))
     }
 
-    fn ints(&self, name: &str) -> Vec<i64> {
+    pub fn ints(&self, name: &str) -> Vec<i64> {
         let named = self.node.attribute.iter().find(|a| a.name.as_deref() == Some(name));
         named.map_or(Vec::new(), |a| a.ints.clone())
     }
 
-    fn int(&self, name: &str) -> Option<i64> {
+    pub fn int(&self, name: &str) -> Option<i64> {
         let named = self.node.attribute.iter().find(|a| a.name.as_deref() == Some(name));
         named.map(|a| a.i.unwrap_or(0))
     }
 
-    fn input(&self, index: usize) -> Result<NodeId, Option<Diagnostic>> {
+    pub fn input(&self, index: usize) -> Result<NodeId, Option<Diagnostic>> {
         let input = self.inputs.get(index).copied().flatten();
         input.ok_or_else(|| Some(Diagnostic::new("K0120", format!("operand {index} is missing"))))
     }
 }
 
-fn not_known(what: &str) -> Option<Diagnostic> {
+pub(super) fn not_known(what: &str) -> Option<Diagnostic> {
     let help = "export the model without it, or say the value of the input that it hangs on";
     Some(Diagnostic::new(NEEDS_VALUE, format!("{what} is not known")).help(help))
 }
 
 impl Import<'_> {
     /// A node of the graph, where there is room for it.
-    fn put(
+    pub fn put(
         &mut self,
         op: Op,
         args: &[NodeId],
@@ -119,7 +153,7 @@ impl Import<'_> {
     }
 
     /// The outputs of a graph within a node, for these inputs. Its names are its own.
-    fn within(
+    pub fn within(
         &mut self,
         graph: &GraphProto,
         inputs: &[NodeId],
@@ -145,7 +179,7 @@ impl Import<'_> {
         self.depth += 1;
         self.constants(&graph.initializer);
         for (input, &id) in graph.input.iter().zip(inputs) {
-            self.values.insert(input.name.clone().unwrap_or_default(), Some(id));
+            self.values.insert(input.name.clone().unwrap_or_default(), Held::Tensor(id));
         }
         for node in &graph.node {
             if !self.limited {
@@ -156,8 +190,11 @@ impl Import<'_> {
         let result = |output: &super::ValueInfoProto| {
             let name = output.name.clone().unwrap_or_default();
             match self.values.get(&name) {
-                Some(Some(id)) => Ok(*id),
-                Some(None) => Err(None),
+                Some(Held::Tensor(id)) => Ok(*id),
+                Some(Held::Refused) => Err(None),
+                Some(Held::Sequence(_)) => {
+                    Err(Some(not_supported("a graph that gives a sequence").tensor(name)))
+                }
                 None => Err(Some(
                     Diagnostic::new("K0103", "no node makes this output of a graph").tensor(name),
                 )),
@@ -175,7 +212,7 @@ impl Import<'_> {
     }
 
     /// Values side by side along a new axis.
-    fn stacked(
+    pub fn stacked(
         &mut self,
         rows: &[NodeId],
         axis: usize,
@@ -204,7 +241,7 @@ fn choice(import: &mut Import, site: &Site) -> Made {
     let known = import.number(condition).map(|c| c != 0.0);
     if let Some(holds) = known {
         let outputs = import.within(if holds { yes } else { no }, &[])?;
-        return Ok(outputs.into_iter().map(Some).collect());
+        return Ok(outputs.into_iter().map(Held::Tensor).collect());
     }
     let (yes, no) = (import.within(yes, &[])?, import.within(no, &[])?);
     let same =
@@ -219,7 +256,7 @@ fn choice(import: &mut Import, site: &Site) -> Made {
         let condition = import.put(Op::Reshape(shape), &[condition], &site.origin)?;
         let all = import.graph.ty(x).shape.clone();
         let condition = import.put(Op::Expand(all), &[condition], &site.origin)?;
-        outputs.push(Some(import.put(Op::Select, &[condition, x, y], &site.origin)?));
+        outputs.push(Held::Tensor(import.put(Op::Select, &[condition, x, y], &site.origin)?));
     }
     Ok(outputs)
 }
@@ -263,70 +300,45 @@ fn repetition(import: &mut Import, site: &Site) -> Made {
     for rows in rows {
         carried.push(import.stacked(&rows, 0, origin)?);
     }
-    Ok(carried.into_iter().map(Some).collect())
+    Ok(carried.into_iter().map(Held::Tensor).collect())
 }
 
-/// A graph for each row of some operands, which hands states from one to the next.
-fn scan(import: &mut Import, site: &Site) -> Made {
-    let (body, origin) = (site.graph("body")?, &site.origin);
-    let all: Vec<NodeId> =
-        (0..site.inputs.len()).map(|i| site.input(i)).collect::<Result<_, _>>()?;
-    let count = usize::try_from(site.int("num_scan_inputs").unwrap_or(0)).unwrap_or(0);
-    if count == 0 || count > all.len() || body.output.len() < all.len() - count {
-        let (given, made) = (all.len(), body.output.len());
-        return Err(Some(not_supported(format!("{count} rows of {given} operands, {made} made"))));
+/// Attention whose scores, and whose weights, graphs may change.
+fn flex_attention(import: &mut Import, site: &Site) -> Made {
+    let before = import.graph.nodes.len();
+    let (inputs, origin) = (site.inputs.clone(), &site.origin);
+    let mut call =
+        Call::new(&mut import.graph, &mut import.files, site.node, inputs, 1, origin.as_ref());
+    let (scores, values, dtype) = flexible(&mut call).map_err(Some)?;
+    import.all_fit(before)?;
+    let scores = changed(import, site, "score_mod", scores)?;
+    let weights = import.put(Op::Composite(Composite::Softmax(3)), &[scores], origin)?;
+    let weights = changed(import, site, "prob_mod", weights)?;
+    let before = import.graph.nodes.len();
+    let y = import.graph.matmul(weights, values, origin).map_err(Some)?;
+    let y = import.graph.cast(y, dtype, origin).map_err(Some)?;
+    import.all_fit(before)?;
+    Ok(vec![Held::Tensor(y)])
+}
+
+/// What the graph of that name makes of a value, where there is one; its type stays.
+fn changed(
+    import: &mut Import,
+    site: &Site,
+    name: &str,
+    x: NodeId,
+) -> Result<NodeId, Option<Diagnostic>> {
+    if site.node.attribute.iter().all(|a| a.name.as_deref() != Some(name)) {
+        return Ok(x);
     }
-    let (states, read) = all.split_at(all.len() - count);
-    let listed = |name: &str, at: usize| site.ints(name).get(at).copied().unwrap_or(0);
-    // Rows of an operand, and of what is made: along which axis, and whether from the end.
-    let mut ways = Vec::new();
-    for (k, &x) in read.iter().enumerate() {
-        let rank = import.graph.ty(x).rank() as i64;
-        let axis = listed("scan_input_axes", k);
-        let axis = usize::try_from(if axis < 0 { axis + rank } else { axis }).ok();
-        let axis = axis.filter(|&a| (a as i64) < rank);
-        ways.push(axis.ok_or_else(|| Some(not_supported("rows along an axis that is not there")))?);
-    }
-    let steps = import.graph.ty(read[0]).shape[ways[0]];
-    let whole = |import: &Import| {
-        read.iter().zip(&ways).all(|(&x, &axis)| import.graph.ty(x).shape[axis] == steps)
-    };
-    if steps > MOST_STEPS || !whole(import) {
-        return Err(Some(not_supported(format!("{steps} rows; at most {MOST_STEPS}, of each"))));
-    }
-    let mut states = states.to_vec();
-    let mut rows = vec![Vec::new(); body.output.len() - states.len()];
-    for step in 0..steps {
-        let mut inputs = states.clone();
-        for (k, (&x, &axis)) in read.iter().zip(&ways).enumerate() {
-            let backwards = listed("scan_input_directions", k) != 0;
-            let at = if backwards { steps - 1 - step } else { step };
-            let mut shape = import.graph.ty(x).shape.clone();
-            let cut = |(d, &e): (usize, &usize)| match d == axis {
-                true => (at as i64, 1, 1),
-                false => (0, 1, e),
-            };
-            let ranges = shape.iter().enumerate().map(cut).collect();
-            let row = import.put(Op::Slice(ranges), &[x], origin)?;
-            shape.remove(axis);
-            inputs.push(import.put(Op::Reshape(shape), &[row], origin)?);
+    let outputs = import.within(site.graph(name)?, &[x])?;
+    match outputs[..] {
+        [y] if import.graph.ty(y) == import.graph.ty(x) => Ok(y),
+        _ => {
+            let (made, ty) = (outputs.len(), type_text(import.graph.ty(x)));
+            Err(Some(not_supported(format!("{made} results of {name}, not one {ty}"))))
         }
-        let outputs = import.within(body, &inputs)?;
-        let (next, made) = outputs.split_at(states.len());
-        states = next.to_vec();
-        rows.iter_mut().zip(made).for_each(|(rows, &row)| rows.push(row));
     }
-    for (k, mut rows) in rows.into_iter().enumerate() {
-        if listed("scan_output_directions", k) != 0 {
-            rows.reverse();
-        }
-        let rank = rows.first().map_or(0, |&r| import.graph.ty(r).rank() as i64 + 1);
-        let axis = listed("scan_output_axes", k);
-        let axis = if axis < 0 { axis + rank } else { axis };
-        let axis = usize::try_from(axis).unwrap_or(usize::MAX);
-        states.push(import.stacked(&rows, axis, origin)?);
-    }
-    Ok(states.into_iter().map(Some).collect())
 }
 
 #[cfg(test)]
@@ -359,13 +371,25 @@ pub(super) mod tests {
         ValueInfoProto { name: Some(name.into()), r#type, ..Default::default() }
     }
 
+    /// A node; what stands before the last dot of its operator is the domain.
     pub fn node(op: &str, inputs: &[&str], outputs: &[&str]) -> NodeProto {
         let names = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
-        let op_type = Some(op.into());
-        NodeProto { op_type, input: names(inputs), output: names(outputs), ..Default::default() }
+        let (domain, op) = op.rsplit_once('.').unwrap_or(("", op));
+        let (domain, op_type) = (Some(domain.into()), Some(op.into()));
+        let (input, output) = (names(inputs), names(outputs));
+        NodeProto { domain, op_type, input, output, ..Default::default() }
     }
 
-    fn with(mut node: NodeProto, name: &str, graph: GraphProto) -> NodeProto {
+    /// An attribute of integers: one number is a number, others are a list.
+    pub fn ints(name: &str, list: &[i64]) -> AttributeProto {
+        let name = Some(name.into());
+        match list {
+            [i] => AttributeProto { name, i: Some(*i), ints: vec![*i], ..Default::default() },
+            _ => AttributeProto { name, ints: list.to_vec(), ..Default::default() },
+        }
+    }
+
+    pub fn with(mut node: NodeProto, name: &str, graph: GraphProto) -> NodeProto {
         let attribute = AttributeProto {
             name: Some(name.into()),
             g: Some(Box::new(graph)),
@@ -382,9 +406,18 @@ pub(super) mod tests {
 
     /// The model of a graph, or why there is none. `m` is 5 where it is given.
     pub fn model(graph: GraphProto, known: bool) -> Result<Graph, String> {
-        let opset = OperatorSetIdProto { version: Some(21), ..Default::default() };
-        let model =
-            ModelProto { graph: Some(graph), opset_import: vec![opset], ..Default::default() };
+        model_at(26, graph, known)
+    }
+
+    /// The same at an opset.
+    pub fn model_at(newest: i64, graph: GraphProto, known: bool) -> Result<Graph, String> {
+        let domains = ["", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training"];
+        let opset = |(domain, version): (&str, i64)| OperatorSetIdProto {
+            domain: Some(domain.into()),
+            version: Some(version),
+        };
+        let opset_import = domains.into_iter().zip([newest, 5, 1, 1]).map(opset).collect();
+        let model = ModelProto { graph: Some(graph), opset_import, ..Default::default() };
         let mut options =
             ImportOptions { limits: super::super::Limits::default(), ..Default::default() };
         if known {
@@ -393,7 +426,7 @@ pub(super) mod tests {
         import(Bytes::from(model.encode_to_vec()), &options).map_err(|e| e.to_string())
     }
 
-    fn outputs(graph: &Graph, inputs: &[Tensor]) -> Vec<Vec<f64>> {
+    pub fn outputs(graph: &Graph, inputs: &[Tensor]) -> Vec<Vec<f64>> {
         let inputs: Vec<Value> = inputs.iter().map(Value::from_tensor).collect();
         eval(graph, &inputs).iter().map(Value::as_f64s).collect()
     }

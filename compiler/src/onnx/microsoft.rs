@@ -77,7 +77,11 @@ pub(super) fn skip_rms_norm(call: &mut Call) -> Outputs {
 }
 
 /// Rows of two tables of cosines and sines for positions `[b or 1, s]`, `[b or 1, 1, s, d]`.
-fn angles(call: &mut Call, tables: [NodeId; 2], positions: NodeId) -> Result<[NodeId; 2], Diagnostic> {
+fn angles(
+    call: &mut Call,
+    tables: [NodeId; 2],
+    positions: NodeId,
+) -> Result<[NodeId; 2], Diagnostic> {
     let mut rows = [positions; 2];
     for (row, table) in rows.iter_mut().zip(tables) {
         if call.ty(table).rank() != 2 {
@@ -94,7 +98,11 @@ fn angles(call: &mut Call, tables: [NodeId; 2], positions: NodeId) -> Result<[No
 
 pub(super) fn rotary(call: &mut Call) -> Outputs {
     for (name, what) in [("is_packed_batching", "packed batches"), ("scale", "a scale")] {
-        let plain = if name == "scale" { call.float_or(name, 1.0) == 1.0 } else { call.int_or(name, 0) == 0 };
+        let plain = if name == "scale" {
+            call.float_or(name, 1.0) == 1.0
+        } else {
+            call.int_or(name, 0) == 0
+        };
         if !plain {
             return Err(not_supported(format!("{what} of rotary positions")));
         }
@@ -119,7 +127,9 @@ pub(super) fn rotary(call: &mut Call) -> Outputs {
     };
     let (batch, steps, width) = (call.shape(x)[0], call.shape(x)[2], call.shape(x)[3]);
     if dim != 2 * half || dim > width {
-        return Err(not_supported(format!("a rotation of {dim} of {width} numbers by {half} angles")));
+        return Err(not_supported(format!(
+            "a rotation of {dim} of {width} numbers by {half} angles"
+        )));
     }
     let positions = call.input(1)?;
     let positions = match call.ty(positions).numel() {
@@ -130,9 +140,7 @@ pub(super) fn rotary(call: &mut Call) -> Outputs {
             let along = g.add(Op::Iota(Shape::from_slice(&[1, steps]), 1), &[], o)?;
             g.binary(BinaryFn::Add, along, first, o)?
         }
-        n if n == batch * steps => {
-            call.graph.reshape(positions, &[batch, steps], &call.origin)?
-        }
+        n if n == batch * steps => call.graph.reshape(positions, &[batch, steps], &call.origin)?,
         n => return Err(not_supported(format!("{n} positions for {batch} times {steps}"))),
     };
     let turns = angles(call, tables, positions)?;
@@ -256,7 +264,12 @@ struct Grouped {
 }
 
 /// A cache `[b, own, rows, d]` with new rows written after those that each batch has.
-fn appended(call: &mut Call, (past, new): (Option<NodeId>, NodeId), rows: usize, before: NodeId) -> Added {
+fn appended(
+    call: &mut Call,
+    (past, new): (Option<NodeId>, NodeId),
+    rows: usize,
+    before: NodeId,
+) -> Added {
     let Some(past) = past.filter(|past| call.ty(*past).numel() > 0) else {
         return Ok(new);
     };
@@ -360,7 +373,9 @@ pub(super) fn grouped_query_attention(call: &mut Call) -> Outputs {
         }
     }
     let Grouped { query, new, before } = grouped(call)?;
-    for name in ["num_heads", "kv_num_heads", "do_rotary", "rotary_interleaved", "kv_cache_bit_width"] {
+    for name in
+        ["num_heads", "kv_num_heads", "do_rotary", "rotary_interleaved", "kv_cache_bit_width"]
+    {
         call.ignore(name);
     }
     let ty = call.ty(query);

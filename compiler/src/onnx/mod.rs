@@ -6,7 +6,10 @@ pub mod call;
 pub mod contraction;
 mod control;
 pub mod grid;
+mod known;
 pub mod loss;
+mod microsoft;
+mod ngrams;
 pub mod norm;
 mod place;
 pub mod pointwise;
@@ -16,11 +19,17 @@ pub mod quant;
 pub mod recurrent;
 pub mod reduce;
 pub mod resize;
+mod sampled;
+mod scan;
+mod sequence;
 pub mod shape;
+mod small;
 pub mod special;
 pub mod spectrum;
 pub mod table;
 pub mod tensor;
+mod training;
+mod trees;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -106,10 +115,26 @@ pub fn import(bytes: Bytes, options: &ImportOptions) -> Result<Graph> {
     Err(Error { kind, diagnostics: import.problems })
 }
 
+/// What a name of the model stands for.
+#[derive(Clone)]
+enum Held {
+    /// What makes it was refused.
+    Refused,
+    Tensor(NodeId),
+    /// A sequence; how long it is, is known.
+    Sequence(Vec<NodeId>),
+}
+
+impl From<Option<NodeId>> for Held {
+    fn from(value: Option<NodeId>) -> Held {
+        value.map_or(Held::Refused, Held::Tensor)
+    }
+}
+
 struct Import<'a> {
     graph: Graph,
-    /// Values by name; `None` where the node that makes it was refused.
-    values: HashMap<String, Option<NodeId>>,
+    /// Values by name.
+    values: HashMap<String, Held>,
     opsets: HashMap<String, i64>,
     problems: Vec<Diagnostic>,
     limited: bool,
@@ -149,7 +174,7 @@ impl Import<'_> {
             let name = input.name.clone().unwrap_or_default();
             if !self.values.contains_key(&name) {
                 let value = self.input(input, &name);
-                self.values.insert(name, value);
+                self.values.insert(name, value.into());
             }
         }
         for node in &graph.node {
@@ -161,8 +186,14 @@ impl Import<'_> {
         for output in &graph.output {
             let name = output.name.clone().unwrap_or_default();
             match self.values.get(&name) {
-                Some(Some(id)) => self.graph.outputs.push((name, *id)),
-                Some(None) => {}
+                Some(Held::Tensor(id)) => self.graph.outputs.push((name, *id)),
+                Some(Held::Refused) => {}
+                Some(Held::Sequence(all)) => {
+                    let what = Diagnostic::new("K0105", "an output that is no tensor");
+                    let found = format!("a sequence of {}", all.len());
+                    let help = "give its elements, or what ConcatFromSequence makes of them";
+                    self.problems.push(what.tensor(name).found(found).help(help));
+                }
                 None => self.problems.push(
                     Diagnostic::new("K0103", "no node makes this output of the model").tensor(name),
                 ),
@@ -184,7 +215,7 @@ impl Import<'_> {
                     None
                 }
             };
-            self.values.insert(name, value);
+            self.values.insert(name, value.into());
         }
     }
 
@@ -206,6 +237,17 @@ impl Import<'_> {
             return false;
         }
         true
+    }
+
+    /// Whether there is room for all nodes from one on.
+    fn all_fit(&mut self, first: usize) -> std::result::Result<(), Option<Diagnostic>> {
+        for i in first..self.graph.nodes.len() {
+            let ty = self.graph.nodes[i].ty.clone();
+            if !self.room(&ty) {
+                return Err(None);
+            }
+        }
+        Ok(())
     }
 
     fn input(&mut self, input: &ValueInfoProto, name: &str) -> Option<NodeId> {
@@ -305,7 +347,7 @@ impl Import<'_> {
         let domain = normal_domain(node.domain.as_deref().unwrap_or(""));
         let opset = self.opsets.get(domain).copied().unwrap_or(0);
         let outputs = self.outputs_of(node, &op, &name, domain, opset);
-        let results: Vec<Option<NodeId>> = match outputs {
+        let results: Vec<Held> = match outputs {
             Ok(outputs) => outputs,
             Err(problem) => {
                 if let Some(problem) = problem {
@@ -318,8 +360,8 @@ impl Import<'_> {
             if output.is_empty() {
                 continue;
             }
-            let value = results.get(i).copied().flatten();
-            if results.len() > i && value.is_none() || !results.is_empty() && results.len() <= i {
+            let value = results.get(i).cloned().unwrap_or(Held::Refused);
+            if !results.is_empty() && matches!(value, Held::Refused) {
                 self.problems.push(
                     Diagnostic::new(
                         "K0107",
@@ -342,17 +384,27 @@ impl Import<'_> {
         name: &str,
         domain: &str,
         opset: i64,
-    ) -> std::result::Result<Vec<Option<NodeId>>, Option<Diagnostic>> {
+    ) -> std::result::Result<Vec<Held>, Option<Diagnostic>> {
         let (entry, flow) = (table::find(domain, op, opset), control::find(domain, op, opset));
         if entry.is_none() && flow.is_none() {
             return Err(Some(table::unsupported(domain, op, opset).node(name)));
         }
         let mut inputs = Vec::with_capacity(node.input.len());
+        let mut sequences = Vec::new();
         for input in &node.input {
             inputs.push(match (input.as_str(), self.values.get(input)) {
                 ("", _) => None,
-                (_, Some(Some(id))) => Some(*id),
-                (_, Some(None)) => return Err(None),
+                (_, Some(Held::Tensor(id))) => Some(*id),
+                (_, Some(Held::Sequence(all))) if flow.is_some_and(|f| f.sequences) => {
+                    sequences.push(all.clone());
+                    None
+                }
+                (_, Some(Held::Sequence(_))) => {
+                    let what = "a sequence where this operator takes a tensor";
+                    let problem = Diagnostic::new("K0105", what).node(name).op(op, opset);
+                    return Err(Some(problem.tensor(input.clone())));
+                }
+                (_, Some(Held::Refused)) => return Err(None),
                 (_, None) => {
                     return Err(Some(
                         Diagnostic::new("K0103", "no node makes this operand before it is used")
@@ -364,7 +416,7 @@ impl Import<'_> {
             });
         }
         let Some(entry) = entry else {
-            let site = control::Site { node, origin: Origin::from(name), inputs };
+            let site = control::Site { node, origin: Origin::from(name), inputs, sequences };
             let made = flow.map_or(Err(None), |flow| flow.import(self, &site));
             return made.map_err(|problem| problem.map(|d| d.node(name).op(op, opset)));
         };
@@ -381,13 +433,8 @@ impl Import<'_> {
                     .found(unread.join(", ")),
             ));
         }
-        for i in before..self.graph.nodes.len() {
-            let ty = self.graph.nodes[i].ty.clone();
-            if !self.room(&ty) {
-                return Err(None);
-            }
-        }
-        Ok(outputs)
+        self.all_fit(before)?;
+        Ok(outputs.into_iter().map(Held::from).collect())
     }
 }
 
@@ -420,9 +467,11 @@ pub struct OpRow {
 pub fn ops() -> Vec<OpRow> {
     let row = |(name, since)| OpRow { name, since, until: table::NEWEST };
     let plain = table::OPERATORS.iter().map(|o| (o.name, o.since));
-    let flows = control::FLOWS.iter().map(|f| (f.name, f.since));
+    let flows = control::flows().map(|f| (f.name, f.since));
     let mut rows: Vec<OpRow> = plain.chain(flows).map(row).collect();
-    rows.sort_by_key(|row| row.name);
+    rows.sort_by_key(|row| (row.name, row.since));
+    // Of one that has changed, the oldest is said.
+    rows.dedup_by_key(|row| row.name);
     rows
 }
 

@@ -3,6 +3,7 @@
 use kiln_runtime::tensor::DType;
 
 use super::call::{Call, Outputs, not_supported, one};
+use crate::error::Diagnostic;
 use crate::graph::NodeId;
 use crate::graph::build::Added;
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Shape, UnaryFn};
@@ -25,12 +26,11 @@ fn inverse_root(call: &mut Call, x: NodeId, epsilon: f64) -> Added {
 
 /// x * s + b with s = scale / sqrt(variance + epsilon), b = bias - mean * s.
 pub(super) fn batch_norm(call: &mut Call) -> Outputs {
-    for name in ["momentum", "spatial", "is_test", "consumed_inputs"] {
+    for name in ["spatial", "is_test", "consumed_inputs"] {
         call.ignore(name);
     }
-    if call.int_or("training_mode", 0) != 0 {
-        return Err(not_supported("batch normalisation in training mode"));
-    }
+    let momentum = f64::from(call.float_or("momentum", 0.9));
+    let training = call.int_or("training_mode", 0) != 0;
     let epsilon = f64::from(call.float_or("epsilon", 1e-5));
     let x = call.input(0)?;
     let ty = call.ty(x);
@@ -40,16 +40,41 @@ pub(super) fn batch_norm(call: &mut Call) -> Outputs {
         let v = call.graph.cast(v, ty.dtype, &call.origin)?;
         values.push(per_channel(call, v, ty.rank())?);
     }
-    let [scale, bias, mean, variance] = values[..] else {
+    let [scale, bias, mut mean, mut variance] = values[..] else {
         return Err(not_supported("batch normalisation without its four values"));
     };
+    let mut outputs = Vec::new();
+    if training {
+        // Those of the batch are taken, and the running ones move towards them.
+        let own = moments(call, x)?;
+        for (running, own) in [(mean, own[0]), (variance, own[1])] {
+            let (g, o) = (&mut *call.graph, &call.origin);
+            let kept = g.binary_number(BinaryFn::Mul, running, momentum, o)?;
+            let new = g.binary_number(BinaryFn::Mul, own, 1.0 - momentum, o)?;
+            let sum = g.binary(BinaryFn::Add, kept, new, o)?;
+            let channels = g.ty(sum).numel();
+            outputs.push(Some(g.reshape(sum, &[channels], o)?));
+        }
+        [mean, variance] = own;
+    }
     let inverse = inverse_root(call, variance, epsilon)?;
     let (g, o) = (&mut *call.graph, &call.origin);
     let s = g.binary(BinaryFn::Mul, scale, inverse, o)?;
     let shift = g.binary(BinaryFn::Mul, mean, s, o)?;
     let b = g.binary(BinaryFn::Sub, bias, shift, o)?;
     let y = g.binary(BinaryFn::Mul, x, s, o)?;
-    one(g.binary(BinaryFn::Add, y, b, o)?)
+    outputs.insert(0, Some(g.binary(BinaryFn::Add, y, b, o)?));
+    Ok(outputs)
+}
+
+/// Mean and variance of each channel of `[n, c, ..]`.
+fn moments(call: &mut Call, x: NodeId) -> Result<[NodeId; 2], Diagnostic> {
+    let axes: Vec<usize> = (0..call.ty(x).rank()).filter(|&axis| axis != 1).collect();
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let mean = g.mean(x, &axes, o)?;
+    let apart = g.binary(BinaryFn::Sub, x, mean, o)?;
+    let square = g.binary(BinaryFn::Mul, apart, apart, o)?;
+    Ok([mean, g.mean(square, &axes, o)?])
 }
 
 /// Norms of halves are computed in f32, as ONNX asks (`stash_type` 1).

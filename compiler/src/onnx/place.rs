@@ -47,7 +47,7 @@ fn place(graph: &Graph, id: NodeId) -> Option<Place> {
                 return None;
             }
             Op::Scatter(_) | Op::Reduce(..) | Op::Scan(..) | Op::Contract(_) => return None,
-            Op::Composite(_) | Op::Fused(_) => return None,
+            Op::Bits(_) | Op::Composite(_) | Op::Fused(_) => return None,
         };
     };
     passed.iter().rev().try_fold(begin, |place, &id| after(graph, id, place))

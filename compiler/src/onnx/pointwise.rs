@@ -1,8 +1,10 @@
 //! Operators that compute each element from elements at the same place.
 
-use kiln_runtime::tensor::DType;
+use kiln_runtime::tensor::{DType, Small};
 
 use super::call::{Call, Outputs, not_supported, one};
+use super::small::{Manner, converted};
+use super::tensor::dtype_of;
 use crate::error::Diagnostic;
 use crate::graph::NodeId;
 use crate::graph::build::Added;
@@ -350,34 +352,72 @@ pub(super) fn select(call: &mut Call) -> Outputs {
 
 pub(super) fn cast(call: &mut Call) -> Outputs {
     let x = call.input(0)?;
-    call.ignore("saturate");
-    call.ignore("round_mode");
+    let manner = Manner::of(call, false)?;
     let to = call.int("to").ok_or_else(|| not_supported("a cast without `to`"))?;
-    let dtype = super::tensor::dtype_of(i32::try_from(to).unwrap_or(0))?;
-    one(call.graph.cast(x, dtype, &call.origin)?)
+    let dtype = dtype_of(i32::try_from(to).unwrap_or(0))?;
+    one(converted(call, x, dtype, manner)?)
 }
 
 pub(super) fn cast_like(call: &mut Call) -> Outputs {
     let (x, like) = (call.input(0)?, call.input(1)?);
-    call.ignore("saturate");
-    call.ignore("round_mode");
+    let manner = Manner::of(call, false)?;
     let dtype = call.ty(like).dtype;
-    one(call.graph.cast(x, dtype, &call.origin)?)
+    one(converted(call, x, dtype, manner)?)
+}
+
+/// The bits of x as another dtype. Of a bool, any bit that is set makes it true.
+pub(super) fn bit_cast(call: &mut Call) -> Outputs {
+    let x = call.input(0)?;
+    let to = call.int("to").ok_or_else(|| not_supported("a cast without `to`"))?;
+    let (from, to) = (call.ty(x).dtype, dtype_of(i32::try_from(to).unwrap_or(0))?);
+    if from.bits() != to.bits() {
+        let (few, many) = (from.bits(), to.bits());
+        return Err(not_supported(format!("{few} bits of {from} as {many} bits of {to}")));
+    }
+    // Codes below zero have a byte of their own, whose upper bits say so.
+    let x = match from {
+        DType::Small(small) if small.is_signed() && to != from => {
+            let other = if small.bits() == 4 { Small::U4 } else { Small::U2 };
+            converted(call, x, DType::Small(other), Manner::WRAP)?
+        }
+        _ => x,
+    };
+    one(match to {
+        DType::Small(small) if small.is_signed() && to != from => {
+            let other = if small.bits() == 4 { Small::U4 } else { Small::U2 };
+            let x = call.graph.bits(x, DType::Small(other), &call.origin)?;
+            converted(call, x, to, Manner::WRAP)?
+        }
+        DType::Bool => {
+            let bytes = call.graph.bits(x, DType::U8, &call.origin)?;
+            call.graph.cast(bytes, DType::Bool, &call.origin)?
+        }
+        _ => call.graph.bits(x, to, &call.origin)?,
+    })
+}
+
+/// Whether there is a value: tensors are there, and an operand that is none is not.
+pub(super) fn has_element(call: &mut Call) -> Outputs {
+    let there = if call.optional(0).is_some() { 1.0 } else { 0.0 };
+    one(call.number(DType::Bool, 0, there))
 }
 
 pub(super) fn identity(call: &mut Call) -> Outputs {
     one(call.input(0)?)
 }
 
-/// In inference, dropout passes its operand on; its mask is all true.
+/// In inference, and where nothing is dropped, dropout passes its operand on; its mask is all true.
 pub(super) fn dropout(call: &mut Call) -> Outputs {
     for name in ["ratio", "is_test", "seed", "consumed_inputs"] {
         call.ignore(name);
     }
     if let Some(training) = call.optional(2) {
-        let known = call.graph.value(training).and_then(|v| v.as_i64s());
-        if known.is_none_or(|v| v.first() != Some(&0)) {
-            return Err(not_supported("dropout in training mode"));
+        let is_zero = |call: &Call, id: NodeId| {
+            call.graph.value(id).is_some_and(|v| v.as_f64s().first() == Some(&0.0))
+        };
+        let kept = call.optional(1).is_some_and(|ratio| is_zero(call, ratio));
+        if !kept && !is_zero(call, training) {
+            return Err(not_supported("dropout in training mode, which is random"));
         }
     }
     let x = call.input(0)?;

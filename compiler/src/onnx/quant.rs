@@ -1,9 +1,10 @@
 //! Quantised operators, exact in integers between a quantisation and the next.
 
-use kiln_runtime::tensor::DType;
+use kiln_runtime::tensor::{DType, Small};
 
 use super::call::{Call, Outputs, not_supported, one};
 use super::contraction::{conv_of, matmul_of};
+use super::small::{Manner, converted, numbers};
 use super::tensor::dtype_of;
 use crate::error::Diagnostic;
 use crate::graph::NodeId;
@@ -61,6 +62,29 @@ fn quantised(
     g.cast(y, dtype, o)
 }
 
+/// x / scale + zero point as codes: those of integers are saturated, those of fractions are rounded
+/// as they are.
+fn quantised_small(
+    call: &mut Call,
+    x: NodeId,
+    scale: NodeId,
+    zero: Option<NodeId>,
+    (small, manner): (Small, Manner),
+) -> Added {
+    let work = call.ty(x).dtype;
+    let scale = call.graph.cast(scale, work, &call.origin)?;
+    let mut y = call.graph.binary(BinaryFn::Div, x, scale, &call.origin)?;
+    if small.int_range().is_some() {
+        y = call.graph.unary(UnaryFn::Round, y, &call.origin)?;
+    }
+    if let Some(zero) = zero {
+        let zero = numbers(call, zero)?;
+        let zero = call.graph.cast(zero, work, &call.origin)?;
+        y = call.graph.binary(BinaryFn::Add, y, zero, &call.origin)?;
+    }
+    converted(call, y, DType::Small(small), manner)
+}
+
 fn named_dtype(call: &Call, name: &str) -> Result<Option<DType>, Diagnostic> {
     match call.int(name) {
         None | Some(0) => Ok(None),
@@ -69,7 +93,7 @@ fn named_dtype(call: &Call, name: &str) -> Result<Option<DType>, Diagnostic> {
 }
 
 pub(super) fn quantize(call: &mut Call) -> Outputs {
-    call.ignore("saturate");
+    let manner = Manner::of(call, true)?;
     let (axis, block) = (call.int_or("axis", 1), call.int_or("block_size", 0));
     let named = named_dtype(call, "output_dtype")?;
     let precision = named_dtype(call, "precision")?;
@@ -86,7 +110,10 @@ pub(super) fn quantize(call: &mut Call) -> Outputs {
     if let Some(z) = zero {
         zero = Some(aligned(call, z, &shape, axis, block)?);
     }
-    one(quantised(call, x, scale, zero, dtype)?)
+    one(match dtype {
+        DType::Small(small) => quantised_small(call, x, scale, zero, (small, manner))?,
+        _ => quantised(call, x, scale, zero, dtype)?,
+    })
 }
 
 /// x - zero point, in i32.
@@ -113,7 +140,13 @@ pub(super) fn dequantize(call: &mut Call) -> Outputs {
         Some(zero) => Some(aligned(call, zero, &shape, axis, block)?),
         None => None,
     };
-    let whole = centred(call, x, zero)?;
+    let x = numbers(call, x)?;
+    let zero = zero.map(|zero| numbers(call, zero)).transpose()?;
+    let whole = match (call.ty(x).dtype.is_float(), zero) {
+        (false, zero) => centred(call, x, zero)?,
+        (true, Some(zero)) => call.graph.binary(BinaryFn::Sub, x, zero, &call.origin)?,
+        (true, None) => x,
+    };
     let (g, o) = (&mut *call.graph, &call.origin);
     let whole = g.cast(whole, DType::F32, o)?;
     let scale = g.cast(scale, DType::F32, o)?;

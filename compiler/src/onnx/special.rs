@@ -232,6 +232,67 @@ pub(super) fn eye_like(call: &mut Call) -> Outputs {
     one(g.cast(same, dtype, o)?)
 }
 
+/// Determinants: each column gives a factor, the largest number in it, whose row goes; the others
+/// are made 0 in that column.
+pub(super) fn det(call: &mut Call) -> Outputs {
+    const MOST_ROWS: usize = 128;
+    let x = call.input(0)?;
+    let ty = call.ty(x);
+    let lead = ty.rank().saturating_sub(2);
+    let m = ty.shape.last().copied().unwrap_or(0);
+    if ty.rank() < 2 || ty.shape[lead] != m || m > MOST_ROWS {
+        return Err(not_supported(format!("determinants of {:?}", ty.shape)));
+    }
+    let batch: usize = ty.shape[..lead].iter().product();
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let mut rest = g.reshape(x, &[batch, m, m], o)?;
+    let one_of_each = g.scalar(ty.dtype, 3, 1.0, o);
+    let mut product = g.expand(one_of_each, &[batch, 1, 1], o)?;
+    for n in (1..=m).rev() {
+        let column = call.cut(rest, 2, (0, 1, 1))?;
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let size = g.unary(UnaryFn::Abs, column, o)?;
+        let largest = g.reduce(ReduceFn::Max, size, &[1], o)?;
+        let is_largest = g.binary(BinaryFn::Eq, size, largest, o)?;
+        let row = g.add(Op::Iota(Shape::from_slice(&[1, n, 1]), 1), &[], o)?;
+        let none = g.scalar(DType::I64, 3, n as f64 - 1.0, o);
+        let at = g.select(is_largest, row, none, o)?;
+        let at = g.reduce(ReduceFn::Min, at, &[1], o)?;
+        let here = g.binary(BinaryFn::Eq, row, at, o)?;
+        let zero = g.scalar(ty.dtype, 3, 0.0, o);
+        let pivots = g.select(here, rest, zero, o)?;
+        let pivots = g.reduce(ReduceFn::Sum, pivots, &[1], o)?;
+        let pivot = call.cut(pivots, 2, (0, 1, 1))?;
+        let (g, o) = (&mut *call.graph, &call.origin);
+        product = g.binary(BinaryFn::Mul, product, pivot, o)?;
+        // A row that goes from an odd place turns the sign.
+        let odd = g.binary_number(BinaryFn::Rem, at, 2.0, o)?;
+        let odd = g.binary_number(BinaryFn::Eq, odd, 1.0, o)?;
+        let turned = g.unary(UnaryFn::Neg, product, o)?;
+        product = g.select(odd, turned, product, o)?;
+        if n == 1 {
+            break;
+        }
+        let (before, after) =
+            (call.cut(rest, 1, (0, 1, n - 1))?, call.cut(rest, 1, (1, 1, n - 1))?);
+        let (g, o) = (&mut *call.graph, &call.origin);
+        let row = g.add(Op::Iota(Shape::from_slice(&[1, n - 1, 1]), 1), &[], o)?;
+        let is_before = g.binary(BinaryFn::Lt, row, at, o)?;
+        let others = g.select(is_before, before, after, o)?;
+        let column = call.cut(others, 2, (0, 1, 1))?;
+        let (g, o) = (&mut *call.graph, &call.origin);
+        // A column of zeros makes the product 0, whatever comes after.
+        let none = g.binary_number(BinaryFn::Eq, pivot, 0.0, o)?;
+        let unit = g.scalar(ty.dtype, 3, 1.0, o);
+        let below = g.select(none, unit, pivot, o)?;
+        let part = g.binary(BinaryFn::Div, column, below, o)?;
+        let less = g.binary(BinaryFn::Mul, part, pivots, o)?;
+        let others = g.binary(BinaryFn::Sub, others, less, o)?;
+        rest = call.cut(others, 2, (1, 1, n - 1))?;
+    }
+    one(call.graph.reshape(product, &ty.shape[..lead], &call.origin)?)
+}
+
 /// Where elements of a known value are not 0, as `[rank, count]`.
 pub(super) fn non_zero(call: &mut Call) -> Outputs {
     let value = call.known_input(0)?;
@@ -486,4 +547,49 @@ pub(super) fn einsum(call: &mut Call) -> Outputs {
     }
     let contract = Contract { extents, n_out, maps }.without_unit_axes();
     one(call.graph.add(Op::Contract(Box::new(contract)), &[x, y], &call.origin)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_runtime::tensor::Tensor;
+
+    use super::super::control::tests::{graph, model, node, port};
+    use crate::tests::compiled;
+
+    /// By the first row, written out.
+    fn expanded(rows: &[Vec<f64>]) -> f64 {
+        let [first, rest @ ..] = rows else { return 1.0 };
+        let without = |k: usize| -> Vec<Vec<f64>> {
+            rest.iter().map(|row| [&row[..k], &row[k + 1..]].concat()).collect()
+        };
+        let sign = |k: usize| if k.is_multiple_of(2) { 1.0 } else { -1.0 };
+        (0..first.len()).map(|k| sign(k) * first[k] * expanded(&without(k))).sum()
+    }
+
+    #[test]
+    fn determinants_are_what_expansion_says() {
+        for m in 1..=6usize {
+            let count = 16;
+            // Small whole numbers, many of them 0: some matrices have no inverse, and pivots move.
+            let digits = |i: usize| ((i * 7919 + i / 3 * 31 + m) % 7) as f32 - 3.0;
+            let mut values: Vec<f32> = (0..count * m * m).map(digits).collect();
+            values.iter_mut().step_by(3).for_each(|v| *v = 0.0);
+            let x = Tensor::from_slice(&[count / 4, 4, m, m], &values);
+            let shape = [count as i64 / 4, 4, m as i64, m as i64];
+            let made = graph(&[port("x", &shape, 1)], &[node("Det", &["x"], &["y"])], &["y"]);
+            let found = compiled(&model(made, false).expect("a model"), &x);
+            assert_eq!(found.shape(), [count / 4, 4]);
+            let found = found.as_slice::<f32>().expect("f32").iter();
+            for (matrix, got) in values.chunks(m * m).zip(found) {
+                let row = |row: &[f32]| row.iter().map(|&v| f64::from(v)).collect();
+                let rows: Vec<Vec<f64>> = matrix.chunks(m).map(row).collect();
+                let want = expanded(&rows);
+                assert!((f64::from(*got) - want).abs() < 1e-3, "{rows:?}: {got}, not {want}");
+            }
+        }
+        for shape in [&[3][..], &[2, 3], &[1 << 40, 1 << 40]] {
+            let made = graph(&[port("x", shape, 1)], &[node("Det", &["x"], &["y"])], &["y"]);
+            assert!(model(made, false).is_err(), "{shape:?}");
+        }
+    }
 }

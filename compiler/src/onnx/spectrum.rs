@@ -51,6 +51,48 @@ pub(super) fn blackman(call: &mut Call) -> Outputs {
     window(call, |angle| 0.42 - 0.5 * angle.cos() + 0.08 * (2.0 * angle).cos())
 }
 
+/// Triangles over the frequencies of a spectrum, as wide as they are for the ear.
+pub(super) fn mel_weight_matrix(call: &mut Call) -> Outputs {
+    let dtype = dtype_of(i32::try_from(call.int_or("output_datatype", 1)).unwrap_or(0))?;
+    let mut given = Vec::new();
+    for i in 0..5 {
+        given.push(call.known_input(i)?.as_f64s().first().copied().unwrap_or(0.0));
+    }
+    let [bands, length, rate, low, high] = given[..] else {
+        return Err(not_supported("a matrix without its five numbers"));
+    };
+    let whole = |n: f64| (1.0..MOST as f64).contains(&n).then_some(n as usize);
+    let sizes = whole(bands).zip(whole(length)).map(|(b, n)| (b, n / 2 + 1));
+    let sizes = sizes.filter(|&(bands, bins)| bands.saturating_mul(bins) <= MOST);
+    let (Some((bands, bins)), true) = (sizes, rate >= 1.0 && low <= high && low >= 0.0) else {
+        return Err(not_supported(format!("weights for {given:?}")));
+    };
+    let mel = |hertz: f64| 2595.0 * (1.0 + hertz / 700.0).log10();
+    let step = (mel(high) - mel(low)) / (bands + 2) as f64;
+    let bin = |i: usize| {
+        let hertz = 700.0 * (10f64.powf((i as f64 * step + mel(low)) / 2595.0) - 1.0);
+        ((length + 1.0) * hertz / rate).floor() as usize
+    };
+    let edges: Vec<usize> = (0..bands + 2).map(bin).collect();
+    if edges[bands] >= bins || edges[bands + 1] > bins {
+        return Err(not_supported(format!("{bins} frequencies, {} asked for", edges[bands + 1])));
+    }
+    let mut values = vec![0f64; bins * bands];
+    for band in 0..bands {
+        let [left, middle, right] = [0, 1, 2].map(|k: usize| edges[band + k]);
+        for at in left..=middle {
+            let part =
+                if left == middle { 1.0 } else { (at - left) as f64 / (middle - left) as f64 };
+            values[at * bands + band] = part;
+        }
+        for at in middle..right {
+            values[at * bands + band] = (right - at) as f64 / (right - middle) as f64;
+        }
+    }
+    let values = call.graph.tensor(&Tensor::from_slice(&[bins, bands], &values), &call.origin);
+    one(call.graph.cast(values, dtype, &call.origin)?)
+}
+
 /// What a transform takes and gives along its axis: real numbers (1) or complex ones (2).
 struct Transform {
     /// Points on the circle.

@@ -3,8 +3,8 @@
 
 use super::call::{Call, Outputs};
 use super::{
-    attention, contraction, grid, loss, norm, pointwise, quant, recurrent, reduce, resize, shape,
-    special, spectrum,
+    attention, contraction, grid, known, loss, microsoft, ngrams, norm, pointwise, quant,
+    recurrent, reduce, resize, sampled, shape, special, spectrum, training, trees,
 };
 use crate::error::Diagnostic;
 
@@ -13,7 +13,7 @@ pub const NEWEST: i64 = 27;
 
 /// An operator that Kiln reads.
 pub struct Operator {
-    /// Name, in the default domain.
+    /// Name, with its domain where that is not the default one.
     pub name: &'static str,
     /// First opset.
     pub since: i64,
@@ -44,6 +44,7 @@ pub static OPERATORS: &[Operator] = operators! {
     "Attention" 23 => attention::attention;
     "AveragePool" 6 => contraction::average_pool;
     "BatchNormalization" 6 => norm::batch_norm;
+    "BitCast" 26 => pointwise::bit_cast;
     "BitShift" 11 => special::bit_shift;
     "BitwiseAnd" 18 => pointwise::and;
     "BitwiseNot" 18 => pointwise::not;
@@ -70,8 +71,10 @@ pub static OPERATORS: &[Operator] = operators! {
     "CumProd" 26 => reduce::cum_prod;
     "CumSum" 11 => reduce::cum_sum;
     "DFT" 17 => spectrum::dft;
+    "DeformConv" 19 => sampled::deform_conv;
     "DepthToSpace" 1 => shape::depth_to_space;
     "DequantizeLinear" 10 => quant::dequantize;
+    "Det" 11 => special::det;
     "Div" 6 => pointwise::div;
     "Dropout" 6 => pointwise::dropout;
     "DynamicQuantizeLinear" 11 => quant::dynamic_quantize;
@@ -121,17 +124,22 @@ pub static OPERATORS: &[Operator] = operators! {
     "MatMulInteger" 10 => quant::matmul_integer;
     "Max" 6 => pointwise::max;
     "MaxPool" 1 => contraction::max_pool;
+    "MaxUnpool" 9 => sampled::max_unpool;
     "Mean" 6 => pointwise::mean;
     "MeanVarianceNormalization" 9 => norm::mean_variance_norm;
+    "MelWeightMatrix" 17 => spectrum::mel_weight_matrix;
     "Min" 6 => pointwise::min;
     "Mish" 18 => pointwise::mish;
     "Mod" 10 => pointwise::modulo;
     "Mul" 6 => pointwise::mul;
     "Neg" 6 => pointwise::neg;
     "NegativeLogLikelihoodLoss" 12 => loss::negative_log_likelihood;
+    "NonMaxSuppression" 10 => known::non_max_suppression;
     "NonZero" 9 => special::non_zero;
     "Not" 1 => pointwise::not;
     "OneHot" 9 => special::one_hot;
+    "OptionalGetElement" 15 => pointwise::identity;
+    "OptionalHasElement" 15 => pointwise::has_element;
     "Or" 6 => pointwise::or;
     "PRelu" 6 => pointwise::prelu;
     "Pad" 2 => shape::pad;
@@ -157,6 +165,7 @@ pub static OPERATORS: &[Operator] = operators! {
     "Reshape" 1 => shape::reshape;
     "Resize" 10 => resize::resize;
     "ReverseSequence" 10 => grid::reverse_sequence;
+    "RoiAlign" 10 => sampled::roi_align;
     "RotaryEmbedding" 23 => attention::rotary;
     "Round" 11 => pointwise::round;
     "STFT" 17 => spectrum::stft;
@@ -167,6 +176,7 @@ pub static OPERATORS: &[Operator] = operators! {
     "Shape" 1 => shape::shape;
     "Shrink" 9 => special::shrink;
     "Sigmoid" 6 => pointwise::sigmoid;
+    "SimplifiedLayerNormalization" 1 => norm::rms_norm;
     "Sign" 9 => pointwise::sign;
     "Sin" 7 => pointwise::sin;
     "Sinh" 9 => special::sinh;
@@ -186,27 +196,51 @@ pub static OPERATORS: &[Operator] = operators! {
     "Tan" 7 => special::tan;
     "Tanh" 6 => pointwise::tanh;
     "TensorScatter" 24 => attention::tensor_scatter;
+    "TfIdfVectorizer" 9 => ngrams::tf_idf;
     "ThresholdedRelu" 10 => pointwise::thresholded_relu;
     "Tile" 6 => shape::tile;
     "TopK" 1 => special::top_k;
     "Transpose" 1 => shape::transpose;
     "Trilu" 14 => shape::trilu;
+    "Unique" 11 => known::unique;
     "Unsqueeze" 1 => shape::unsqueeze;
     "Upsample" 7 => resize::upsample;
     "Where" 9 => pointwise::select;
     "Xor" 6 => pointwise::xor;
+    "ai.onnx.ml.ArrayFeatureExtractor" 1 => trees::array_feature_extractor;
+    "ai.onnx.ml.Binarizer" 1 => trees::binarizer;
+    "ai.onnx.ml.LabelEncoder" 2 => trees::label_encoder;
+    "ai.onnx.ml.TreeEnsemble" 5 => trees::tree_ensemble;
+    "ai.onnx.preview.training.Adagrad" 1 => training::adagrad;
+    "ai.onnx.preview.training.Adam" 1 => training::adam;
+    "ai.onnx.preview.training.Momentum" 1 => training::momentum;
+    "com.microsoft.BiasGelu" 1 => microsoft::bias_gelu;
+    "com.microsoft.FastGelu" 1 => microsoft::fast_gelu;
+    "com.microsoft.GroupQueryAttention" 1 => microsoft::grouped_query_attention;
+    "com.microsoft.MatMulNBits" 1 => microsoft::matmul_of_bits;
+    "com.microsoft.MultiHeadAttention" 1 => microsoft::multi_head_attention;
+    "com.microsoft.QuickGelu" 1 => microsoft::quick_gelu;
+    "com.microsoft.RotaryEmbedding" 1 => microsoft::rotary;
+    "com.microsoft.SkipLayerNormalization" 1 => microsoft::skip_layer_norm;
+    "com.microsoft.SkipSimplifiedLayerNormalization" 1 => microsoft::skip_rms_norm;
 };
+
+/// The name of an operator with its domain, where that is not the default one.
+pub fn full_name(domain: &str, name: &str) -> String {
+    if domain.is_empty() { name.to_string() } else { format!("{domain}.{name}") }
+}
 
 /// The operator of that name where the opset has it.
 pub fn find(domain: &str, name: &str, opset: i64) -> Option<&'static Operator> {
-    let known = |o: &&Operator| domain.is_empty() && o.name == name && opset >= o.since;
+    let full = full_name(domain, name);
+    let known = |o: &&Operator| o.name == full && opset >= o.since;
     OPERATORS.iter().find(known).filter(|_| opset <= NEWEST)
 }
 
 /// Why there is no such operator.
 pub fn unsupported(domain: &str, name: &str, opset: i64) -> Diagnostic {
-    let full = if domain.is_empty() { name.to_string() } else { format!("{domain}.{name}") };
-    let help = match OPERATORS.iter().find(|o| domain.is_empty() && o.name == name) {
+    let full = full_name(domain, name);
+    let help = match OPERATORS.iter().find(|o| o.name == full) {
         Some(o) => format!("Kiln reads it from opset {} to {NEWEST}; convert the model", o.since),
         None => {
             "export without this operator, or fold it away; `kiln ops` lists what is read".into()

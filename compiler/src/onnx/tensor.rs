@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use kiln_runtime::tensor::{DType, size_bytes};
+use kiln_runtime::tensor::{DType, Small, size_bytes};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::proto::TensorProto;
@@ -29,10 +29,20 @@ pub fn dtype_of(number: i32) -> Result<DType, Diagnostic> {
         12 => DType::U32,
         13 => DType::U64,
         16 => DType::BF16,
+        17 => DType::Small(Small::F8E4M3FN),
+        18 => DType::Small(Small::F8E4M3FNUZ),
+        19 => DType::Small(Small::F8E5M2),
+        20 => DType::Small(Small::F8E5M2FNUZ),
+        21 => DType::Small(Small::U4),
+        22 => DType::Small(Small::I4),
+        23 => DType::Small(Small::F4E2M1),
+        24 => DType::Small(Small::F8E8M0),
+        25 => DType::Small(Small::U2),
+        26 => DType::Small(Small::I2),
         other => {
             return Err(Diagnostic::new("K0110", "an element type that is not supported")
                 .found(format!("TensorProto.DataType {other}"))
-                .help("strings, complex numbers and types below 8 bits are not supported"));
+                .help("strings and complex numbers are not supported"));
         }
     })
 }
@@ -62,16 +72,24 @@ impl Files {
         let size = size_bytes(dtype, &shape).ok_or_else(|| {
             Diagnostic::new("K0111", "a tensor too large for memory").found(format!("{shape:?}"))
         })?;
+        let packed = match dtype {
+            DType::Small(small) => size.div_ceil(8 / small.bits()),
+            _ => size,
+        };
         let bytes = match (&tensor.raw_data, tensor.data_location) {
-            (_, Some(1)) => self.external(tensor, size)?,
+            (_, Some(1)) => self.external(tensor, packed)?,
             (Some(raw), _) if !raw.is_empty() || size == 0 => raw.clone(),
             _ => typed_data(tensor, dtype),
         };
-        if bytes.len() != size {
+        if bytes.len() != packed {
             return Err(Diagnostic::new("K0111", "a tensor with the wrong number of bytes")
-                .expected(format!("{size} for {dtype}{:?}", shape.as_slice()))
+                .expected(format!("{packed} for {dtype}{:?}", shape.as_slice()))
                 .found(bytes.len().to_string()));
         }
+        let bytes = match dtype {
+            DType::Small(small) if packed < size => unpacked(&bytes, small, size),
+            _ => bytes,
+        };
         Ok(Constant { ty: Type::of(dtype, shape), bytes })
     }
 
@@ -135,6 +153,17 @@ impl Files {
     }
 }
 
+/// A byte for each of so many codes, of which several lie in a byte, the first one lowest.
+fn unpacked(bytes: &[u8], small: Small, count: usize) -> Bytes {
+    let bits = small.bits();
+    let code = |n: usize| {
+        let up = bytes[n * bits / 8] << (8 - bits - n * bits % 8);
+        // The code is in the upper bits now, so that a sign spreads as it comes down.
+        if small.is_signed() { (up as i8 >> (8 - bits)) as u8 } else { up >> (8 - bits) }
+    };
+    (0..count).map(code).collect()
+}
+
 /// The elements of the typed fields as bytes; too few or many where the message is wrong.
 fn typed_data(tensor: &TensorProto, dtype: DType) -> Bytes {
     let from_i32 = |width: usize| -> Vec<u8> {
@@ -148,7 +177,7 @@ fn typed_data(tensor: &TensorProto, dtype: DType) -> Bytes {
         DType::U32 => tensor.uint64_data.iter().flat_map(|v| (*v as u32).to_ne_bytes()).collect(),
         DType::I32 => from_i32(4),
         DType::F16 | DType::BF16 | DType::I16 | DType::U16 => from_i32(2),
-        DType::I8 | DType::U8 | DType::Bool => from_i32(1),
+        DType::I8 | DType::U8 | DType::Bool | DType::Small(_) => from_i32(1),
     };
     Bytes::from(bytes)
 }

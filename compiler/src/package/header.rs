@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use kiln_runtime::plan::{Length, Plan, PlanDim, Port};
-use kiln_runtime::tensor::DType;
+use kiln_runtime::tensor::{DType, Small};
 
 use super::driver::scratch_bytes;
 
@@ -108,7 +108,7 @@ impl Status {
     }
 }
 
-const TYPES: [(DType, &str, &str); 13] = [
+const TYPES: [(DType, &str, &str); 23] = [
     (DType::F32, "KILN_F32", "float"),
     (DType::F64, "KILN_F64", "double"),
     (DType::F16, "KILN_F16", "uint16_t, bits of an IEEE binary16"),
@@ -122,6 +122,16 @@ const TYPES: [(DType, &str, &str); 13] = [
     (DType::U32, "KILN_U32", "uint32_t"),
     (DType::U64, "KILN_U64", "uint64_t"),
     (DType::Bool, "KILN_BOOL", "uint8_t, 0 or 1"),
+    (DType::Small(Small::F8E4M3FN), "KILN_F8E4M3FN", "uint8_t, a code of float8 e4m3fn"),
+    (DType::Small(Small::F8E4M3FNUZ), "KILN_F8E4M3FNUZ", "uint8_t, a code of float8 e4m3fnuz"),
+    (DType::Small(Small::F8E5M2), "KILN_F8E5M2", "uint8_t, a code of float8 e5m2"),
+    (DType::Small(Small::F8E5M2FNUZ), "KILN_F8E5M2FNUZ", "uint8_t, a code of float8 e5m2fnuz"),
+    (DType::Small(Small::F8E8M0), "KILN_F8E8M0", "uint8_t, a code of float8 e8m0"),
+    (DType::Small(Small::F4E2M1), "KILN_F4E2M1", "uint8_t, a code of float4 e2m1, one a byte"),
+    (DType::Small(Small::I4), "KILN_I4", "int8_t, -8 to 7, one a byte"),
+    (DType::Small(Small::U4), "KILN_U4", "uint8_t, 0 to 15, one a byte"),
+    (DType::Small(Small::I2), "KILN_I2", "int8_t, -2 to 1, one a byte"),
+    (DType::Small(Small::U2), "KILN_U2", "uint8_t, 0 to 3, one a byte"),
 ];
 
 /// The number of an element type in C.

@@ -28,7 +28,7 @@ pub fn eval_node(
 ) -> Result<Value> {
     let mut memory = vec![None; program.slots.len()];
     for arg in &graph.node(id).args {
-        memory[program.values[arg.index()]] = Some(operand(*arg).data);
+        memory[program.values[arg.index()]] = Some(held(operand(*arg)));
     }
     let ty = graph.ty(id).clone();
     let wanted = vec![(program.values[id.index()], ty.dtype)];
@@ -37,13 +37,28 @@ pub fn eval_node(
     Ok(Value { ty, data })
 }
 
+/// What a slot holds, and as what it was written: others may read the bytes as another dtype.
+type Held = (DType, Data);
+
+fn held(value: Value) -> Held {
+    (value.ty.dtype, value.data)
+}
+
+/// What a slot holds as a dtype.
+fn as_dtype((written, data): &Held, dtype: DType) -> Data {
+    if written.stored() == dtype.stored() || written.bytes() != dtype.bytes() {
+        return data.clone();
+    }
+    Value { ty: Type::new(*written, &[data.len()]), data: data.clone() }.bits(dtype)
+}
+
 /// What `wanted` slots hold after the launches that they hang on; `memory` is what slots hold
 /// before.
 fn run(
     graph: &Graph,
     program: &Program,
     wanted: Vec<(usize, DType)>,
-    memory: &mut [Option<Data>],
+    memory: &mut [Option<Held>],
     input: &dyn Fn(usize) -> Value,
 ) -> Result<Vec<Data>> {
     let mut needed: Vec<bool> = vec![false; program.slots.len()];
@@ -59,12 +74,12 @@ fn run(
     }
     for (slot, memory) in memory.iter_mut().enumerate() {
         match program.slots[slot].source {
-            Source::Input(i) if needed[slot] && memory.is_none() => *memory = Some(input(i).data),
+            Source::Input(i) if needed[slot] && memory.is_none() => *memory = Some(held(input(i))),
             Source::Const(i) if needed[slot] && memory.is_none() => {
-                *memory = Some(Value::from_constant(&graph.constants[i]).data);
+                *memory = Some(held(Value::from_constant(&graph.constants[i])));
             }
             // Without a caller, dims are as long as they may be.
-            Source::Dims if needed[slot] => *memory = Some(longest(graph)),
+            Source::Dims if needed[slot] => *memory = Some((DType::I64, longest(graph))),
             Source::Input(_) | Source::Const(_) | Source::Dims | Source::Made => {}
         }
     }
@@ -72,22 +87,25 @@ fn run(
         let kernel = &program.kernels[launch.kernel];
         let global = kernel.buffers.iter().filter(|b| b.scope == Scope::Global);
         let take = |(buffer, &slot): (&loops::ir::Buffer, &usize)| {
-            memory[slot].clone().unwrap_or_else(|| Data::zeros(buffer.dtype, buffer.len))
+            let found = memory[slot].as_ref().map(|held| as_dtype(held, buffer.dtype));
+            found.unwrap_or_else(|| Data::zeros(buffer.dtype, buffer.len))
         };
         let mut buffers: Vec<Data> = global.zip(&launch.slots).map(take).collect();
         loops::eval::eval(kernel, &mut buffers)
             .map_err(|diagnostic| Error::new(ErrorKind::Mismatch, diagnostic))?;
         let written = written_slot(kernel, &launch.slots);
-        for (&slot, data) in launch.slots.iter().zip(buffers) {
+        let global = kernel.buffers.iter().filter(|b| b.scope == Scope::Global);
+        for ((&slot, data), buffer) in launch.slots.iter().zip(buffers).zip(global) {
             if Some(slot) == written {
-                memory[slot] = Some(data);
+                memory[slot] = Some((buffer.dtype, data));
             }
         }
     }
     let value = |&(slot, dtype): &(usize, DType)| {
         // Kernels over nothing do not run; their results have no elements.
         let empty = program.slots[slot].bytes == 0;
-        let found = memory[slot].clone().or(empty.then(|| Data::zeros(dtype, 0)));
+        let found = memory[slot].as_ref().map(|held| as_dtype(held, dtype));
+        let found = found.or(empty.then(|| Data::zeros(dtype, 0)));
         found.ok_or_else(|| {
             let what = format!("no kernel writes slot {slot}");
             Error::new(ErrorKind::Mismatch, Diagnostic::new("K0905", what))

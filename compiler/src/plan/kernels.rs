@@ -137,7 +137,7 @@ impl Build<'_> {
                 inside
             }
             Op::Const(i) => self.slot(Source::Const(*i as usize), bytes, true),
-            Op::Reshape(_) => self.program.values[node.args[0].index()],
+            Op::Reshape(_) | Op::Bits(_) => self.program.values[node.args[0].index()],
             Op::Fused(body) => {
                 let constant = node
                     .args

@@ -16,7 +16,8 @@ pub fn unfused(graph: &Graph) -> Result<Verified<Graph>> {
     for node in &graph.nodes {
         let args: Args = node.args.iter().map(|a| place[a.index()]).collect();
         let op = match &node.op {
-            Op::Input(_) | Op::Const(_) | Op::Reshape(_) | Op::Fused(_) => node.op.clone(),
+            Op::Input(_) | Op::Const(_) | Op::Fused(_) => node.op.clone(),
+            op if op.is_alias() => op.clone(),
             op => {
                 let mut nodes: Vec<Node> = Vec::new();
                 for (i, arg) in node.args.iter().enumerate() {

@@ -47,7 +47,7 @@ fn flops(op: &Op, args: &[&Type], ty: &Type) -> Option<Term> {
         Op::Composite(_) => None,
         Op::Input(_) | Op::Const(_) | Op::Iota(..) | Op::Reshape(_) | Op::Permute(_) => None,
         Op::Expand(_) | Op::Slice(_) | Op::Pad(_) | Op::Window(_) | Op::Concat(_) => None,
-        Op::Gather(_) | Op::Fused(_) => None,
+        Op::Gather(_) | Op::Bits(_) | Op::Fused(_) => None,
     }
 }
 

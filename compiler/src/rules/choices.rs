@@ -116,7 +116,7 @@ impl ChoiceGraph {
         let first = |a: &u32| NodeId(args.iter().position(|b| b == a).unwrap_or(0) as u32);
         nodes.push(node_of(node.op.clone(), class, args.iter().map(first).collect()));
         let (body, args) = self.bodies.intern(&Body { nodes }, args);
-        let alias = matches!(node.op, Op::Reshape(_));
+        let alias = node.op.is_alias();
         Kernel { body, args, inside: SmallVec::from_slice(&[place]), alias }
     }
 
@@ -158,7 +158,7 @@ impl ChoiceGraph {
             let single = [root];
             let members = match (clusters.get(&root), &node.op) {
                 (Some(members), _) => members.as_slice(),
-                (None, Op::Reshape(_)) => &single,
+                (None, op) if op.is_alias() => &single,
                 (None, _) => continue,
             };
             let (body, arguments) = fuse::body(extracted, members);
@@ -166,7 +166,7 @@ impl ChoiceGraph {
             let Some(args) = args.filter(|args| !args.contains(&value)) else { continue };
             let (body, args) = self.bodies.intern(&body, &args);
             let inside = members.iter().rev().filter_map(|&m| place(m)).collect();
-            let alias = matches!(node.op, Op::Reshape(_)) && members.len() == 1;
+            let alias = node.op.is_alias() && members.len() == 1;
             choose(value, Kernel { body, args, inside, alias });
         }
         selection

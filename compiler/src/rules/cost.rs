@@ -181,6 +181,7 @@ pub fn op_us(op: &Op, results: f64, constant: [bool; 2]) -> f64 {
         Op::Input(_)
         | Op::Const(_)
         | Op::Iota(..)
+        | Op::Bits(_)
         | Op::Reshape(_)
         | Op::Permute(_)
         | Op::Expand(_)

@@ -28,7 +28,7 @@ fn node_us(saturated: &Saturated, class: Id, node: &ENode) -> f64 {
     let bytes = data.ty.size_bytes() as f64;
     // Pointwise work usually runs in the epilogue of what makes its operand.
     let traffic = match &node.op {
-        Op::Input(_) | Op::Const(_) | Op::Reshape(_) | Op::Fused(_) => 0.0,
+        Op::Input(_) | Op::Const(_) | Op::Reshape(_) | Op::Bits(_) | Op::Fused(_) => 0.0,
         Op::Permute(_) => 4.0 * bytes,
         Op::Unary(_) | Op::Binary(_) | Op::Select | Op::Cast(_) | Op::Expand(_) | Op::Iota(..) => {
             0.2 * bytes

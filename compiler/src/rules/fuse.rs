@@ -107,7 +107,7 @@ pub fn clusters(graph: &Graph) -> Clusters {
         }
         let arguments = match graph.nodes[root].op {
             Op::Input(_) | Op::Const(_) => continue,
-            Op::Reshape(_) | Op::Fused(_) => {
+            Op::Reshape(_) | Op::Bits(_) | Op::Fused(_) => {
                 graph.nodes[root].args.iter().map(|a| a.index()).collect()
             }
             _ => {

@@ -109,7 +109,7 @@ fn in_memory(steps: &[i64], ty: &Type) -> i64 {
 fn below(node: &Node, operand: usize, from: &Type, steps: &[i64]) -> Option<Steps> {
     let to = &node.ty;
     Some(match &node.op {
-        Op::Unary(_) | Op::Binary(_) | Op::Select | Op::Cast(_) | Op::Expand(_) => {
+        Op::Unary(_) | Op::Binary(_) | Op::Select | Op::Cast(_) | Op::Bits(_) | Op::Expand(_) => {
             let place = |d: usize| if from.shape[d] == 1 { 0 } else { steps[d] };
             (0..from.rank()).map(place).collect()
         }

@@ -61,7 +61,7 @@ fn from_torch(ty: &Type, tensor: &Tensor) -> Value {
 /// An integer as its dtype has it.
 fn wrapped(x: Tensor, dtype: DType) -> Tensor {
     let bits = 8 * dtype.bytes() as u32;
-    match dtype {
+    match dtype.stored() {
         DType::Bool => x.ne(0).to_kind(Kind::Int64),
         _ if dtype.is_float() || bits == 64 => x,
         DType::U8 | DType::U16 | DType::U32 => x.bitwise_and((1i64 << bits) - 1),
@@ -88,6 +88,7 @@ fn operation(op: &Op, args: &[&Tensor], from: DType, ty: &Type) -> Tensor {
         Op::Binary(f) => binary(*f, args[0], args[1], from),
         Op::Select => args[1].where_self(&args[0].ne(0), args[2]),
         Op::Cast(to) => cast(x(), from, *to),
+        Op::Bits(to) => wrapped(x().shallow_clone(), *to),
         Op::Reshape(_) => x().reshape(&shape[..]),
         Op::Permute(axes) => x().permute(axes.iter().map(|&a| i64::from(a)).collect::<Vec<_>>()),
         Op::Expand(_) => x().expand(&shape, false),

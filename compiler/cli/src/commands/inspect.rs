@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use kiln::error::sanitize;
+use kiln::tensor::{DType, SMALL};
 use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
@@ -10,6 +11,11 @@ use crate::commands::{inspect_artifact, model_name, open};
 use crate::device::Place;
 use crate::failure::Failure;
 use crate::term::{Term, bytes};
+
+/// Whether an input or output is a tensor of that dtype.
+fn has(port: &kiln::ModelPort, dtype: &str) -> bool {
+    port.ty.strip_prefix(dtype).is_some_and(|shape| shape.starts_with('['))
+}
 
 /// Prints inputs, outputs, operators and sizes.
 pub fn run(args: &InspectArgs, term: &Term) -> Result<(), Failure> {
@@ -40,6 +46,12 @@ pub fn run(args: &InspectArgs, term: &Term) -> Result<(), Failure> {
     let mut text = format!("{name}\n");
     inputs.iter().for_each(|port| text += &format!("input     {port}\n"));
     outputs.iter().for_each(|port| text += &format!("output    {port}\n"));
+    let all = || model.inputs().iter().chain(model.outputs());
+    for (small, name) in SMALL.into_iter().filter(|s| all().any(|port| has(port, s.1))) {
+        // Files of NumPy have no name for it.
+        let stored = DType::Small(small).stored();
+        text += &format!("in .npy   {name} is {stored}, a byte for each\n");
+    }
     text += &format!("opset     {}\n", model.opset());
     text += &format!("weights   {}\n", bytes(model.weight_bytes()));
     text += &format!("nodes     {}\n", model.nodes().len());

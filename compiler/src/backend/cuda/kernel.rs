@@ -113,6 +113,7 @@ pub fn ty(dtype: DType) -> Ty {
         DType::I64 => Ty::S64,
         DType::U64 => Ty::U64,
         DType::Bool => Ty::Pred,
+        DType::Small(_) => ty(dtype.stored()),
     }
 }
 
@@ -130,6 +131,7 @@ pub(super) fn stored(dtype: DType) -> Ty {
         DType::U16 => Ty::U16,
         DType::U32 => Ty::U32,
         DType::U64 => Ty::U64,
+        DType::Small(_) => stored(dtype.stored()),
     }
 }
 

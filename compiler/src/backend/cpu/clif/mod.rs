@@ -21,12 +21,10 @@ use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
 use self::cast::mask;
-use crate::backend::emit::{
-    Access, Bits, Dynamic, Emitted, Machine, Unsupported, compute_dtype, emit,
-};
+use crate::backend::emit::{Access, Bits, Dynamic, Emitted, Machine, Unsupported, emit};
 use crate::backend::{bf16, dot};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
-use crate::loops::ir::{BufferId, Count, Loops, Number, Parts};
+use crate::loops::ir::{BufferId, Count, Loops, Number, Parts, compute_dtype};
 
 /// Bytes and texts of one function.
 #[derive(Clone, Debug, Default)]
@@ -143,7 +141,7 @@ fn scalar_type(dtype: DType) -> Type {
     match dtype {
         DType::F32 | DType::F16 | DType::BF16 => types::F32,
         DType::F64 => types::F64,
-        DType::I8 | DType::U8 | DType::Bool => types::I8,
+        DType::I8 | DType::U8 | DType::Bool | DType::Small(_) => types::I8,
         DType::I16 | DType::U16 => types::I16,
         DType::I32 | DType::U32 => types::I32,
         DType::I64 | DType::U64 => types::I64,

@@ -1,0 +1,210 @@
+//! Operators whose results are as large as data say: they are computed where the data are known
+//! when the model is imported.
+
+use std::cmp::Ordering;
+
+use kiln_runtime::tensor::Tensor;
+
+use super::call::{Call, Outputs, not_supported, one};
+use crate::error::Diagnostic;
+use crate::graph::op::Op;
+use crate::graph::scalar::Number;
+
+/// Pairs of boxes that the importer compares at most.
+const MOST: usize = 1 << 28;
+
+/// The ends of a box along y and x.
+type Box2 = [[f32; 2]; 2];
+
+/// A box of four numbers: two corners, or the middle, the width and the height.
+fn box_of(numbers: &[f64], centred: bool) -> Box2 {
+    let [a, b, c, d] = [0, 1, 2, 3].map(|k: usize| numbers[k] as f32);
+    match centred {
+        true => [[b - d / 2.0, b + d / 2.0], [a - c / 2.0, a + c / 2.0]],
+        false => [[a.min(c), a.max(c)], [b.min(d), b.max(d)]],
+    }
+}
+
+/// How much of two boxes together is in both.
+fn shared(a: &Box2, b: &Box2) -> f32 {
+    let along = |k: usize| a[k][1].min(b[k][1]) - a[k][0].max(b[k][0]);
+    let area = |x: &Box2| (x[0][1] - x[0][0]) * (x[1][1] - x[1][0]);
+    let (down, across) = (along(0), along(1));
+    if down <= 0.0 || across <= 0.0 || area(a) <= 0.0 || area(b) <= 0.0 {
+        return 0.0;
+    }
+    down * across / (area(a) + area(b) - down * across)
+}
+
+/// The number that an operand is known to be; none where it is absent or empty.
+fn known_number(call: &Call, index: usize) -> Result<Option<f64>, Diagnostic> {
+    match call.optional(index) {
+        Some(_) => Ok(call.known_input(index)?.as_f64s().first().copied()),
+        None => Ok(None),
+    }
+}
+
+/// The boxes of each class from the highest score down that share little with those taken before.
+pub(super) fn non_max_suppression(call: &mut Call) -> Outputs {
+    let centred = call.int_or("center_point_box", 0) != 0;
+    let (boxes, scores) = (call.known_input(0)?, call.known_input(1)?);
+    let most = known_number(call, 2)?.unwrap_or(0.0).max(0.0) as usize;
+    let (limit, least) = (known_number(call, 3)?.unwrap_or(0.0), known_number(call, 4)?);
+    let (bs, ss) = (&boxes.ty.shape, &scores.ty.shape);
+    let ([images, count, 4], [batch, classes, of_each]) = (&bs[..], &ss[..]) else {
+        return Err(not_supported(format!("boxes {bs:?} with scores {ss:?}")));
+    };
+    let pairs = count.min(&most).checked_mul(*count).and_then(|n| n.checked_mul(images * classes));
+    if images != batch || count != of_each || pairs.is_none_or(|n| n > MOST) {
+        return Err(not_supported(format!("boxes {bs:?} with scores {ss:?}, {most} of a class")));
+    }
+    let (numbers, scores) = (boxes.as_f64s(), scores.as_f64s());
+    let mut found: Vec<i64> = Vec::new();
+    for image in 0..*images {
+        let corner = |i: usize| &numbers[(image * count + i) * 4..][..4];
+        let boxes: Vec<Box2> = (0..*count).map(|i| box_of(corner(i), centred)).collect();
+        for class in 0..*classes {
+            let scores = &scores[(image * classes + class) * count..][..*count];
+            let mut order: Vec<usize> =
+                (0..*count).filter(|&i| least.is_none_or(|least| scores[i] > least)).collect();
+            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+            let mut taken: Vec<usize> = Vec::new();
+            for i in order {
+                if taken.len() == most {
+                    break;
+                }
+                let apart = |&j: &usize| shared(&boxes[i], &boxes[j]) <= limit as f32;
+                if taken.iter().all(apart) {
+                    taken.push(i);
+                    found.extend([image as i64, class as i64, i as i64]);
+                }
+            }
+        }
+    }
+    one(call.graph.i64s(&[found.len() / 3, 3], &found, &call.origin))
+}
+
+/// The order of numbers of one dtype; what is no number comes last, and is the same as another.
+fn order(a: Number, b: Number) -> Ordering {
+    match (a, b) {
+        (Number::Int(a), Number::Int(b)) => a.cmp(&b),
+        (Number::Float(a), Number::Float(b)) => {
+            let nan = a.is_nan().cmp(&b.is_nan());
+            nan.then(a.partial_cmp(&b).unwrap_or(Ordering::Equal))
+        }
+        (Number::Int(_), Number::Float(_)) => Ordering::Less,
+        (Number::Float(_), Number::Int(_)) => Ordering::Greater,
+    }
+}
+
+/// Each different slice along an axis, or each different element, once: with the first place of
+/// each, which of them each slice is, and how often each is there.
+pub(super) fn unique(call: &mut Call) -> Outputs {
+    let sorted = call.int_or("sorted", 1) != 0;
+    let value = call.known_input(0)?;
+    let mut x = call.input(0)?;
+    let mut shape = value.ty.shape.to_vec();
+    let axis = match call.int("axis") {
+        Some(axis) => call.axis(axis, shape.len())?,
+        None => {
+            shape = vec![value.ty.numel()];
+            x = call.graph.reshape(x, &shape, &call.origin)?;
+            0
+        }
+    };
+    let (count, inner) = (shape[axis], shape[axis + 1..].iter().product::<usize>());
+    let outer: usize = shape[..axis].iter().product();
+    // The elements of a slice, in order.
+    let at = |i: usize, k: usize| value.data.get((k / inner * count + i) * inner + k % inner);
+    let compare = |a: usize, b: usize| {
+        let parts = (0..outer * inner).map(|k| order(at(a, k), at(b, k)));
+        parts.fold(Ordering::Equal, Ordering::then)
+    };
+    let mut places: Vec<usize> = (0..count).collect();
+    places.sort_by(|&a, &b| compare(a, b));
+    // Equal ones stand side by side, the first one first.
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    for place in places {
+        match groups.last_mut() {
+            Some(group) if compare(group[0], place) == Ordering::Equal => group.push(place),
+            _ => groups.push(vec![place]),
+        }
+    }
+    if !sorted {
+        groups.sort_by_key(|group| group[0]);
+    }
+    let first: Vec<i64> = groups.iter().map(|group| group[0] as i64).collect();
+    let mut inverse = vec![0i64; count];
+    for (number, group) in groups.iter().enumerate() {
+        group.iter().for_each(|&place| inverse[place] = number as i64);
+    }
+    let counts: Vec<i64> = groups.iter().map(|group| group.len() as i64).collect();
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let y = match first.is_empty() {
+        true => x,
+        false => {
+            let index = g.i64s(&[first.len()], &first, o);
+            g.add(Op::Gather(axis as u8), &[x, index], o)?
+        }
+    };
+    let mut list = |values: &[i64]| Some(g.tensor(&Tensor::from_slice(&[values.len()], values), o));
+    Ok(vec![Some(y), list(&first), list(&inverse), list(&counts)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::NEEDS_VALUE;
+    use super::super::control::tests::{graph, ints, model, node, outputs, port};
+    use super::super::proto::TensorProto;
+
+    fn constant(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
+        TensorProto {
+            name: Some(name.into()),
+            dims: dims.to_vec(),
+            data_type: Some(1),
+            float_data: values.to_vec(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn slices_are_taken_once_and_counted() {
+        let mut unique = node("Unique", &["c"], &["y", "first", "which", "count"]);
+        unique.attribute.extend([ints("axis", &[-1]), ints("sorted", &[0])]);
+        let mut made = graph(&[], &[unique], &["y", "first", "which", "count"]);
+        // Columns 2 1, NaN 0, 2 1, -0 0, 0 0, NaN 0.
+        let rows = [2.0, f32::NAN, 2.0, -0.0, 0.0, f32::NAN, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0];
+        made.initializer.push(constant("c", &[2, 6], &rows));
+        let found = outputs(&model(made, false).expect("a model"), &[]);
+        assert_eq!(found[1], [0.0, 1.0, 3.0]);
+        assert_eq!(found[2], [0.0, 1.0, 0.0, 2.0, 2.0, 1.0]);
+        assert_eq!(found[3], [2.0, 2.0, 2.0]);
+        assert_eq!(found[0][3..], [1.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn what_is_not_known_and_what_does_not_fit_is_refused() {
+        let unknown = graph(&[port("x", &[4], 1)], &[node("Unique", &["x"], &["y"])], &["y"]);
+        assert!(model(unknown, false).expect_err("data").contains(NEEDS_VALUE));
+        let boxes = |shape: &[i64], scores: &[i64], most: f32| {
+            let numbers = |shape: &[i64]| vec![0.5; shape.iter().product::<i64>() as usize];
+            let taken = node("NonMaxSuppression", &["b", "s", "m"], &["y"]);
+            let mut made = graph(&[], &[taken], &["y"]);
+            made.initializer = vec![
+                constant("b", shape, &numbers(shape)),
+                constant("s", scores, &numbers(scores)),
+                constant("m", &[1], &[most]),
+            ];
+            model(made, false)
+        };
+        for (shape, scores) in
+            [([1, 3, 5], [1, 1, 3]), ([1, 3, 4], [2, 1, 3]), ([1, 3, 4], [1, 1, 4])]
+        {
+            let problem = boxes(&shape, &scores, 2.0).expect_err("shapes that do not fit");
+            assert!(problem.contains(&format!("{shape:?}")), "{problem}");
+        }
+        let many = boxes(&[1, 20_000, 4], &[1, 1, 20_000], 1e9).expect_err("too many pairs");
+        assert!(many.contains("20000"), "{many}");
+        assert!(boxes(&[1, 3, 4], &[1, 1, 3], -1.0).is_ok());
+    }
+}
