@@ -38,10 +38,12 @@ pub enum DType {
     U64,
     /// One byte, 0 or 1.
     Bool,
+    /// A binary32 whose mantissa has 10 bits, the others are 0. Only inside of models.
+    TF32,
 }
 
 /// Every dtype, in the order of the enum.
-pub const DTYPES: [DType; 13] = [
+pub const DTYPES: [DType; 14] = [
     DType::F32,
     DType::F16,
     DType::BF16,
@@ -55,6 +57,7 @@ pub const DTYPES: [DType; 13] = [
     DType::U32,
     DType::U64,
     DType::Bool,
+    DType::TF32,
 ];
 
 impl DType {
@@ -63,14 +66,24 @@ impl DType {
         match self {
             DType::I8 | DType::U8 | DType::Bool => 1,
             DType::F16 | DType::BF16 | DType::I16 | DType::U16 => 2,
-            DType::F32 | DType::I32 | DType::U32 => 4,
+            DType::F32 | DType::TF32 | DType::I32 | DType::U32 => 4,
             DType::F64 | DType::I64 | DType::U64 => 8,
         }
     }
 
     /// Whether the type has a fraction.
     pub fn is_float(self) -> bool {
-        matches!(self, DType::F32 | DType::F16 | DType::BF16 | DType::F64)
+        matches!(self, DType::F32 | DType::F64) || self.is_rounded()
+    }
+
+    /// Whether its numbers are those of f32 that have fewer bits, and are computed with as f32.
+    pub fn is_rounded(self) -> bool {
+        matches!(self, DType::F16 | DType::BF16 | DType::TF32)
+    }
+
+    /// What has the same bytes and is known outside of models.
+    pub fn storage(self) -> DType {
+        if self == DType::TF32 { DType::F32 } else { self }
     }
 
     /// Whether the type is an integer below zero as well.
@@ -94,6 +107,7 @@ impl DType {
             DType::U32 => "u32",
             DType::U64 => "u64",
             DType::Bool => "bool",
+            DType::TF32 => "tf32",
         }
     }
 
@@ -196,12 +210,12 @@ impl Tensor {
 
     /// The elements, or `None` where `T` is not the dtype's storage.
     pub fn as_slice<T: Element>(&self) -> Option<&[T]> {
-        (T::DTYPE == self.dtype).then(|| bytemuck::cast_slice(self.bytes()))
+        (T::DTYPE == self.dtype.storage()).then(|| bytemuck::cast_slice(self.bytes()))
     }
 
     /// The elements, or `None` where `T` is not the dtype's storage.
     pub fn as_slice_mut<T: Element>(&mut self) -> Option<&mut [T]> {
-        (T::DTYPE == self.dtype).then(|| bytemuck::cast_slice_mut(self.bytes_mut()))
+        (T::DTYPE == self.dtype.storage()).then(|| bytemuck::cast_slice_mut(self.bytes_mut()))
     }
 
     /// The same elements under another shape of as many elements, or `None`.

@@ -558,8 +558,5 @@ fn unwritten() -> Unsupported {
 
 /// Short floats are computed as f32 and rounded when they are stored or cast.
 pub fn compute_dtype(dtype: DType) -> DType {
-    match dtype {
-        DType::F16 | DType::BF16 => DType::F32,
-        other => other,
-    }
+    if dtype.is_rounded() { DType::F32 } else { dtype }
 }

@@ -64,7 +64,7 @@ pub struct Axes {
 /// What a sum of products is summed in, for results of a dtype.
 fn sums_of(dtype: DType) -> Option<DType> {
     match dtype {
-        DType::F32 | DType::F16 | DType::BF16 => Some(DType::F32),
+        DType::F32 | DType::F16 | DType::BF16 | DType::TF32 => Some(DType::F32),
         DType::I32 => Some(DType::I32),
         _ => None,
     }
@@ -78,7 +78,8 @@ fn operand(lower: &Lower, e: &Expr, sums: DType) -> Option<Operand> {
     };
     let Expr::Load(buffer, Place { affine, dynamic: None }) = load else { return None };
     let dtype = lower.buffers[*buffer].dtype;
-    let known = dtype == sums || dtype.is_float() == sums.is_float() && dtype.bytes() < 4;
+    let short = dtype.is_rounded() || dtype.bytes() < 4;
+    let known = dtype == sums || dtype.is_float() == sums.is_float() && short;
     (known && dtype != DType::Bool).then(|| Operand { buffer: *buffer, place: affine.clone() })
 }
 
@@ -208,7 +209,7 @@ fn shape(
     tiles: [[usize; 2]; 5],
     [blocks, rows, columns]: [usize; 3],
     (pieces, depth): (usize, usize),
-    warp: bool,
+    at_once: usize,
     most: usize,
 ) -> ([usize; 2], usize) {
     let parts = std::iter::successors(Some(1), |n| Some(2 * n));
@@ -221,7 +222,7 @@ fn shape(
         let count = blocks * parts * rows.div_ceil(r) * columns.div_ceil(c);
         // Products, and what is read from shared memory for them, by 128 units; then partial sums
         // are written and read again, some 2 KB at once, by one launch more.
-        let products = if warp { r * c / 8 } else { r * c } + 32 * (r + c);
+        let products = r * c / at_once + 32 * (r + c);
         let sums = count.div_ceil(PROCESSORS) * pieces.div_ceil(parts) * depth * products / 128;
         let more = LAUNCH + blocks * rows * columns * parts / 256;
         if parts > 1 { sums + more } else { sums }
@@ -232,8 +233,7 @@ fn shape(
 /// Whether warps can multiply operands of these dtypes.
 fn by_warps(dtypes: [DType; 2]) -> bool {
     let byte = |t: DType| matches!(t, DType::I8 | DType::U8);
-    let short = matches!(dtypes[0], DType::F16 | DType::BF16);
-    dtypes[0] == dtypes[1] && short || dtypes.into_iter().all(byte)
+    dtypes[0] == dtypes[1] && dtypes[0].is_rounded() || dtypes.into_iter().all(byte)
 }
 
 /// A tile in the making.
@@ -267,7 +267,13 @@ impl Tile {
         let all = axes.sums.extent().div_ceil(depth);
         let work = [blocks, axes.rows.extent(), axes.columns.extent()];
         let most = if whole { 1 } else { PARTS };
-        let (tile, parts) = shape(tiles, work, (all, depth), warp, most);
+        // Products that a unit for matrices makes while a thread makes one.
+        let at_once = match (warp, bytes) {
+            (false, _) => 1,
+            (true, 4) => 4,
+            (true, _) => 8,
+        };
+        let (tile, parts) = shape(tiles, work, (all, depth), at_once, most);
         let count = all.div_ceil(parts);
         let parts = all.div_ceil(count);
         let part = if parts > 1 { Some((lower.var(parts)?, parts)) } else { None };

@@ -102,7 +102,8 @@ impl Attention {
             Op::Contract(_) => true,
             Op::Reduce(..) => true,
             Op::Reshape(_) => stage[n] == 0 || stage[n] == 3,
-            Op::Permute(_) | Op::Cast(DType::BF16) => stage[n] == 3 && n > self.mixed,
+            Op::Permute(_) => stage[n] == 3 && n > self.mixed,
+            op if is_rounding(op) => stage[n] == 3 && n > self.mixed,
             op => is_pointwise(op) && stage[n] < 3,
         };
         let beside = (0..nodes.len()).filter(|n| !above.contains(n));
@@ -176,13 +177,13 @@ impl Attention {
     }
 
     /// Whether the result is only moved, in another order with the same last axis, then in another
-    /// shape; and perhaps rounded to bf16 before that.
+    /// shape; and perhaps rounded before that.
     fn ends_plain(&self, nodes: &[Node]) -> bool {
         let mut ends: Vec<&Op> = nodes[self.mixed + 1..].iter().map(|n| &n.op).collect();
         while let Some(Op::Reshape(_)) = ends.last() {
             ends.pop();
         }
-        ends.retain(|op| **op != Op::Cast(DType::BF16));
+        ends.retain(|op| !is_rounding(op));
         match ends.as_slice() {
             [] => true,
             [Op::Permute(axes)] => axes.last().is_some_and(|&a| a as usize + 1 == axes.len()),
@@ -197,7 +198,7 @@ impl Attention {
         let above = body.above(self.products);
         let float = |&n: &usize| match &nodes[n].op {
             Op::Binary(f) if f.is_comparison() => true,
-            _ if n > self.mixed => matches!(nodes[n].ty.dtype, DType::F32 | DType::BF16),
+            _ if nodes[n].ty.dtype.is_rounded() => n > self.mixed,
             _ => nodes[n].ty.dtype == DType::F32,
         };
         let operands = [self.products, self.mixed].map(|n| &nodes[n].args);
@@ -207,6 +208,11 @@ impl Attention {
             && above.iter().all(|n| float(n) && runs(n))
             && operands.into_iter().all(|n| nodes[n].ty.dtype == DType::F32)
     }
+}
+
+/// Whether an operation makes numbers of fewer bits.
+fn is_rounding(op: &Op) -> bool {
+    matches!(op, Op::Cast(to) if to.is_rounded())
 }
 
 /// Whether a body is a softmax of scores, the one argument that is as large: a maximum, then a sum.

@@ -1,14 +1,14 @@
 //! Faults that are planted in right texts, one at a time. The interpreter reports each one, or the
 //! results are wrong.
 
-use kiln::Compiler;
 use kiln::backend::cuda::Gpu;
 use kiln::graph::Graph;
 use kiln::graph::op::{Composite, UnaryFn};
 use kiln::tensor::DType;
+use kiln::{Compiler, Precision};
 use kiln_tests::{difference, interpret, ptx};
 
-use crate::{close, convolution, elements, inputs, product, rows, short_product};
+use crate::{close, convolution, elements, inputs, product, rounded_product, rows, short_product};
 
 /// Changes of a text that are tried for each fault at most.
 const MOST: usize = 10;
@@ -141,6 +141,27 @@ const WARP: &[Fault] = &[
     ),
 ];
 
+/// Of numbers of tf32, the weights of which are read word by word.
+const WORDS: &[Fault] = &[
+    ("a number that is not rounded", |l| instead(l, "cvt.rna.tf32.f32", "mov.b32"), ALL),
+    ("rows in another order", |l| exchanged(l, 1, [0, 1]), ALL),
+    ("halves of rows in another order", |l| exchanged(l, 1, [1, 2]), ALL),
+    ("halves of columns in another order", |l| exchanged(l, 2, [0, 1]), ALL),
+    ("results in another order", |l| exchanged(l, 0, [0, 1]), ALL),
+    (
+        "the products before",
+        |l| l.starts_with("ldmatrix").then_some(()).and_then(|()| instead(l, "+32]", "+0]")),
+        ALL,
+    ),
+    (
+        "the word before",
+        |l| l.starts_with("ld.shared.b32").then_some(()).and_then(|()| instead(l, "+0]", "+4]")),
+        ALL,
+    ),
+    ("another line", |l| number(l, "shr.u32", 1), ALL),
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
+];
+
 const BYTES: &[Fault] = &[
     ("bytes of another sign", |l| instead(l, ".u8.s8.", ".s8.s8."), ALL),
     ("rows in another order", |l| exchanged(l, 1, [0, 1]), ALL),
@@ -196,8 +217,12 @@ fn changes(text: &str, change: fn(&str) -> Option<String>) -> Vec<String> {
 
 /// Plants faults in the text of a graph: those that are not found as they should be.
 fn plant(graph: &Graph, faults: &[Fault]) -> Vec<String> {
+    plant_by(graph, &Compiler::new(), faults)
+}
+
+fn plant_by(graph: &Graph, compiler: &Compiler, faults: &[Fault]) -> Vec<String> {
     let inputs = inputs(graph);
-    let cuda = Compiler::new().cuda_of(graph, Gpu::of(80).expect("a GPU")).expect("a text");
+    let cuda = compiler.cuda_of(graph, Gpu::of(80).expect("a GPU")).expect("a text");
     let want = interpret(graph, &inputs);
     let mut problems = Vec::new();
     for (name, change, (harmless, _)) in faults {
@@ -227,6 +252,9 @@ fn planted_faults_are_found() {
     let short = [DType::BF16; 2];
     let warps = short_product([70, 248, 72], short, [false, false]);
     problems.extend(plant(&warps, WARP));
+    let tf32 = Compiler::new().precision(Precision::Tf32);
+    let words = rounded_product([70, 248, 72], [false, false], &tf32);
+    problems.extend(plant_by(&words, &tf32, WORDS));
     let bytes = short_product([40, 100, 24], [DType::U8, DType::I8], [false, true]);
     problems.extend(plant(&bytes, BYTES));
     problems.extend(plant(&convolution([2, 8, 17, 1], ([7, 12], [3, 3]), (1, 1)), PIXELS));

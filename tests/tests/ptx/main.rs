@@ -7,11 +7,11 @@ mod faults;
 
 use std::path::Path;
 
-use kiln::Compiler;
 use kiln::backend::cuda::Gpu;
 use kiln::graph::Graph;
 use kiln::graph::op::{BinaryFn, Composite, Op, Type, UnaryFn};
 use kiln::tensor::{DType, Tensor};
+use kiln::{Compiler, Precision};
 use kiln_tests::small::{MODELS, graph};
 use kiln_tests::{ONNX, Random, Tolerance, difference, interpret, oracle, ptx, suite};
 
@@ -77,8 +77,12 @@ fn inputs(graph: &Graph) -> Vec<Tensor> {
 
 /// Runs a graph as PTX and compares with the interpreter of graphs; gives the text.
 fn agrees(name: &str, graph: &Graph) -> String {
+    agrees_by(name, graph, &Compiler::new())
+}
+
+fn agrees_by(name: &str, graph: &Graph, compiler: &Compiler) -> String {
     let inputs = inputs(graph);
-    let cuda = Compiler::new().cuda_of(graph, Gpu::of(80).expect("a GPU")).expect(name);
+    let cuda = compiler.cuda_of(graph, Gpu::of(80).expect("a GPU")).expect(name);
     let module = kiln_ptx::parse(&cuda.module.text).expect(name);
     let got = ptx::run_text(&cuda, &module, &inputs).unwrap_or_else(|why| panic!("{name}: {why}"));
     for (got, want) in got.iter().zip(&interpret(graph, &inputs)) {
@@ -162,6 +166,47 @@ fn long_sums_are_made_in_parts() {
         assert!(agrees("deep", &deep).contains("_parts("), "the sum is made in parts");
         let short = convolution([2, channels * 4, 20, 1], ([6, 5], [1, 1]), (1, 0));
         assert!(agrees("short", &short).contains("_parts("), "the sum is made in parts");
+    }
+}
+
+/// A product with weights, whose operands are rounded.
+fn rounded_product(
+    [rows, depth, columns]: [usize; 3],
+    turned: [bool; 2],
+    compiler: &Compiler,
+) -> Graph {
+    let (mut graph, origin) = (Graph::default(), "product".into());
+    let of = |shape: [usize; 2], turned: bool| {
+        if turned { [shape[1], shape[0]] } else { shape }
+    };
+    let x = graph.input("x", Type::new(DType::F32, &of([rows, depth], turned[0])));
+    let w = Random::new(7).tensor(&of([depth, columns], turned[1]));
+    let w = graph.tensor(&w, &origin);
+    let operands = [0, 1].map(|k: usize| {
+        let x = [x, w][k];
+        if turned[k] { graph.permute(x, &[1, 0], &origin).expect("a view") } else { x }
+    });
+    let z = graph.matmul(operands[0], operands[1], &origin).expect("a product");
+    graph.outputs.push(("z".into(), z));
+    compiler.rounded(graph)
+}
+
+#[test]
+fn warps_multiply_rounded_numbers() {
+    for (precision, name) in [
+        (Precision::Bf16, "m16n8k16.row.col.f32.bf16.bf16.f32"),
+        (Precision::F16, "m16n8k16.row.col.f32.f16.f16.f32"),
+        (Precision::Tf32, "m16n8k8.row.col.f32.tf32.tf32.f32"),
+    ] {
+        for sizes in [[64, 64, 64], [70, 38, 90], [16, 200, 40], [33, 96, 40]] {
+            for turned in [[false, false], [false, true], [true, false], [true, true]] {
+                let title = format!("{sizes:?} {precision:?} {turned:?}");
+                let compiler = Compiler::new().precision(precision);
+                let graph = rounded_product(sizes, turned, &compiler);
+                let text = agrees_by(&title, &graph, &compiler);
+                assert!(text.contains(name), "{title}\n{text}");
+            }
+        }
     }
 }
 
