@@ -17,8 +17,10 @@ use crate::rules::attention::{Attention, FEW, MANY};
 
 /// Rows of a block at most.
 const ROWS: usize = 24;
-/// Scores of a block at most: they share a cache of the second level with keys and values.
+/// Scores of a block at most, where it has more than a few rows: they share a cache of the second
+/// level with keys and values.
 const SCORES: usize = 1 << 16;
+const LEAST: usize = 4;
 /// Pieces for threads, where there are so many blocks: each packs keys and values for itself.
 const PIECES: usize = 16;
 /// Rows of values that are read as they lie: more of them drive each other out of the cache.
@@ -34,7 +36,7 @@ struct Shares {
 
 /// The blocks of so many rows, where other axes make `outer` pieces.
 fn shares(total: usize, keys: usize, outer: usize) -> Shares {
-    let most = ROWS.min(SCORES / keys).clamp(1, total);
+    let most = ROWS.min((SCORES / keys).max(LEAST)).min(total);
     let whole = (most / 2 + 1..=most).rev().find(|&rows| total.is_multiple_of(rows));
     let rows = whole.unwrap_or(most);
     let blocks = total / rows;
@@ -88,10 +90,8 @@ struct Block {
 
 /// The kernel of an attention.
 pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lowering<Lowered> {
-    if lower.target.threads > 0
-        && let Some(lowered) = super::gpu_attention::lower(lower.fresh(), root, parts, name)?
-    {
-        return Ok(lowered);
+    if lower.target.threads > 0 {
+        return super::gpu_attention::lower(lower, root, parts, name);
     }
     let weight = lower.register(DType::F32, 1);
     lower.bind_cell(parts.weights, Expr::Load(weight, origin_place()));
@@ -559,11 +559,12 @@ mod tests {
     #[test]
     fn rows_are_shared_out() {
         for (total, keys, outer) in
-            [(1, 7, 8), (128, 128, 12), (197, 197, 12), (1500, 1500, 8), (5, 16384, 1)]
+            [(1, 7, 8), (128, 128, 12), (197, 197, 12), (1500, 1500, 8), (5, 1 << 20, 1)]
         {
             let s = shares(total, keys, outer);
             assert_eq!(s.pieces * s.blocks * s.rows + s.left, total, "{s:?}");
-            assert!(s.rows <= ROWS && s.left < s.rows.max(1) && s.rows * keys <= SCORES, "{s:?}");
+            let fits = s.rows * keys <= SCORES || s.rows <= LEAST;
+            assert!(s.rows <= ROWS && s.left < s.rows.max(1) && fits, "{s:?}");
         }
         let even = Shares { rows: 20, blocks: 25, pieces: 3, left: 0 };
         assert_eq!(shares(1500, 1500, 8), even);

@@ -8,14 +8,12 @@ use super::bodies::Places;
 use super::choices::{ChoiceGraph, Kernel};
 use super::kind::{Body, Kind, is_pointwise, only_splits};
 use crate::graph::Node;
-use crate::graph::op::{Contract, Op, ReduceFn};
+use crate::graph::op::{BinaryFn, Contract, Op, ReduceFn, UnaryFn};
 
 /// Rows at least for which keys and values are brought into the order in which they are read.
 pub const MANY: usize = 128;
 /// Rows at most whose products with keys are each a sum across lanes.
 pub const FEW: usize = 4;
-/// Keys at most: some rows of scores are kept together.
-pub const MAX_KEYS: usize = 1 << 14;
 /// Attentions kept for a value, each over other arguments: what these cost, the selection knows.
 const KEEP: usize = 32;
 /// Ways to scale and mask scores that are tried in a softmax.
@@ -63,7 +61,10 @@ pub fn find(nodes: &[Node]) -> Option<Attention> {
     }
     let (scores, powers) = (arg(most, 0), arg(sum, 0));
     let found = Attention { products, scores, most, powers, sum, weights, mixed, side };
-    let fits = found.has_stages(nodes, &above) && found.has_shapes(nodes) && found.is_float(nodes);
+    let fits = found.has_stages(nodes, &above)
+        && found.has_shapes(nodes)
+        && found.has_factors(nodes)
+        && found.is_float(nodes);
     fits.then_some(found)
 }
 
@@ -135,7 +136,7 @@ impl Attention {
         let same = |n: usize| leading(n) == leading(weights) || leading(n) == leading(self.scores);
         let before = (self.products..=self.scores).filter(|&n| body.below(self.scores)[n]);
         let mut before = before.filter(|&n| body.above(self.products).contains(&n));
-        (2..=MAX_KEYS).contains(&keys)
+        keys >= 2
             && folds(self.most, ReduceFn::Max)
             && folds(self.sum, ReduceFn::Sum)
             && shape(self.powers) == full
@@ -146,6 +147,37 @@ impl Attention {
             && before.all(|n| shape(n).last() == Some(&keys) && same(n))
             && self.has_maps(nodes, keys)
             && self.ends_plain(nodes)
+    }
+
+    /// Whether powers are of e, and weights are powers times one number of the row, or 0 where that
+    /// is none: so powers of another maximum, and sums of them, differ from these by a factor only.
+    fn has_factors(&self, nodes: &[Node]) -> bool {
+        let arg = |n: usize, k: usize| nodes[n].args[k].index();
+        let single = |n: usize| nodes[n].ty.shape.last() == Some(&1);
+        let is_power = |n: usize| {
+            let apart = arg(n, 0);
+            nodes[n].op == Op::Unary(UnaryFn::Exp)
+                && nodes[apart].op == Op::Binary(BinaryFn::Sub)
+                && [arg(apart, 0), arg(apart, 1)] == [self.scores, self.most]
+        };
+        let mut at = self.weights;
+        while at != self.powers {
+            at = match nodes[at].op {
+                Op::Binary(BinaryFn::Mul) if single(arg(at, 0)) => arg(at, 1),
+                Op::Binary(BinaryFn::Mul | BinaryFn::Div) if single(arg(at, 1)) => arg(at, 0),
+                // A guard against rows without a finite score: is it a number?
+                Op::Select if nodes[arg(at, 1)].ty.numel() == 1 => {
+                    let (asked, x) = (arg(at, 0), arg(at, 2));
+                    let guards = nodes[asked].op == Op::Binary(BinaryFn::Ne);
+                    if !guards || [arg(asked, 0), arg(asked, 1)] != [x, x] {
+                        return false;
+                    }
+                    x
+                }
+                _ => return false,
+            };
+        }
+        is_power(self.powers)
     }
 
     /// Whether keys are the last axis of the products and the one axis that is summed later.

@@ -8,7 +8,9 @@ use kiln::tensor::DType;
 use kiln::{Compiler, Precision};
 use kiln_tests::{difference, interpret, ptx};
 
-use crate::{close, convolution, elements, inputs, product, rounded_product, rows, short_product};
+use crate::{
+    attention, close, convolution, elements, inputs, product, rounded_product, rows, short_product,
+};
 
 /// Changes of a text that are tried for each fault at most.
 const MOST: usize = 10;
@@ -101,6 +103,18 @@ const TILE: &[Fault] = &[
     ("a pair of pieces too few", |l| number(l, "setp.lt.u32", -1), ALL),
     ("a difference for a sum", |l| instead(l, "add.rn.f32", "sub.rn.f32"), ALL),
     ("another block", |l| instead(l, "%ctaid.x", "0"), ALL),
+];
+
+const ATTENTION: &[Fault] = &[
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
+    ("sums as they were", |l| instead(l, "mul.rn.f32", "add.rn.f32"), ALL),
+    (
+        "a turn too few",
+        |l| number(l, "setp.lt.u32", -1),
+        (2, "any score of a row may stand for its greatest"),
+    ),
+    ("the next row", |l| instead(l, ", 2080, ", ", 2048, "), ALL),
+    ("powers of the other sign", |l| instead(l, "sub.rn.f32", "add.rn.f32"), ALL),
 ];
 
 /// A product by a warp in which two registers of an operand change places.
@@ -248,6 +262,7 @@ fn planted_faults_are_found() {
     let row = rows(Composite::LayerNorm(1, 1e-5f32.to_bits()), 3, 1200);
     let mut problems = plant(&row, BARRIERS);
     problems.extend(plant(&row, ROW));
+    problems.extend(plant(&attention([2, 6, 1100, 8, 12]), ATTENTION));
     problems.extend(plant(&product(70, 100, 68, false), TILE));
     let short = [DType::BF16; 2];
     let warps = short_product([70, 248, 72], short, [false, false]);

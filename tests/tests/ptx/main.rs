@@ -8,8 +8,8 @@ mod faults;
 use std::path::Path;
 
 use kiln::backend::cuda::Gpu;
-use kiln::graph::Graph;
 use kiln::graph::op::{BinaryFn, Composite, Op, Type, UnaryFn};
+use kiln::graph::{Graph, NodeId};
 use kiln::tensor::{DType, Tensor};
 use kiln::{Compiler, Precision};
 use kiln_tests::small::{MODELS, graph};
@@ -281,7 +281,24 @@ fn sums_of_short_floats_are_rounded_once() {
 }
 
 /// The attention of queries to keys with values, masked.
-fn attention([heads, queries, keys, depth, width]: [usize; 5]) -> Graph {
+fn attention(sizes: [usize; 5]) -> Graph {
+    attention_by(sizes, |_, x| x)
+}
+
+/// The same with weights that are 0 where they are no numbers.
+fn guarded_attention(sizes: [usize; 5]) -> Graph {
+    attention_by(sizes, |graph, x| {
+        let origin = "guard".into();
+        let is_nan = graph.binary(BinaryFn::Ne, x, x, &origin).expect("a condition");
+        let zero = graph.scalar(DType::F32, 3, 0.0, &origin);
+        graph.select(is_nan, zero, x, &origin).expect("a choice")
+    })
+}
+
+fn attention_by(
+    [heads, queries, keys, depth, width]: [usize; 5],
+    weights: impl Fn(&mut Graph, NodeId) -> NodeId,
+) -> Graph {
     let (mut graph, origin) = (Graph::default(), "attention".into());
     let mut input = |name, shape: &[usize]| graph.input(name, Type::new(DType::F32, shape));
     let q = input("q", &[heads, queries, depth]);
@@ -293,6 +310,7 @@ fn attention([heads, queries, keys, depth, width]: [usize; 5]) -> Graph {
     let x = graph.binary_number(BinaryFn::Mul, x, 0.5, &origin).expect("a product");
     let x = graph.binary(BinaryFn::Add, x, mask, &origin).expect("a sum");
     let x = graph.composite(Composite::Softmax(2), x, &origin).expect("shares");
+    let x = weights(&mut graph, x);
     let y = graph.matmul(x, v, &origin).expect("sums");
     graph.outputs.push(("y".into(), y));
     graph
@@ -307,9 +325,35 @@ fn attention_of_any_size_is_right() {
         [2, 1, 40, 8, 8],
         [6, 197, 197, 16, 16],
         [1, 18, 1500, 5, 7],
+        [1, 3, 20_000, 8, 12],
+        [2, 1, 5000, 16, 200],
     ] {
         let text = agrees(&format!("{sizes:?}"), &attention(sizes));
         assert_eq!(text.matches(".entry").count(), 1, "{sizes:?} is one kernel");
+    }
+}
+
+/// Where no score is finite there is no number, or 0 where the model asks for that; and scores that
+/// are finite in later blocks of keys only are as good as others.
+#[test]
+fn attention_of_masked_rows_is_right() {
+    for guarded in [false, true] {
+        let make = if guarded { guarded_attention } else { attention };
+        let graph = make([2, 18, 300, 8, 12]);
+        let mut inputs = inputs(&graph);
+        let mask = inputs[3].as_slice_mut::<f32>().expect("f32");
+        mask[..300].fill(f32::NEG_INFINITY);
+        mask[300..500].fill(f32::NEG_INFINITY);
+        mask[600 + 150..900].fill(f32::NEG_INFINITY);
+        mask[900..1000].fill(f32::MIN);
+        let cuda = Compiler::new().cuda_of(&graph, Gpu::of(80).expect("a GPU")).expect("a text");
+        assert_eq!(cuda.module.entries.len(), 1, "one kernel");
+        let module = kiln_ptx::parse(&cuda.module.text).expect("a text");
+        let got = ptx::run_text(&cuda, &module, &inputs).expect("results");
+        let want = interpret(&graph, &inputs);
+        assert_eq!(difference(&got[0], &want[0], CLOSE), None, "guarded {guarded}");
+        let first = want[0].as_slice::<f32>().expect("f32")[0];
+        assert!(if guarded { first == 0.0 } else { first.is_nan() }, "{first}");
     }
 }
 
