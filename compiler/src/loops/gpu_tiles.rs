@@ -394,10 +394,10 @@ impl Tile {
 
     /// Blocks of threads, one for each tile.
     fn all(&self, lower: &mut Lower, axes: &Axes, end: (BufferId, &Stmt)) -> Lowering<Vec<Stmt>> {
-        let near = axes.columns.innermost().filter(|_| axes.columns.holds(NEAR));
-        let lanes = !self.warp
-            && !self.pieces[1].along
-            && near.is_some_and(|n| is_vector(&lower.buffers, std::slice::from_ref(end.1), n.0));
+        let result = std::slice::from_ref(end.1);
+        let innermost = axes.columns.innermost().filter(|_| axes.columns.holds(self.owns.near()));
+        let near = innermost.is_some_and(|n| is_vector(&lower.buffers, result, n.0));
+        let lanes = near && !self.warp && !self.pieces[1].along;
         let first = store(self.sums, self.owns.place.clone(), zero(self.dtype));
         let mut body = self.owns.all(self.owns.rows.each(self.across(lanes, vec![first])));
         let count = self.count;
@@ -419,27 +419,27 @@ impl Tile {
             body.extend(self.bring(lower, axes, &number(count - 1), 1));
         }
         (0..2 - count % 2).for_each(|half| body.extend(self.add(lower, half, lanes)));
-        body.extend(self.end(lower, axes, end, lanes));
+        body.extend(self.end(lower, axes, end, lanes || near && self.warp));
         let starts =
             self.part.map(|part| part.0).into_iter().chain(self.starts.iter().map(|s| s.0));
         let loops: Vec<Var> = axes.outer.iter().copied().chain(starts).collect();
         gpu::blocks(lower, &loops, body)
     }
 
-    /// The end: each element where there is one.
+    /// The end: each element where there is one, or neighbours at once where they are `near`.
     fn end(
         &self,
         lower: &mut Lower,
         axes: &Axes,
         (cell, result): (BufferId, &Stmt),
-        lanes: bool,
+        near: bool,
     ) -> Vec<Stmt> {
         let none = || (Affine::default(), 1);
         let (rows, columns) = (&self.owns.rows, &self.owns.columns);
         let row = Flat { base: sum(&self.starts[0].1, &rows.line), rest: none() };
         let column = sum(&self.starts[1].1, &columns.line);
         let [high, low] = columns.loops;
-        let column = match lanes {
+        let column = match near {
             true => Flat { base: without(&column, low.0), rest: (scaled(low.0, 1), low.1) },
             false => Flat { base: column, rest: none() },
         };
@@ -459,9 +459,9 @@ impl Tile {
             end.insert(0, store(rounded, at, value));
         }
         let [all_rows, all] = [axes.rows.extent(), axes.columns.extent()];
-        let end = match lanes {
+        let end = match near {
             true => {
-                let end = vector(low, end);
+                let end = if self.warp { pairs(lower, low, end) } else { vector(low, end) };
                 unroll(high, below(lower, &column.base, all - (low.1 - 1), end, Vec::new()))
             }
             false => self.across(false, below(lower, &column.base, all, end, Vec::new())),
@@ -469,4 +469,16 @@ impl Tile {
         let end = below(lower, &row.base, all_rows, end, Vec::new());
         self.owns.all(rows.each(end))
     }
+}
+
+/// Statements that end in a store, for two neighbours: both are computed before one is stored, so
+/// that what is read for them, and they themselves, are beside each other.
+fn pairs(lower: &mut Lower, near: (Var, usize), mut body: Vec<Stmt>) -> Vec<Stmt> {
+    let Some(Stmt::Store { buffer, place, value }) = body.pop() else { return body };
+    let kept = lower.register(lower.buffers[buffer].dtype, near.1);
+    let at = scaled(near.0, 1);
+    body.push(store(kept, at.clone(), value));
+    let value = Expr::Load(kept, Place::affine(at));
+    let store = Stmt::Store { buffer, place, value };
+    [unroll(near, body), unroll(near, vec![store])].concat()
 }

@@ -77,7 +77,7 @@ fn texts_assemble_without_spills() {
     );
     for ((name, make), precision) in MODELS.iter().flat_map(|m| Precision::ALL.map(|p| (m, p))) {
         let (compiler, of) = (Compiler::new().precision(precision), precision.name());
-        match line(&compiler.rounded(graph(make)), &compiler) {
+        match line(&compiler.rounded(graph(*make)), &compiler) {
             Ok(line) => _ = writeln!(table, "{name} in {of}{line}"),
             Err(why) => problems.push(format!("{name} in {of}: {why}")),
         }

@@ -127,7 +127,15 @@ fn exchanged(line: &str, operand: usize, [a, b]: [usize; 2]) -> Option<String> {
     Some(format!("{name} {};", groups.join(", ")))
 }
 
+/// A store of two neighbours in which they change places.
+fn turned(line: &str) -> Option<String> {
+    let (place, pair) = line.strip_suffix("};")?.split_once(", {")?;
+    let (x, y) = pair.split_once(", ")?;
+    line.starts_with("st.global.v2").then(|| format!("{place}, {{{y}, {x}}};"))
+}
+
 const WARP: &[Fault] = &[
+    ("neighbours in another order", turned, ALL),
     ("rows in another order", |l| exchanged(l, 1, [0, 1]), ALL),
     ("halves of rows in another order", |l| exchanged(l, 1, [1, 2]), ALL),
     ("halves of columns in another order", |l| exchanged(l, 2, [0, 1]), ALL),

@@ -258,6 +258,8 @@ fn warps_multiply_short_numbers() {
     let large = short_product([700, 64, 768], [BF16, BF16], [false, false]);
     let text = agrees("large", &large);
     assert!(text.contains(".x2.trans") && text.contains("cp.async.cg"));
+    let stores = |word: &str| text.matches(word).count();
+    assert!(stores("st.global.v2.b16") > 0 && stores("st.global.b16") == 0, "neighbours at once");
 }
 
 #[test]
