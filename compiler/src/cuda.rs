@@ -55,7 +55,7 @@ impl Compiler {
     pub fn optimise_cuda(&self, graph: &Graph) -> Result<Graph> {
         // Bytes and short floats are multiplied as they are, by warps.
         let rounded = Some(self.precision.dtype()).filter(|dtype| dtype.is_rounded());
-        let dots = Dots { whole: true, rounded };
+        let dots = Dots { whole: true, rounded, warps: true };
         Ok((*rules::optimise(graph, self.egraph, dots)?.graph).clone())
     }
 

@@ -81,6 +81,8 @@ pub struct Dots {
     pub whole: bool,
     /// Of this dtype, whose products are summed as f32.
     pub rounded: Option<DType>,
+    /// Of all of these, by the warps of a GPU.
+    pub warps: bool,
 }
 
 impl Parts {

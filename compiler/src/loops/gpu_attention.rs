@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
-use super::attention::{Tiles, mixed, query_of, row_of, scores};
+use super::attention::{Tiles, as_dtype, mixed, query_of, row_of, scores};
 use super::contract::{self, zero};
 use super::gpu;
 use super::gpu_pieces::{below, scaled, store, threads, unroll};
@@ -81,7 +81,7 @@ fn two(f: BinaryFn, x: &Arc<Expr>, y: &Arc<Expr>) -> Expr {
 
 /// The kernel of an attention.
 pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lowering<Lowered> {
-    let weight = lower.register(DType::F32, 1);
+    let weight = lower.register(lower.ty(parts.weights).dtype, 1);
     lower.bind_cell(parts.weights, Expr::Load(weight, origin_place()));
     let product = contract::product(&mut lower, root, parts.mixed)?;
     let asked = lower.asked(parts.weights);
@@ -100,7 +100,7 @@ pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lo
     let start = scaled(line, step).plus(turn.into(), -(most as i64));
     let line_of = (buffer, Place::affine(start));
     let scores = scores(&mut lower, parts, (&row, keys), &line_of)?;
-    let mixed = mixed(product, parts.side, (key, None), &line_of)?;
+    let mixed = mixed(&mut lower, product, parts.side, (key, None), &line_of)?;
     let sums = Columns::new(&mut lower, &block, &mixed)?;
     let mut body = block.first();
     body.extend(sums.first(&lower, (&block, &mixed)));
@@ -267,11 +267,14 @@ impl Block {
         let add = store(self.now, at.clone(), two(BinaryFn::Add, &now, &load(self.parts, &part)));
         let mut second = vec![start];
         second.extend(in_fours(lower, other, shares, vec![add])?);
-        lower.bind_cell(parts.sum, (*now).clone());
-        lower.bind_cell(parts.powers, (*number(1.0)).clone());
+        for (node, value) in [(parts.sum, now), (parts.powers, number(1.0))] {
+            let value = as_dtype(lower, lower.ty(node).dtype, value);
+            lower.bind_cell(node, (*value).clone());
+        }
         let mut index = row.to_vec();
         index.push(origin_place());
-        let weight = (*lower.value(parts.weights, &index)?).clone();
+        let weight = lower.value(parts.weights, &index)?;
+        let weight = (*as_dtype(lower, DType::F32, weight)).clone();
         let weight = store(self.factors, scaled(self.line.0, 1), weight);
         second.extend(below(lower, &scaled(share, 1), 1, vec![weight], Vec::new()));
         Ok([self.each(vec![first]), self.each(second)].concat())
@@ -392,7 +395,9 @@ impl Columns {
         let none = Arc::new(two(BinaryFn::Eq, &factor, &number(0.0)));
         let value = Expr::Select(none, number(0.0), product);
         let mut body = vec![store(mixed.cell, Affine::default(), value)];
-        body.extend(mixed.end.iter().map(|result| block.stored(result.clone())));
+        let mut end = mixed.end.clone();
+        let result = end.pop().map(|result| block.stored(result));
+        body.extend(end.into_iter().chain(result));
         self.columns(lower, mixed, &self.lines((block, mixed), &body))
     }
 }

@@ -223,23 +223,32 @@ impl Attention {
         }
     }
 
-    /// Whether all of it runs in lanes of f32, over axes that are in use whole.
+    /// Whether all of it runs in lanes of f32, or is of one short float, over axes that are in use
+    /// whole.
     fn is_float(&self, nodes: &[Node]) -> bool {
         let body = Body { nodes };
         let whole = nodes.iter().all(|n| n.ty.used.is_empty() && n.ty.numel() > 0);
         let above = body.above(self.products);
+        let (dtype, short) = (nodes[self.products].ty.dtype, is_short(nodes));
         let float = |&n: &usize| match &nodes[n].op {
             Op::Binary(f) if f.is_comparison() => true,
-            _ if nodes[n].ty.dtype.is_rounded() => n > self.mixed,
-            _ => nodes[n].ty.dtype == DType::F32,
+            _ if nodes[n].ty.dtype.is_rounded() && n > self.mixed => true,
+            _ => nodes[n].ty.dtype == dtype,
         };
         let operands = [self.products, self.mixed].map(|n| &nodes[n].args);
         let operands = operands.into_iter().flatten().map(|a| a.index());
-        let runs = |&n: &usize| body.is_vector_op(n);
+        let runs = |&n: &usize| short || body.is_vector_op(n);
         whole
+            && (short || dtype == DType::F32)
             && above.iter().all(|n| float(n) && runs(n))
-            && operands.into_iter().all(|n| nodes[n].ty.dtype == DType::F32)
+            && operands.into_iter().all(|n| nodes[n].ty.dtype == dtype)
     }
+}
+
+/// Whether the products of an attention are of short floats: lanes have none, warps multiply them.
+pub fn is_short(nodes: &[Node]) -> bool {
+    let mut products = nodes.iter().filter(|n| matches!(n.op, Op::Contract(_)));
+    products.any(|n| matches!(n.ty.dtype, DType::F16 | DType::BF16))
 }
 
 /// Whether an operation makes numbers of fewer bits.

@@ -327,7 +327,7 @@ pub fn rounded_us(
     }
     let us = products_us(contract, constant, None);
     let both = dots.rounded.is_some() && from.iter().all(|f| *f == dots.rounded);
-    if both && in_words(contract, constant, Parts::Halves) {
+    if both && (dots.warps || in_words(contract, constant, Parts::Halves)) {
         return us / 2.0;
     }
     let lanes = (0..contract.n_out).rev().find(|&a| contract.extents[a] > 1);

@@ -284,12 +284,12 @@ fn sums_of_short_floats_are_rounded_once() {
 
 /// The attention of queries to keys with values, masked.
 fn attention(sizes: [usize; 5]) -> Graph {
-    attention_by(sizes, |_, x| x)
+    attention_by(sizes, DType::F32, |_, x| x)
 }
 
 /// The same with weights that are 0 where they are no numbers.
 fn guarded_attention(sizes: [usize; 5]) -> Graph {
-    attention_by(sizes, |graph, x| {
+    attention_by(sizes, DType::F32, |graph, x| {
         let origin = "guard".into();
         let is_nan = graph.binary(BinaryFn::Ne, x, x, &origin).expect("a condition");
         let zero = graph.scalar(DType::F32, 3, 0.0, &origin);
@@ -299,10 +299,11 @@ fn guarded_attention(sizes: [usize; 5]) -> Graph {
 
 fn attention_by(
     [heads, queries, keys, depth, width]: [usize; 5],
+    dtype: DType,
     weights: impl Fn(&mut Graph, NodeId) -> NodeId,
 ) -> Graph {
     let (mut graph, origin) = (Graph::default(), "attention".into());
-    let mut input = |name, shape: &[usize]| graph.input(name, Type::new(DType::F32, shape));
+    let mut input = |name, shape: &[usize]| graph.input(name, Type::new(dtype, shape));
     let q = input("q", &[heads, queries, depth]);
     let k = input("k", &[heads, keys, depth]);
     let v = input("v", &[heads, keys, width]);
@@ -316,6 +317,26 @@ fn attention_by(
     let y = graph.matmul(x, v, &origin).expect("sums");
     graph.outputs.push(("y".into(), y));
     graph
+}
+
+/// Of short floats, whose every step is rounded in the model, and the last one only in kernels.
+#[test]
+fn attention_of_short_floats_is_right() {
+    for (dtype, near) in [(DType::F16, 2f64.powi(-8)), (DType::BF16, 2f64.powi(-5))] {
+        for sizes in [[2, 16, 24, 8, 8], [1, 33, 70, 12, 20], [3, 5, 300, 16, 16], [2, 1, 40, 8, 8]]
+        {
+            let graph = attention_by(sizes, dtype, |_, x| x);
+            let inputs = inputs(&graph);
+            let cuda = Compiler::new().cuda_of(&graph, Gpu::of(80).expect("a GPU")).expect("text");
+            let text = &cuda.module.text;
+            let module = kiln_ptx::parse(text).expect("a text");
+            let got = ptx::run_text(&cuda, &module, &inputs).expect("results");
+            let want = interpret(&graph, &inputs);
+            let bound = Tolerance { rtol: near, atol: near };
+            assert_eq!(difference(&got[0], &want[0], bound), None, "{dtype} {sizes:?}");
+            assert_eq!(text.matches(".entry").count(), 1, "{dtype} {sizes:?} is one kernel");
+        }
+    }
 }
 
 #[test]

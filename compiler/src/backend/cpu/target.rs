@@ -171,9 +171,10 @@ impl Cpu {
     pub fn dots(&self) -> Dots {
         let has = |name: &str| self.features.iter().any(|f| f.name == name);
         match Level::of(self.wide_lanes) {
-            Some(Level::Avx2) => Dots { whole: has(DOTS[0]), rounded: None },
+            Some(Level::Avx2) => Dots { whole: has(DOTS[0]), ..Dots::default() },
             Some(Level::Avx512) => {
-                Dots { whole: has(DOTS[1]), rounded: has(HALVES).then_some(DType::BF16) }
+                let rounded = has(HALVES).then_some(DType::BF16);
+                Dots { whole: has(DOTS[1]), rounded, ..Dots::default() }
             }
             None => Dots::default(),
         }

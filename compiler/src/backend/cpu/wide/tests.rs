@@ -113,7 +113,8 @@ pub struct Agreed {
 pub fn try_agree(loops: &Loops, lanes: usize, before: &[Vec<f32>], turns: i64) -> Option<Agreed> {
     let lanes = loops.lanes().unwrap_or(lanes);
     let plain = agreed(loops, (lanes, Dots::default()), before, turns)?;
-    let all = Dots { whole: true, rounded: (lanes == 16).then_some(DType::BF16) };
+    let rounded = (lanes == 16).then_some(DType::BF16);
+    let all = Dots { whole: true, rounded, ..Dots::default() };
     let dots = agreed(loops, (lanes, all), before, turns)?;
     assert!(bits(&plain.buffers) == bits(&dots.buffers), "{}, {lanes} lanes", loops.name);
     Some(Agreed { used: plain.used.union(&dots.used).cloned().collect(), ..plain })
