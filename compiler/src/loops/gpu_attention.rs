@@ -11,10 +11,11 @@ use kiln_runtime::tensor::DType;
 use super::attention::{Tiles, as_dtype, mixed, query_of, row_of, scores};
 use super::contract::{self, zero};
 use super::gpu;
+use super::gpu_attention_warps::{Short, Warps};
 use super::gpu_pieces::{below, scaled, store, threads, unroll};
 use super::index::{Index, add, scale, to_expr};
 use super::ir::{BufferId, Expr, Kind, Loops, Number, Place, Stmt, Var};
-use super::lower::{Lower, Lowered, Lowering, origin_place};
+use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
 use super::nest::wrap;
 use super::rewrite::{computed, retarget, substitute};
 use crate::graph::op::{Affine, BinaryFn, UnaryFn};
@@ -43,9 +44,9 @@ fn rows(total: usize, outer: usize) -> usize {
 }
 
 /// What the threads of a block do.
-struct Block {
+pub struct Block {
     /// The variable of a row in the block, and how many there are.
-    line: (Var, usize),
+    pub line: (Var, usize),
     /// The variable of all rows, and where those of the block begin.
     query: Option<(Var, Index)>,
     /// Where they would begin if all blocks had rows of their own, where some have not.
@@ -54,9 +55,11 @@ struct Block {
     turn: (Var, usize),
     /// Loops over the threads of a row, and over rows.
     shares: [(Var, usize); 2],
-    /// Shared memory: the scores of a block of keys, one number for each thread, and one for each
-    /// row.
-    scores: (BufferId, usize),
+    /// Shared memory: the scores of a block of keys, and the step from row to row.
+    pub scores: (BufferId, usize),
+    /// The same of their powers, which may take the place of scores.
+    pub weights: (BufferId, usize),
+    /// One number for each thread, and one for each row.
     parts: BufferId,
     factors: BufferId,
     /// Registers of the threads of a row: the greatest score so far, their sum of powers, and a
@@ -79,68 +82,162 @@ fn two(f: BinaryFn, x: &Arc<Expr>, y: &Arc<Expr>) -> Expr {
     Expr::Binary(f, x.clone(), y.clone())
 }
 
+/// Rows and keys that a block of threads has at once, and the short floats that its warps multiply.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    /// Rows.
+    pub rows: usize,
+    /// Keys.
+    pub keys: usize,
+    /// Threads, a multiple of the rows.
+    pub threads: usize,
+    /// Of what powers are, where warps multiply them with values.
+    pub short: Option<DType>,
+}
+
+/// What there is to do for a block of threads.
+struct Work {
+    block: Block,
+    /// The two products.
+    tiles: [Tiles; 2],
+    /// The index of a row of weights, and the variables of all rows and of the sum of values.
+    row: Vec<Index>,
+    query: Option<Var>,
+    key: Var,
+    /// Loops over blocks, and how often there are all rows.
+    outer: Vec<Var>,
+    count: usize,
+}
+
 /// The kernel of an attention.
-pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lowering<Lowered> {
-    let weight = lower.register(lower.ty(parts.weights).dtype, 1);
-    lower.bind_cell(parts.weights, Expr::Load(weight, origin_place()));
-    let product = contract::product(&mut lower, root, parts.mixed)?;
-    let asked = lower.asked(parts.weights);
-    lower.unbind(parts.weights);
-    let (key, row) = row_of(&product, asked.as_deref())?;
-    let (query, mut outer) = query_of(&product, parts, &row)?;
-    let keys = lower.extents[key as usize];
-    let count: usize = outer.iter().map(|&v| lower.extents[v as usize]).product();
-    let total = query.map_or(1, |q| lower.extents[q as usize]);
-    let mut block = Block::new(&mut lower, rows(total, count), keys)?;
-    if let Some(query) = query {
-        outer.push(block.begin(&mut lower, query, total)?);
-    }
-    let ((line, _), (turn, most), (buffer, step)) = (block.line, block.turn, block.scores);
-    // A key has its place among those of its block.
-    let start = scaled(line, step).plus(turn.into(), -(most as i64));
-    let line_of = (buffer, Place::affine(start));
-    let scores = scores(&mut lower, parts, (&row, keys), &line_of)?;
-    let mixed = mixed(&mut lower, product, parts.side, (key, None), &line_of)?;
-    let sums = Columns::new(&mut lower, &block, &mixed)?;
-    let mut body = block.first();
-    body.extend(sums.first(&lower, (&block, &mixed)));
-    let of = |lower: &mut Lower, count: usize| -> Lowering<Vec<Stmt>> {
-        let mut body = block.scores(lower, &scores, count)?;
-        body.extend(block.powers(lower, count)?);
-        body.extend(sums.add(lower, (&block, &mixed), (key, count))?);
-        Ok(body)
+pub fn lower(lower: Lower, root: usize, parts: &Attention, name: &str) -> Lowering<Lowered> {
+    let mut by_threads = lower.fresh();
+    let work = Work::new(&mut by_threads, root, parts, None)?;
+    let short = Short::of(&by_threads, (work.query, work.key), &work.tiles);
+    let (body, lower) = match short.and_then(|short| short.shape(work.count)) {
+        None => (work.by_threads(&mut by_threads, parts)?, by_threads),
+        Some(shape) => {
+            let mut by_warps = lower.fresh();
+            let work = Work::new(&mut by_warps, root, parts, Some(shape))?;
+            (work.by_warps(&mut by_warps, parts)?, by_warps)
+        }
     };
-    let (whole, rest) = (keys / most, keys % most);
-    if whole > 0 {
-        let inside = of(&mut lower, most)?;
-        body.push(Stmt::For { var: turn, extent: whole, kind: Kind::Serial, body: inside });
-    }
-    if rest > 0 {
-        let inside = of(&mut lower, rest)?;
-        body.extend(substitute(&inside, turn, &Affine::constant(whole as i64)));
-    }
-    body.extend(block.last(&mut lower, parts, &row)?);
-    body.extend(sums.end(&lower, (&block, &mixed)));
-    let body = gpu::blocks(&mut lower, &outer, body)?;
     let kernels = vec![Loops { name: name.to_string(), ..lower.finish(body) }];
     Ok(Lowered { kernels, scratch: Vec::new() })
 }
 
+impl Work {
+    fn new(
+        lower: &mut Lower,
+        root: usize,
+        parts: &Attention,
+        shape: Option<Shape>,
+    ) -> Lowering<Work> {
+        let weight = lower.register(lower.ty(parts.weights).dtype, 1);
+        lower.bind_cell(parts.weights, Expr::Load(weight, origin_place()));
+        let product = contract::product(lower, root, parts.mixed)?;
+        let asked = lower.asked(parts.weights);
+        lower.unbind(parts.weights);
+        let (key, row) = row_of(&product, asked.as_deref())?;
+        let (query, mut outer) = query_of(&product, parts, &row)?;
+        let keys = lower.extents[key as usize];
+        let count: usize = outer.iter().map(|&v| lower.extents[v as usize]).product();
+        let total = query.map_or(1, |q| lower.extents[q as usize]);
+        let shape = shape.unwrap_or_else(|| {
+            let (rows, threads) =
+                (rows(total, count), keys.next_power_of_two().clamp(gpu::WARP, THREADS));
+            Shape { rows, keys: EACH * threads / rows, threads, short: None }
+        });
+        let mut block = Block::new(lower, shape, keys)?;
+        if let Some(query) = query {
+            outer.push(block.begin(lower, query, total)?);
+        }
+        let ((line, _), (turn, most), (buffer, step)) = (block.line, block.turn, block.scores);
+        // A key has its place among those of its block.
+        let start = scaled(line, step).plus(turn.into(), -(most as i64));
+        let line_of = (buffer, Place::affine(start));
+        let scores = scores(lower, parts, (&row, keys), &line_of)?;
+        let mixed = mixed(lower, product, parts.side, (key, None), &line_of)?;
+        Ok(Work { block, tiles: [scores, mixed], row, query, key, outer, count })
+    }
+
+    /// Statements for all blocks of keys: made for where such a block begins, of so many.
+    fn all_keys(
+        &self,
+        lower: &mut Lower,
+        of: impl Fn(&mut Lower, &Affine, usize) -> Lowering<Vec<Stmt>>,
+    ) -> Lowering<Vec<Stmt>> {
+        let (turn, most) = self.block.turn;
+        let keys = lower.extents[self.key as usize];
+        let (whole, rest) = (keys / most, keys % most);
+        let mut body = Vec::new();
+        if whole > 0 {
+            let inside = of(lower, &scaled(turn, most), most)?;
+            body.push(Stmt::For { var: turn, extent: whole, kind: Kind::Serial, body: inside });
+        }
+        if rest > 0 {
+            let inside = of(lower, &Affine::constant((whole * most) as i64), rest)?;
+            body.extend(substitute(&inside, turn, &Affine::constant(whole as i64)));
+        }
+        Ok(body)
+    }
+
+    /// Each thread multiplies by itself.
+    fn by_threads(&self, lower: &mut Lower, parts: &Attention) -> Lowering<Vec<Stmt>> {
+        let (block, [scores, mixed]) = (&self.block, &self.tiles);
+        let sums = Columns::new(lower, block, mixed)?;
+        let mut body = block.first();
+        body.extend(sums.first(lower, (block, mixed)));
+        body.extend(self.all_keys(lower, |lower, start, count| {
+            let mut body = block.scores(lower, scores, (start, count))?;
+            body.extend(block.powers(lower, count)?);
+            body.extend(sums.add(lower, (block, mixed), (self.key, start, count))?);
+            Ok(body)
+        })?);
+        body.extend(block.last(lower, parts, &self.row)?);
+        body.extend(sums.end(lower, (block, mixed)));
+        gpu::blocks(lower, &self.outer, body)
+    }
+
+    /// Warps multiply.
+    fn by_warps(&self, lower: &mut Lower, parts: &Attention) -> Lowering<Vec<Stmt>> {
+        let (block, tiles) = (&self.block, &self.tiles);
+        let refuse = || Refused("operands that warps do not multiply".into());
+        let short = Short::of(lower, (self.query, self.key), tiles).ok_or_else(refuse)?;
+        let warps = Warps::new(lower, (&short, block), tiles)?;
+        let mut body = block.first();
+        body.extend(warps.first(lower));
+        body.extend(self.all_keys(lower, |lower, start, count| {
+            let mut body = warps.scores(lower, start, count);
+            body.extend(block.powers(lower, count)?);
+            body.extend(warps.add());
+            Ok(body)
+        })?);
+        body.extend(block.last(lower, parts, &self.row)?);
+        body.extend(warps.end(lower));
+        gpu::blocks(lower, &self.outer, body)
+    }
+}
+
 impl Block {
-    /// Of so many rows.
-    fn new(lower: &mut Lower, rows: usize, keys: usize) -> Lowering<Block> {
-        let threads = keys.next_power_of_two().clamp(gpu::WARP, THREADS);
+    /// Of a shape, for so many keys.
+    fn new(lower: &mut Lower, shape: Shape, keys: usize) -> Lowering<Block> {
+        let Shape { rows, keys: most, threads, short } = shape;
         lower.row_threads = threads;
-        let share = threads / rows;
-        let most = EACH * share;
-        let step = most + ROOM;
+        let (share, step) = (threads / rows, most + ROOM);
+        let scores = (gpu::shared(lower, DType::F32, rows * step), step);
+        let weights = match short {
+            Some(dtype) => (gpu::shared(lower, dtype, rows * step), step),
+            None => scores,
+        };
         Ok(Block {
             line: (lower.var(rows)?, rows),
             query: None,
             own: None,
             turn: (lower.var((keys / most).max(1))?, most),
             shares: [(lower.var(rows)?, rows), (lower.var(share)?, share)],
-            scores: (gpu::shared(lower, DType::F32, rows * step), step),
+            scores,
+            weights,
             parts: gpu::shared(lower, DType::F32, threads),
             factors: gpu::shared(lower, DType::F32, rows),
             most: lower.register(DType::F32, threads),
@@ -155,7 +252,7 @@ impl Block {
         let block = lower.var(total.div_ceil(rows))?;
         let own = scaled(block, rows);
         let mut start = Place::affine(own.clone());
-        if !total.is_multiple_of(rows) {
+        if !total.is_multiple_of(rows) && !self.is_short() {
             // The last block begins earlier, so that all of its rows are there.
             let last = Expr::Const(DType::I64, Number::Int((total - rows) as i128));
             let least = Expr::Binary(BinaryFn::Min, Arc::new(to_expr(&start)), Arc::new(last));
@@ -164,6 +261,16 @@ impl Block {
         }
         self.query = Some((query, start));
         Ok(block)
+    }
+
+    /// Whether warps multiply powers of scores.
+    fn is_short(&self) -> bool {
+        self.weights.0 != self.scores.0
+    }
+
+    /// Where its rows begin.
+    pub fn start(&self) -> Index {
+        self.query.as_ref().map_or(origin_place(), |query| query.1.clone())
     }
 
     /// Number of a thread of a row.
@@ -185,7 +292,12 @@ impl Block {
     }
 
     /// A thread for each key: it sums the products of all rows.
-    fn scores(&self, lower: &mut Lower, tiles: &Tiles, count: usize) -> Lowering<Vec<Stmt>> {
+    fn scores(
+        &self,
+        lower: &mut Lower,
+        tiles: &Tiles,
+        (start, count): (&Affine, usize),
+    ) -> Lowering<Vec<Stmt>> {
         let place = scaled(self.line.0, 1);
         let sums = lower.register(DType::F32, self.line.1);
         let own = |body: &[Stmt]| retarget(body, tiles.cell, sums, &place);
@@ -203,20 +315,17 @@ impl Block {
         });
         body.extend(all(own(&tiles.end)));
         let key = lower.var(count)?;
-        let body = substitute(&self.placed(&body), tiles.lanes, &self.key(key));
+        let index = start.clone().plus(key.into(), 1);
+        let body = substitute(&self.placed(&body), tiles.lanes, &index);
         gpu::pass(lower, vec![key], body)
-    }
-
-    /// The index of a key of a block.
-    fn key(&self, key: Var) -> Affine {
-        scaled(self.turn.0, self.turn.1).plus(key.into(), 1)
     }
 
     /// The powers of a block of keys in place of their scores; the greatest score so far and the
     /// sum of powers; and for each row what becomes of its powers so far.
     fn powers(&self, lower: &mut Lower, count: usize) -> Lowering<Vec<Stmt>> {
         let [(row, _), (share, shares)] = self.shares;
-        let (at, own) = (self.thread(), count.div_ceil(shares));
+        let at = self.thread();
+        let own = if self.is_short() { self.turn.1 } else { count }.div_ceil(shares);
         let turn = (lower.var(own)?, own);
         let element = scaled(turn.0, shares).plus(share.into(), 1);
         let score = scaled(row, self.scores.1).plus(turn.0.into(), shares as i64);
@@ -244,12 +353,16 @@ impl Block {
         second.extend(below(lower, &scaled(share, 1), 1, vec![one], Vec::new()));
         second.push(set(self.sum, two(BinaryFn::Mul, &sum, &factor)));
         second.push(set(self.most, (*now).clone()));
-        let place = Place::affine(score.clone());
         let value = (*power(&load(self.scores.0, &score), &most)).clone();
         let add = two(BinaryFn::Add, &sum, &now);
-        let keep = Stmt::Store { buffer: self.scores.0, place, value: (*now).clone() };
-        let all = vec![set(self.now, value), set(self.sum, add), keep];
-        second.extend(unroll(turn, below(lower, &element, count, all, Vec::new())));
+        let dtype = lower.buffers[self.weights.0].dtype;
+        let keep = |value: Arc<Expr>| {
+            store(self.weights.0, score.clone(), (*as_dtype(lower, dtype, value)).clone())
+        };
+        let all = vec![set(self.now, value), set(self.sum, add), keep(now)];
+        // Warps multiply what is behind the last key as well.
+        let none = if self.is_short() { vec![keep(number(0.0))] } else { Vec::new() };
+        second.extend(unroll(turn, below(lower, &element, count, all, none)));
         Ok([self.each(first), self.each(second)].concat())
     }
 
@@ -280,6 +393,22 @@ impl Block {
         Ok([self.each(vec![first]), self.each(second)].concat())
     }
 
+    /// What a sum of a row becomes before values of a block of keys are added.
+    pub fn rescaled(&self, cell: BufferId) -> Stmt {
+        let factor = load(self.factors, &scaled(self.line.0, 1));
+        let product = two(BinaryFn::Mul, &load(cell, &Affine::default()), &factor);
+        store(cell, Affine::default(), product)
+    }
+
+    /// What a sum of a row becomes at the end.
+    pub fn weighted(&self, cell: BufferId) -> Stmt {
+        let factor = load(self.factors, &scaled(self.line.0, 1));
+        let product = Arc::new(two(BinaryFn::Mul, &load(cell, &Affine::default()), &factor));
+        // Weights that are all 0 are so because what they would be is no number.
+        let none = Arc::new(two(BinaryFn::Eq, &factor, &number(0.0)));
+        store(cell, Affine::default(), Expr::Select(none, number(0.0), product))
+    }
+
     /// A store of a row by its own block only.
     fn stored(&self, result: Stmt) -> Stmt {
         let (Some((_, start)), Some(own)) = (&self.query, &self.own) else { return result };
@@ -290,7 +419,7 @@ impl Block {
     }
 
     /// Statements for a row of the block.
-    fn at(&self, body: &[Stmt], line: &Affine) -> Vec<Stmt> {
+    pub fn at(&self, body: &[Stmt], line: &Affine) -> Vec<Stmt> {
         substitute(&self.placed(body), self.line.0, line)
     }
 
@@ -372,29 +501,20 @@ impl Columns {
         &self,
         lower: &mut Lower,
         (block, mixed): (&Block, &Tiles),
-        (key, count): (Var, usize),
+        (key, start, count): (Var, &Affine, usize),
     ) -> Lowering<Vec<Stmt>> {
-        let (own, cell) = (lower.var(count)?, load(mixed.cell, &Affine::default()));
-        let factor = load(block.factors, &scaled(block.line.0, 1));
-        let before = two(BinaryFn::Mul, &cell, &factor);
-        let before = store(mixed.cell, Affine::default(), before);
-        let mut body = self.lines((block, mixed), &[before]);
+        let own = lower.var(count)?;
+        let mut body = self.lines((block, mixed), &[block.rescaled(mixed.cell)]);
         let update = mixed.update(mixed.operands[0].clone());
         let update = self.lines((block, mixed), &[update]);
-        let update = substitute(&update, key, &block.key(own));
+        let update = substitute(&update, key, &start.clone().plus(own.into(), 1));
         body.extend(in_fours(lower, own, count, update)?);
         Ok(self.columns(lower, mixed, &body))
     }
 
     /// Stores the results.
     fn end(&self, lower: &Lower, (block, mixed): (&Block, &Tiles)) -> Vec<Stmt> {
-        let cell = load(mixed.cell, &Affine::default());
-        let factor = load(block.factors, &scaled(block.line.0, 1));
-        let product = Arc::new(two(BinaryFn::Mul, &cell, &factor));
-        // Weights that are all 0 are so because what they would be is no number.
-        let none = Arc::new(two(BinaryFn::Eq, &factor, &number(0.0)));
-        let value = Expr::Select(none, number(0.0), product);
-        let mut body = vec![store(mixed.cell, Affine::default(), value)];
+        let mut body = vec![block.weighted(mixed.cell)];
         let mut end = mixed.end.clone();
         let result = end.pop().map(|result| block.stored(result));
         body.extend(end.into_iter().chain(result));

@@ -396,8 +396,9 @@ impl Tile {
     fn all(&self, lower: &mut Lower, axes: &Axes, end: (BufferId, &Stmt)) -> Lowering<Vec<Stmt>> {
         let result = std::slice::from_ref(end.1);
         let innermost = axes.columns.innermost().filter(|_| axes.columns.holds(self.owns.near()));
-        let near = innermost.is_some_and(|n| is_vector(&lower.buffers, result, n.0));
-        let lanes = near && !self.warp && !self.pieces[1].along;
+        let vector = innermost.is_some_and(|n| is_vector(&lower.buffers, result, n.0));
+        let lanes = vector && !self.warp && !self.pieces[1].along;
+        let near = lanes || innermost.is_some() && self.warp;
         let first = store(self.sums, self.owns.place.clone(), zero(self.dtype));
         let mut body = self.owns.all(self.owns.rows.each(self.across(lanes, vec![first])));
         let count = self.count;
@@ -419,7 +420,7 @@ impl Tile {
             body.extend(self.bring(lower, axes, &number(count - 1), 1));
         }
         (0..2 - count % 2).for_each(|half| body.extend(self.add(lower, half, lanes)));
-        body.extend(self.end(lower, axes, end, lanes || near && self.warp));
+        body.extend(self.end(lower, axes, end, near));
         let starts =
             self.part.map(|part| part.0).into_iter().chain(self.starts.iter().map(|s| s.0));
         let loops: Vec<Var> = axes.outer.iter().copied().chain(starts).collect();
@@ -473,7 +474,7 @@ impl Tile {
 
 /// Statements that end in a store, for two neighbours: both are computed before one is stored, so
 /// that what is read for them, and they themselves, are beside each other.
-fn pairs(lower: &mut Lower, near: (Var, usize), mut body: Vec<Stmt>) -> Vec<Stmt> {
+pub fn pairs(lower: &mut Lower, near: (Var, usize), mut body: Vec<Stmt>) -> Vec<Stmt> {
     let Some(Stmt::Store { buffer, place, value }) = body.pop() else { return body };
     let kept = lower.register(lower.buffers[buffer].dtype, near.1);
     let at = scaled(near.0, 1);

@@ -9,10 +9,13 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use kiln::backend::cuda::{Gpu, emit_all};
 use kiln::graph::Graph;
 use kiln::onnx::{ImportOptions, import};
+use kiln::tensor::DType;
 use kiln::{Compiler, Precision};
 use kiln_tests::cases::{folders, name_of, read};
 use kiln_tests::small::{MODELS, graph};
 use kiln_tests::{oracle, ptx, suite};
+
+use crate::short_attention;
 
 /// Versions of instruction sets: that of the text, and those that it is assembled for.
 const VERSIONS: [(u32, &[&str]); 2] = [(80, &["80", "89", "120"]), (90, &["90a"])];
@@ -80,6 +83,15 @@ fn texts_assemble_without_spills() {
         match line(&compiler.rounded(graph(*make)), &compiler) {
             Ok(line) => _ = writeln!(table, "{name} in {of}{line}"),
             Err(why) => problems.push(format!("{name} in {of}: {why}")),
+        }
+    }
+    for dtype in [DType::F16, DType::BF16] {
+        for sizes in [[2, 64, 100, 64, 64], [2, 64, 100, 128, 128], [2, 1, 100, 64, 64]] {
+            let name = format!("attention of {dtype} {sizes:?}");
+            match line(&short_attention(sizes, dtype), &Compiler::new()) {
+                Ok(line) => _ = writeln!(table, "{name}{line}"),
+                Err(why) => problems.push(format!("{name}: {why}")),
+            }
         }
     }
     if let Some(models) = oracle("models") {

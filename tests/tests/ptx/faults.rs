@@ -9,7 +9,8 @@ use kiln::{Compiler, Precision};
 use kiln_tests::{difference, interpret, ptx};
 
 use crate::{
-    attention, close, convolution, elements, inputs, product, rounded_product, rows, short_product,
+    attention, close, convolution, elements, inputs, product, rounded_product, rows,
+    short_attention, short_product,
 };
 
 /// Changes of a text that are tried for each fault at most.
@@ -126,6 +127,19 @@ fn exchanged(line: &str, operand: usize, [a, b]: [usize; 2]) -> Option<String> {
     let groups: Vec<String> = groups.iter().map(|g| format!("{{{}}}", g.join(", "))).collect();
     Some(format!("{name} {};", groups.join(", ")))
 }
+
+/// Of the sums of an attention that warps multiply.
+const WARP_ATTENTION: &[Fault] = &[
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
+    ("a missing wait for copies", |l| instead(l, "cp.async.wait_all;", ""), ALL),
+    ("rows in another order", |l| exchanged(l, 1, [0, 1]), ALL),
+    ("halves of columns in another order", |l| exchanged(l, 2, [0, 1]), ALL),
+    ("sums in another order", |l| exchanged(l, 3, [1, 2]), ALL),
+    ("a matrix that is not turned", |l| instead(l, ".trans", ""), ALL),
+    ("scores of another row", |l| instead(l, ", 160, ", ", 128, "), ALL),
+    ("powers of another row", |l| instead(l, ", 80;", ", 64;"), ALL),
+    ("a block of keys too few", |l| number(l, "setp.lt.u32", -1), ALL),
+];
 
 /// A store of two neighbours in which they change places.
 fn turned(line: &str) -> Option<String> {
@@ -271,6 +285,8 @@ fn planted_faults_are_found() {
     let mut problems = plant(&row, BARRIERS);
     problems.extend(plant(&row, ROW));
     problems.extend(plant(&attention([2, 6, 1100, 8, 12]), ATTENTION));
+    let short = short_attention([2, 40, 100, 16, 24], DType::F16);
+    problems.extend(plant(&short, WARP_ATTENTION));
     problems.extend(plant(&product(70, 100, 68, false), TILE));
     let short = [DType::BF16; 2];
     let warps = short_product([70, 248, 72], short, [false, false]);

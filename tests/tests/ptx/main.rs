@@ -287,6 +287,11 @@ fn attention(sizes: [usize; 5]) -> Graph {
     attention_by(sizes, DType::F32, |_, x| x)
 }
 
+/// The same of short floats.
+fn short_attention(sizes: [usize; 5], dtype: DType) -> Graph {
+    attention_by(sizes, dtype, |_, x| x)
+}
+
 /// The same with weights that are 0 where they are no numbers.
 fn guarded_attention(sizes: [usize; 5]) -> Graph {
     attention_by(sizes, DType::F32, |graph, x| {
@@ -323,9 +328,17 @@ fn attention_by(
 #[test]
 fn attention_of_short_floats_is_right() {
     for (dtype, near) in [(DType::F16, 2f64.powi(-8)), (DType::BF16, 2f64.powi(-5))] {
-        for sizes in [[2, 16, 24, 8, 8], [1, 33, 70, 12, 20], [3, 5, 300, 16, 16], [2, 1, 40, 8, 8]]
-        {
-            let graph = attention_by(sizes, dtype, |_, x| x);
+        for sizes in [
+            [2, 16, 24, 8, 8],
+            [1, 33, 70, 12, 20],
+            [3, 5, 300, 16, 16],
+            [2, 1, 40, 8, 8],
+            [1, 20, 50, 5, 7],
+            [6, 197, 197, 16, 16],
+            [2, 40, 100, 64, 128],
+            [12, 384, 65, 64, 64],
+        ] {
+            let graph = short_attention(sizes, dtype);
             let inputs = inputs(&graph);
             let cuda = Compiler::new().cuda_of(&graph, Gpu::of(80).expect("a GPU")).expect("text");
             let text = &cuda.module.text;
@@ -335,6 +348,7 @@ fn attention_of_short_floats_is_right() {
             let bound = Tolerance { rtol: near, atol: near };
             assert_eq!(difference(&got[0], &want[0], bound), None, "{dtype} {sizes:?}");
             assert_eq!(text.matches(".entry").count(), 1, "{dtype} {sizes:?} is one kernel");
+            assert_eq!(text.contains("mma.sync"), sizes[1] >= 16, "{dtype} {sizes:?}\n{text}");
         }
     }
 }
