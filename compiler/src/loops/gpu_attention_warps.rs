@@ -89,7 +89,8 @@ impl Short {
         [depth, self.columns.extent().next_power_of_two().max(KEYS)]
     }
 
-    /// What a block has at once, where it fits into shared memory; all rows are there `outer` times.
+    /// What a block has at once, where that fits into shared memory; all rows are there `outer`
+    /// times.
     pub fn shape(&self, outer: usize) -> Option<Shape> {
         let [depth, columns] = self.sizes();
         let line = |n: usize| (n + NEAR) * 2;

@@ -67,8 +67,8 @@ fn with_neighbour(code: &[Inst]) -> Option<(usize, Inst)> {
                 let aligned = start.align.min(16) >= 2 * bytes && start.offset % (2 * bytes) == 0;
                 let stays = !first.iter().chain([&start.base]).any(|reg| changed.contains(reg));
                 let all: Vec<Reg> = first.iter().chain(values).copied().collect();
-                return (same && aligned && stays && all.len() <= 4)
-                    .then(|| (at, Inst::Store(*space, *ty, *start, all)));
+                let fits = same && aligned && stays && all.len() <= 4;
+                return fits.then_some((at, Inst::Store(*space, *ty, *start, all)));
             }
             _ => return None,
         }
