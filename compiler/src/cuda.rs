@@ -11,7 +11,7 @@ use crate::graph::scalar::Dots;
 use crate::graph::verify::verify;
 use crate::loops::ir::Loops;
 use crate::plan::kernels::{Program, program, program_folded};
-use crate::{Compiler, Form, Model, Package, Precision, compile, package, rules};
+use crate::{Compiler, Form, Model, Package, compile, package, rules};
 
 /// A model as text for a GPU.
 #[derive(Clone, Debug)]
@@ -54,8 +54,9 @@ impl Compiler {
 
     /// The graph as kernels for GPUs.
     pub fn optimise_cuda(&self, graph: &Graph) -> Result<Graph> {
-        // Bytes and bf16 are multiplied as they are, by warps.
-        let dots = Dots { whole: true, halves: self.precision == Precision::Bf16 };
+        // Bytes and short floats are multiplied as they are, by warps.
+        let rounded = Some(self.precision.dtype()).filter(|dtype| dtype.is_rounded());
+        let dots = Dots { whole: true, rounded, warps: true };
         Ok((*rules::optimise(graph, self.egraph, dots)?.graph).clone())
     }
 

@@ -126,8 +126,9 @@ impl Compiler {
     }
 
     /// What the operands of products with weights are rounded to; all else is computed as the model
-    /// says. With bf16, weights take half the memory, and CPUs with AVX512_BF16 multiply twice as
-    /// fast; sums are f32.
+    /// says, and sums are f32. With bf16 and f16, weights take half the memory. GPUs multiply all
+    /// of them by their units for matrices, CPUs with AVX512_BF16 multiply bf16 twice as fast;
+    /// elsewhere they are only rounded.
     pub fn precision(self, precision: Precision) -> Compiler {
         Compiler { precision, ..self }
     }
@@ -199,8 +200,8 @@ impl Compiler {
             (Some(cpu), false) => cpu.clone().narrow(),
         };
         match self.precision {
-            Precision::F32 => cpu.without_halves(),
             Precision::Bf16 => cpu,
+            Precision::F32 | Precision::F16 | Precision::Tf32 => cpu.without_halves(),
         }
     }
 

@@ -17,20 +17,33 @@ pub enum Precision {
     /// Nothing: they are f32, as in the model.
     #[default]
     F32,
-    /// bf16, which has the exponent of f32 and 8 bits of its mantissa.
+    /// bf16, which has the exponents of f32 and 7 bits of its mantissa.
     Bf16,
+    /// f16, which has 10 bits of the mantissa and few exponents: numbers above 65504 become
+    /// infinite, and those below 6e-5 lose bits.
+    F16,
+    /// tf32, which has the exponents of f32 and 10 bits of its mantissa, and takes as much memory.
+    Tf32,
 }
 
 impl Precision {
     /// All of them.
-    pub const ALL: [Precision; 2] = [Precision::F32, Precision::Bf16];
+    pub const ALL: [Precision; 4] =
+        [Precision::F32, Precision::Bf16, Precision::F16, Precision::Tf32];
+
+    /// What products are made of.
+    pub fn dtype(self) -> DType {
+        match self {
+            Precision::F32 => DType::F32,
+            Precision::Bf16 => DType::BF16,
+            Precision::F16 => DType::F16,
+            Precision::Tf32 => DType::TF32,
+        }
+    }
 
     /// Its name for people.
     pub fn name(self) -> &'static str {
-        match self {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
-        }
+        self.dtype().name()
     }
 }
 
@@ -42,7 +55,8 @@ const LEAST_COLUMNS: usize = 16;
 /// which one operand hangs on constants only, and the other one does not. Convolutions of 3 by 3
 /// that have fewer products in f32 (`loops/winograd.rs`) are faster as they are, unless `exact`.
 pub(crate) fn rounded(graph: Graph, precision: Precision, exact: bool) -> Graph {
-    if precision == Precision::F32 {
+    let short = precision.dtype();
+    if short == DType::F32 {
         return graph;
     }
     let mut out = Graph::empty_like(&graph);
@@ -60,7 +74,7 @@ pub(crate) fn rounded(graph: Graph, precision: Precision, exact: bool) -> Graph 
             && is_product(contract, usize::from(y))
             && (exact || !node.ty.used.is_empty() || !has_fewer(contract, usize::from(y)))
         {
-            args.iter_mut().for_each(|x| *x = through_bf16(&mut out, *x, &node.origin));
+            args.iter_mut().for_each(|x| *x = through(&mut out, short, *x, &node.origin));
         }
         place.push(out.push(node.op.clone(), args, node.ty.clone(), &node.origin));
     }
@@ -98,26 +112,26 @@ fn has_fewer(contract: &Contract, weights: usize) -> bool {
     channels.into_iter().any(|c| tile_of_products(contract, weights, c).is_some_and(|m| m > 2))
 }
 
-/// A value rounded, as f32 again.
-fn through_bf16(graph: &mut Graph, x: NodeId, origin: &Origin) -> NodeId {
+/// A value rounded to a dtype, as f32 again.
+fn through(graph: &mut Graph, dtype: DType, x: NodeId, origin: &Origin) -> NodeId {
     let ty = graph.ty(x).clone();
-    let short = short(graph, x, origin);
+    let short = short(graph, dtype, x, origin);
     graph.push(Op::Cast(DType::F32), Args::from_slice(&[short]), ty, origin)
 }
 
-/// A value as bf16. What is inside a border is rounded before it gets that, so that whatever
+/// A value as that dtype. What is inside a border is rounded before it gets that, so that whatever
 /// computes it stores both; and what has axes joined before they are, so that it is read in its own
 /// axes.
-fn short(graph: &mut Graph, x: NodeId, origin: &Origin) -> NodeId {
+fn short(graph: &mut Graph, dtype: DType, x: NodeId, origin: &Origin) -> NodeId {
     let node = graph.node(x).clone();
     let (op, args) = match node.op {
         Op::Pad(_) | Op::Reshape(_) if joins(graph, &node) => {
-            (node.op, node.args.iter().map(|&a| short(graph, a, origin)).collect())
+            (node.op, node.args.iter().map(|&a| short(graph, dtype, a, origin)).collect())
         }
-        _ => (Op::Cast(DType::BF16), Args::from_slice(&[x])),
+        _ => (Op::Cast(dtype), Args::from_slice(&[x])),
     };
     // Not folded, so that kernels see what they widen.
-    graph.push(op, args, Type { dtype: DType::BF16, ..node.ty }, origin)
+    graph.push(op, args, Type { dtype, ..node.ty }, origin)
 }
 
 /// Whether a node, where it is a reshape, joins axes: not where it only drops or adds some of
@@ -138,6 +152,7 @@ mod tests {
     use crate::backend::cuda::Gpu;
     use crate::graph::eval::{Value, eval};
     use crate::graph::op::{BinaryFn, UnaryFn};
+    use crate::graph::scalar::round_float;
     use crate::loops::text::print;
 
     fn numbers(count: usize, seed: u32) -> Vec<f32> {
@@ -149,8 +164,13 @@ mod tests {
         (0..count).map(next).collect()
     }
 
-    fn of_bf16(values: &[f32]) -> Vec<f32> {
-        values.iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect()
+    /// Those that round.
+    fn shorter() -> impl Iterator<Item = Precision> {
+        Precision::ALL.into_iter().filter(|p| p.dtype().is_rounded())
+    }
+
+    fn rounded_to(dtype: DType, values: &[f32]) -> Vec<f32> {
+        values.iter().map(|&v| round_float(dtype, v.into()) as f32).collect()
     }
 
     /// A layer of one product with weights, its input, and how to read both.
@@ -205,28 +225,36 @@ mod tests {
     /// The graph of a layer says what a layer of rounded numbers does, and so do its kernels, which
     /// sum pairs where the machine does: `pairs` says whether that is worth it.
     fn check(layer: &Layer, pairs: bool) {
+        shorter().for_each(|precision| check_in(layer, precision, pairs));
+    }
+
+    fn check_in(layer: &Layer, precision: Precision, pairs: bool) {
         let (x, w) = layer.given();
+        let short = |values: &[f32]| rounded_to(precision.dtype(), values);
+        // Products of bf16 have bits to spare in f32, so that sums of few are nearly exact.
+        let near = if precision == Precision::Bf16 { 2e-6 } else { 1e-5 };
         let given = |x: &[f32]| [Value::from_tensor(&Tensor::from_slice(layer.x, x))];
-        let graph = rounded(layer.graph(&w, UnaryFn::Neg), Precision::Bf16, false);
+        let graph = rounded(layer.graph(&w, UnaryFn::Neg), precision, false);
         let expected = eval(&graph, &given(&x));
-        let alike = layer.graph(&of_bf16(&w), UnaryFn::Neg);
-        assert!(eval(&alike, &given(&of_bf16(&x))) == expected, "{:?}", layer.x);
+        let alike = layer.graph(&short(&w), UnaryFn::Neg);
+        assert!(eval(&alike, &given(&short(&x))) == expected, "{:?}", layer.x);
         assert!(eval(&alike, &given(&x)) != expected, "{:?}: no number was rounded", layer.x);
         for (wide, egraph) in [(false, true), (true, false), (true, true)] {
-            let compiler = Compiler::new().precision(Precision::Bf16).wide(wide).egraph(egraph);
+            let compiler = Compiler::new().precision(precision).wide(wide).egraph(egraph);
             let kernels = compiler.optimise(&graph).unwrap_or_else(|e| panic!("{e}"));
             let program = compiler.lower(&kernels).unwrap_or_else(|e| panic!("{e}"));
             let text: String = program.kernels.iter().map(print).collect();
-            let dots = pairs && compiler.cpu().wanted_dots().halves;
+            let wanted = compiler.cpu().wanted_dots().rounded;
+            let dots = pairs && wanted == Some(precision.dtype());
             assert!(text.contains("dot2bf16(") == dots || !egraph, "{:?}\n{text}", layer.x);
             let inputs = given(&x);
-            crate::tests::check_loops(&kernels, &program, &inputs, (&expected, 2e-6));
+            crate::tests::check_loops(&kernels, &program, &inputs, (&expected, near));
             let executable = compiler.build(&kernels).unwrap_or_else(|e| panic!("{e}"));
             let x = Tensor::from_slice(layer.x, &x);
             let y = executable.run(&[("x", x.view())]).unwrap_or_else(|e| panic!("{e}"));
             let got = Value::from_tensor(&y[0].1).as_f64s();
             for (a, b) in got.iter().zip(expected[0].as_f64s()) {
-                let close = (a - b).abs() <= 2e-6 * (1.0 + b.abs());
+                let close = (a - b).abs() <= near * (1.0 + b.abs());
                 assert!(close, "{:?}, wide {wide}: {a} instead of {b}\n{text}", layer.x);
             }
         }
@@ -265,11 +293,13 @@ mod tests {
             (Layer { x: &[1, 14, 14, 32], w: &[32, 32, 3, 3], make: &window }, true),
         ] {
             let graph = layer.graph(&layer.given().1, UnaryFn::Neg);
-            let casts = |exact| {
-                let graph = rounded(graph.clone(), Precision::Bf16, exact);
-                graph.nodes.iter().filter(|n| n.op == Op::Cast(DType::BF16)).count()
-            };
-            assert_eq!((casts(false), casts(true) > 0), (0, exact), "{:?}", layer.w);
+            for precision in shorter() {
+                let casts = |exact| {
+                    let graph = rounded(graph.clone(), precision, exact);
+                    graph.nodes.iter().filter(|n| n.op == Op::Cast(precision.dtype())).count()
+                };
+                assert_eq!((casts(false), casts(true) > 0), (0, exact), "{:?}", layer.w);
+            }
             let same = rounded(graph.clone(), Precision::F32, true);
             assert_eq!(same.describe(), graph.describe());
         }
@@ -280,11 +310,20 @@ mod tests {
         let layer = Layer { x: &[32, 64], w: &[64, 32], make: &matmul };
         let graph = layer.graph(&layer.given().1, UnaryFn::Neg);
         let gpu = Gpu::known().first().and_then(|&sm| Gpu::of(sm)).expect("a GPU");
-        for (precision, by_warps) in [(Precision::F32, false), (Precision::Bf16, true)] {
+        for (precision, product) in [
+            (Precision::F32, None),
+            (Precision::Bf16, Some("m16n8k16.row.col.f32.bf16.bf16")),
+            (Precision::F16, Some("m16n8k16.row.col.f32.f16.f16")),
+            (Precision::Tf32, Some("m16n8k8.row.col.f32.tf32.tf32")),
+        ] {
             let compiler = Compiler::new().precision(precision);
             let text =
                 compiler.cuda_of(&compiler.rounded(graph.clone()), gpu).expect("PTX").module.text;
-            assert_eq!(text.contains("mma.sync.aligned.m16n8k16.row.col.f32.bf16"), by_warps);
+            let found = product.is_none_or(|product| text.contains(product));
+            assert!(
+                found && text.contains("mma.sync") == product.is_some(),
+                "{precision:?}\n{text}"
+            );
         }
     }
 }

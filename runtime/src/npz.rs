@@ -13,7 +13,7 @@ use crate::tensor::{DType, Tensor, TensorView, size_bytes};
 const MAGIC: &[u8] = b"\x93NUMPY";
 
 /// Type codes of NumPy, without the mark of the byte order.
-const CODES: [(DType, &str); 13] = [
+const CODES: [(DType, &str); 14] = [
     (DType::F32, "f4"),
     (DType::F16, "f2"),
     (DType::BF16, "V2"),
@@ -27,6 +27,7 @@ const CODES: [(DType, &str); 13] = [
     (DType::U32, "u4"),
     (DType::U64, "u8"),
     (DType::Bool, "b1"),
+    (DType::TF32, "f4"),
 ];
 
 fn invalid(text: impl Into<String>) -> io::Error {

@@ -40,6 +40,8 @@ pub enum DType {
     Bool,
     /// A code that stands for a number: moved and converted, never computed with.
     Small(Small),
+    /// A binary32 whose mantissa has 10 bits, the others are 0. Only inside of models.
+    TF32,
 }
 
 /// Element types of which files and formats keep codes of 8 bits or fewer. In memory each code has
@@ -83,7 +85,7 @@ pub const SMALL: [(Small, &str); 10] = [
 ];
 
 /// Every dtype, in the order of the enum.
-pub const DTYPES: [DType; 23] = [
+pub const DTYPES: [DType; 24] = [
     DType::F32,
     DType::F16,
     DType::BF16,
@@ -107,6 +109,7 @@ pub const DTYPES: [DType; 23] = [
     DType::Small(SMALL[7].0),
     DType::Small(SMALL[8].0),
     DType::Small(SMALL[9].0),
+    DType::TF32,
 ];
 
 impl Small {
@@ -144,7 +147,7 @@ impl DType {
         match self {
             DType::I8 | DType::U8 | DType::Bool | DType::Small(_) => 1,
             DType::F16 | DType::BF16 | DType::I16 | DType::U16 => 2,
-            DType::F32 | DType::I32 | DType::U32 => 4,
+            DType::F32 | DType::TF32 | DType::I32 | DType::U32 => 4,
             DType::F64 | DType::I64 | DType::U64 => 8,
         }
     }
@@ -168,7 +171,17 @@ impl DType {
 
     /// Whether the type has a fraction and is computed with.
     pub fn is_float(self) -> bool {
-        matches!(self, DType::F32 | DType::F16 | DType::BF16 | DType::F64)
+        matches!(self, DType::F32 | DType::F64) || self.is_rounded()
+    }
+
+    /// Whether its numbers are those of f32 that have fewer bits, and are computed with as f32.
+    pub fn is_rounded(self) -> bool {
+        matches!(self, DType::F16 | DType::BF16 | DType::TF32)
+    }
+
+    /// What has the same bytes and is known outside of models.
+    pub fn storage(self) -> DType {
+        if self == DType::TF32 { DType::F32 } else { self }
     }
 
     /// Whether the type is an integer below zero as well.
@@ -193,6 +206,7 @@ impl DType {
             DType::U64 => "u64",
             DType::Bool => "bool",
             DType::Small(small) => SMALL.iter().find(|s| s.0 == small).map_or("", |s| s.1),
+            DType::TF32 => "tf32",
         }
     }
 
@@ -295,12 +309,12 @@ impl Tensor {
 
     /// The elements, or `None` where `T` is not the dtype's storage.
     pub fn as_slice<T: Element>(&self) -> Option<&[T]> {
-        (T::DTYPE == self.dtype).then(|| bytemuck::cast_slice(self.bytes()))
+        (T::DTYPE == self.dtype.storage()).then(|| bytemuck::cast_slice(self.bytes()))
     }
 
     /// The elements, or `None` where `T` is not the dtype's storage.
     pub fn as_slice_mut<T: Element>(&mut self) -> Option<&mut [T]> {
-        (T::DTYPE == self.dtype).then(|| bytemuck::cast_slice_mut(self.bytes_mut()))
+        (T::DTYPE == self.dtype.storage()).then(|| bytemuck::cast_slice_mut(self.bytes_mut()))
     }
 
     /// The same elements under another shape of as many elements, or `None`.

@@ -155,9 +155,10 @@ pub struct BuildArgs {
     /// smaller differences, slower
     #[arg(long, help_heading = "Compiler")]
     pub exact_conv: bool,
-    /// What products with weights are made of, f32 or bf16, which rounds both their operands to 8
-    /// bits of mantissa: half the memory for weights, twice the speed on CPUs with AVX512_BF16.
-    /// Sums and all else are f32
+    /// What products with weights are made of: bf16, f16 and tf32 round both their operands to 8,
+    /// 11 and 11 bits. GPUs multiply these by their units for matrices, CPUs with AVX512_BF16
+    /// multiply bf16 at twice the speed; bf16 and f16 take half the memory for weights. Numbers
+    /// above 65504 are infinite in f16. Sums and all else are f32
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = precision(),
         help_heading = "Compiler")]
     pub precision: Precision,

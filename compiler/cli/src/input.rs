@@ -263,7 +263,7 @@ pub fn random(port: &Port, seed: u64, index: usize) -> Tensor {
     let width = port.dtype.bytes();
     for element in tensor.bytes_mut().chunks_exact_mut(width) {
         match port.dtype {
-            DType::F32 => element.copy_from_slice(&(float() as f32).to_ne_bytes()),
+            DType::F32 | DType::TF32 => element.copy_from_slice(&(float() as f32).to_ne_bytes()),
             DType::F64 => element.copy_from_slice(&float().to_ne_bytes()),
             DType::F16 | DType::BF16 => {
                 element.copy_from_slice(&half_bits(port.dtype, float() as f32).to_ne_bytes());

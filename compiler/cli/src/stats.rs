@@ -27,7 +27,7 @@ pub fn values(tensor: &Tensor) -> Vec<f64> {
         tensor.as_slice::<T>().unwrap_or_default().iter().map(|value| convert(*value)).collect()
     }
     match tensor.dtype() {
-        DType::F32 => of::<f32>(tensor, f64::from),
+        DType::F32 | DType::TF32 => of::<f32>(tensor, f64::from),
         DType::F16 => of::<f16>(tensor, f64::from),
         DType::BF16 => of::<bf16>(tensor, f64::from),
         DType::F64 => of::<f64>(tensor, |value| value),
@@ -94,17 +94,18 @@ pub struct Tolerance {
 
 impl Tolerance {
     /// That of a person, or what the precision leaves open: sums of f32 in another order. Where
-    /// they are rounded to bf16, two that are nearly the same may become neighbours, 2^-8 apart,
-    /// and layer after layer adds as much.
+    /// they are rounded to fewer bits, two that are nearly the same may become neighbours, 2^-8 or
+    /// 2^-11 apart, and layer after layer adds as much.
     pub fn of(rtol: Option<f64>, atol: Option<f64>, precision: Precision) -> Tolerance {
         let (relative, absolute) = match precision {
             Precision::F32 => (1e-3, 1e-5),
             Precision::Bf16 => (2f64.powi(-6), 2f64.powi(-6)),
+            Precision::F16 | Precision::Tf32 => (2f64.powi(-9), 2f64.powi(-9)),
         };
         Tolerance {
             rtol: rtol.unwrap_or(relative),
             atol: atol.unwrap_or(absolute),
-            of_largest: atol.is_none() && precision == Precision::Bf16,
+            of_largest: atol.is_none() && precision != Precision::F32,
         }
     }
 

@@ -409,7 +409,9 @@ pub fn pow<M: Machine>(
             let power = pow64(machine, &x, &y)?;
             machine.cast(DType::F64, DType::F32, &power)
         }
-        DType::F16 | DType::BF16 | DType::Bool => Err(Unsupported(format!("pow of {dtype}"))),
+        DType::F16 | DType::BF16 | DType::TF32 | DType::Bool => {
+            Err(Unsupported(format!("pow of {dtype}")))
+        }
         _ => int_pow(machine, dtype, x, y),
     }
 }

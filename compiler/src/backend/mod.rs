@@ -1,7 +1,6 @@
 //! Backends: from loops to code. One walk over the loops (`emit.rs`), and machines behind it that
 //! turn its steps into instructions.
 
-pub mod bf16;
 pub mod cpu;
 pub mod cuda;
 pub mod dot;
@@ -10,4 +9,5 @@ mod invariant;
 pub mod machine;
 pub mod math;
 mod math64;
+pub mod rounded;
 mod weave;

@@ -127,7 +127,7 @@ impl Value {
             };
         }
         let data = match ty.dtype {
-            DType::F32 => read!(f32, Float, f64, |v| v),
+            DType::F32 | DType::TF32 => read!(f32, Float, f64, |v| v),
             DType::F64 => read!(f64, Float, f64, |v| v),
             DType::F16 => read!(u16, Float, f64, |v| half::f16::from_bits(v).to_f64()),
             DType::BF16 => read!(u16, Float, f64, |v| half::bf16::from_bits(v).to_f64()),

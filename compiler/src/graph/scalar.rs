@@ -74,13 +74,15 @@ pub enum Parts {
     Halves,
 }
 
-/// The dot products of parts that a machine has instructions for.
+/// The dot products of short numbers that a machine has instructions for.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Dots {
     /// Of integers.
     pub whole: bool,
-    /// Of bf16.
-    pub halves: bool,
+    /// Of this dtype, whose products are summed as f32.
+    pub rounded: Option<DType>,
+    /// Of all of these, by the warps of a GPU.
+    pub warps: bool,
 }
 
 impl Parts {
@@ -178,12 +180,24 @@ pub fn f16(v: f64) -> half::f16 {
     half::f16::from_f32(sticky(v))
 }
 
+/// The nearest number with 10 bits of mantissa, of two such the one further from 0: as
+/// `cvt.rna.tf32` rounds.
+pub fn tf32(v: f64) -> f32 {
+    let near = sticky(v);
+    match near.is_nan() {
+        true => f32::NAN,
+        // What is carried out of the mantissa goes into the exponent, up to infinity.
+        false => f32::from_bits((near.to_bits() + 0x1000) & !0x1fff),
+    }
+}
+
 /// The nearest number of a floating point dtype.
 pub fn round_float(dtype: DType, v: f64) -> f64 {
     match dtype {
         DType::F64 => v,
         DType::F16 => f16(v).to_f64(),
         DType::BF16 => bf16(v).to_f64(),
+        DType::TF32 => tf32(v).into(),
         _ => v as f32 as f64,
     }
 }
@@ -200,7 +214,7 @@ pub fn wrap(dtype: DType, v: i128) -> i128 {
         DType::U32 => v as u32 as i128,
         DType::U64 => v as u64 as i128,
         DType::Bool => (v != 0) as i128,
-        DType::F32 | DType::F16 | DType::BF16 | DType::F64 => v,
+        DType::F32 | DType::F16 | DType::BF16 | DType::TF32 | DType::F64 => v,
         DType::Small(_) => wrap(dtype.stored(), v),
     }
 }
@@ -216,7 +230,7 @@ pub fn int_range(dtype: DType) -> (i128, i128) {
         DType::U16 => (0, u16::MAX as i128),
         DType::U32 => (0, u32::MAX as i128),
         DType::U64 => (0, u64::MAX as i128),
-        DType::Bool | DType::F32 | DType::F16 | DType::BF16 | DType::F64 => (0, 1),
+        DType::Bool | DType::F32 | DType::F16 | DType::BF16 | DType::TF32 | DType::F64 => (0, 1),
         DType::Small(_) => int_range(dtype.stored()),
     }
 }
@@ -420,5 +434,21 @@ mod tests {
         assert_eq!(cast(DType::Bool, int(2)), int(1));
         assert_eq!(cast(DType::F16, int(2049)), Number::Float(2048.0));
         assert_eq!(fma(DType::U8, int(16), int(17), int(1)), int(17));
+    }
+
+    #[test]
+    fn ties_of_tf32_go_away_from_zero() {
+        let step = 2f64.powi(-10);
+        for (number, nearest) in [
+            (1.0 + step / 2.0, 1.0 + step),
+            (-1.0 - step / 2.0, -1.0 - step),
+            (1.0 + step * 0.49, 1.0),
+            (f64::from(f32::MAX), f64::INFINITY),
+            (f64::NEG_INFINITY, f64::NEG_INFINITY),
+            (f64::from(f32::from_bits(0x1000)), f64::from(f32::from_bits(0x2000))),
+        ] {
+            assert_eq!(round_float(DType::TF32, number), nearest);
+        }
+        assert!(round_float(DType::TF32, f64::from(f32::from_bits(0x7fff_ffff))).is_nan());
     }
 }

@@ -8,7 +8,7 @@ use kiln_runtime::tensor::DType;
 
 use super::contract::{self, Product, Shape, plain_load};
 use super::index::{Index, add};
-use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var};
+use super::ir::{BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var, dtype};
 use super::lower::{Lower, Lowered, Lowering, Refused, origin_place};
 use super::panels::{self, Strip};
 use super::{nest, rewrite, turn};
@@ -17,8 +17,10 @@ use crate::rules::attention::{Attention, FEW, MANY};
 
 /// Rows of a block at most.
 const ROWS: usize = 24;
-/// Scores of a block at most: they share a cache of the second level with keys and values.
+/// Scores of a block at most, where it has more than a few rows: they share a cache of the second
+/// level with keys and values.
 const SCORES: usize = 1 << 16;
+const LEAST: usize = 4;
 /// Pieces for threads, where there are so many blocks: each packs keys and values for itself.
 const PIECES: usize = 16;
 /// Rows of values that are read as they lie: more of them drive each other out of the cache.
@@ -34,7 +36,7 @@ struct Shares {
 
 /// The blocks of so many rows, where other axes make `outer` pieces.
 fn shares(total: usize, keys: usize, outer: usize) -> Shares {
-    let most = ROWS.min(SCORES / keys).clamp(1, total);
+    let most = ROWS.min((SCORES / keys).max(LEAST)).min(total);
     let whole = (most / 2 + 1..=most).rev().find(|&rows| total.is_multiple_of(rows));
     let rows = whole.unwrap_or(most);
     let blocks = total / rows;
@@ -88,10 +90,8 @@ struct Block {
 
 /// The kernel of an attention.
 pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lowering<Lowered> {
-    if lower.target.threads > 0
-        && let Some(lowered) = super::gpu_attention::lower(lower.fresh(), root, parts, name)?
-    {
-        return Ok(lowered);
+    if lower.target.threads > 0 {
+        return super::gpu_attention::lower(lower, root, parts, name);
     }
     let weight = lower.register(DType::F32, 1);
     lower.bind_cell(parts.weights, Expr::Load(weight, origin_place()));
@@ -122,7 +122,7 @@ pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lo
     scores.way = way(&mut lower, &scores, (rows, query), &mut pieces);
     let most = most(&mut lower, parts, (&row, keys), &line_of)?;
     let (softmax, scale) = softmax(&mut lower, parts, (&row, keys), &line_of)?;
-    let mut mixed = mixed(product, parts.side, (key, scale), &line_of)?;
+    let mut mixed = mixed(&mut lower, product, parts.side, (key, scale), &line_of)?;
     mixed.way = way(&mut lower, &mixed, (rows, query), &mut pieces);
     let mut inside = scores.pack(&mut lower)?;
     inside.extend(mixed.pack(&mut lower)?);
@@ -201,8 +201,9 @@ pub fn scores(
     (row, keys): (&[Index], usize),
     line: &(BufferId, Index),
 ) -> Lowering<Tiles> {
-    let cell = lower.register(DType::F32, 1);
-    lower.bind_cell(parts.products, Expr::Load(cell, origin_place()));
+    let (cell, dtype) = (lower.register(DType::F32, 1), lower.ty(parts.products).dtype);
+    let sum = as_dtype(lower, dtype, Arc::new(Expr::Load(cell, origin_place())));
+    lower.bind_cell(parts.products, (*sum).clone());
     let key = lower.var(keys)?;
     let mut index = row.to_vec();
     index.push(Place::affine(Affine::axis(key as usize)));
@@ -211,7 +212,9 @@ pub fn scores(
     let [x, y] = operands;
     let has_key = |e: &Arc<Expr>| plain_load(e).is_some_and(|l| l.1.coefficient(key as usize) != 0);
     let operands = if has_key(&x) { [x, y] } else { [y, x] };
-    let store = Stmt::Store { buffer: line.0, place: place(line, key), value: (*value).clone() };
+    let operands = operands.map(|e| as_dtype(lower, DType::F32, e));
+    let value = (*as_dtype(lower, DType::F32, value)).clone();
+    let store = Stmt::Store { buffer: line.0, place: place(line, key), value };
     lower.bind_row(parts.scores, (line.0, &line.1), row.len());
     Ok(Tiles { cell, lanes: key, summed, operands, end: vec![store], way: Way::Single })
 }
@@ -285,8 +288,14 @@ fn scale_of(lower: &Lower, parts: &Attention) -> Option<(usize, bool)> {
     single.then_some((other, divides))
 }
 
+/// A value as one of a dtype.
+pub fn as_dtype(lower: &Lower, to: DType, e: Arc<Expr>) -> Arc<Expr> {
+    if dtype(&lower.buffers, &e) == to { e } else { Arc::new(Expr::Cast(to, e)) }
+}
+
 /// The sums of weighted values.
 pub fn mixed(
+    lower: &mut Lower,
     product: Product,
     side: usize,
     (key, scale): (Var, Option<Place>),
@@ -295,8 +304,12 @@ pub fn mixed(
     let lanes = product.vars.last().copied();
     let lanes = lanes.ok_or_else(|| Refused("a result without axes".into()))?;
     let weights = Arc::new(Expr::Load(line.0, place(line, key)));
-    let operands = [product.operands[1 - side].clone(), weights];
-    let (cell, summed) = (product.cell, product.summed);
+    let values = product.operands[1 - side].clone();
+    let operands = [as_dtype(lower, DType::F32, values), weights];
+    // Sums of short floats are f32, and rounded once.
+    let short = lower.buffers[product.cell].dtype;
+    let cell = if short == DType::F32 { product.cell } else { lower.register(DType::F32, 1) };
+    let summed = product.summed;
     let store = |buffer, place, value| Stmt::Store { buffer, place, value };
     let scaled = scale.map(|place| {
         let sum = Arc::new(Expr::Load(cell, origin_place()));
@@ -304,7 +317,11 @@ pub fn mixed(
         store(cell, origin_place(), Expr::Binary(BinaryFn::Mul, sum, scale))
     });
     let result = store(product.out, product.place, (*product.result).clone());
-    let end = scaled.into_iter().chain([result]).collect();
+    let rounded = (short != DType::F32).then(|| {
+        let sum = Arc::new(Expr::Load(cell, origin_place()));
+        store(product.cell, origin_place(), Expr::Cast(short, sum))
+    });
+    let end = scaled.into_iter().chain(rounded).chain([result]).collect();
     Ok(Tiles { cell, lanes, summed, operands, end, way: Way::Single })
 }
 
@@ -559,11 +576,12 @@ mod tests {
     #[test]
     fn rows_are_shared_out() {
         for (total, keys, outer) in
-            [(1, 7, 8), (128, 128, 12), (197, 197, 12), (1500, 1500, 8), (5, 16384, 1)]
+            [(1, 7, 8), (128, 128, 12), (197, 197, 12), (1500, 1500, 8), (5, 1 << 20, 1)]
         {
             let s = shares(total, keys, outer);
             assert_eq!(s.pieces * s.blocks * s.rows + s.left, total, "{s:?}");
-            assert!(s.rows <= ROWS && s.left < s.rows.max(1) && s.rows * keys <= SCORES, "{s:?}");
+            let fits = s.rows * keys <= SCORES || s.rows <= LEAST;
+            assert!(s.rows <= ROWS && s.left < s.rows.max(1) && fits, "{s:?}");
         }
         let even = Shares { rows: 20, blocks: 25, pieces: 3, left: 0 };
         assert_eq!(shares(1500, 1500, 8), even);

@@ -207,10 +207,10 @@ pub fn widened(e: &Expr) -> Option<(BufferId, &Affine)> {
     }
 }
 
-/// The same of an operand that lanes hold as f32, and keep as bf16 or as it is.
+/// The same of an operand that lanes hold as f32, and keep as a short float or as it is.
 fn float<'e>(lower: &Lower, e: &'e Expr) -> Option<(BufferId, &'e Affine)> {
-    let kept = if let Expr::Cast(..) = e { DType::BF16 } else { DType::F32 };
-    widened(e).filter(|l| lower.buffers[l.0].dtype == kept)
+    let fits = |t: DType| if let Expr::Cast(..) = e { t.is_rounded() } else { t == DType::F32 };
+    widened(e).filter(|l| fits(lower.buffers[l.0].dtype))
 }
 
 /// Which operand goes into lanes, and whether it is packed.
@@ -338,7 +338,7 @@ pub fn tile(
         let (buffer, place) = element_of(&mut lower, &panels, tile, &element);
         operands[roles.lanes] = Arc::new(match product.parts {
             Some(_) => Expr::Word(buffer, place),
-            None if panels.kept == DType::BF16 => {
+            None if panels.kept.is_rounded() => {
                 Expr::Cast(DType::F32, Arc::new(Expr::Load(buffer, place)))
             }
             None => Expr::Load(buffer, place),

@@ -92,6 +92,11 @@ impl Owns {
         Owns { threads, rows, columns, place, sums }
     }
 
+    /// Columns of a thread that are neighbours.
+    pub fn near(&self) -> usize {
+        self.columns.loops[1].1
+    }
+
     /// Loops over all threads.
     pub fn all(&self, body: Vec<Stmt>) -> Vec<Stmt> {
         threads(&self.threads, body)

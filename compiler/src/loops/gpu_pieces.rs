@@ -115,8 +115,9 @@ impl Piece {
         // Bytes cannot be turned while a warp loads them.
         let along =
             product.0 == 1 && (line.0 != 1 || product.1 > line.1) || warp && dtype.bytes() == 1;
-        // Lines do not lie in the same banks, and are aligned to 16 bytes.
-        let room = 16 / dtype.bytes();
+        // Lines do not lie in the same banks, and are aligned to 16 bytes. A warp that reads words
+        // one by one asks for four products of eight lines.
+        let room = if warp && !along && dtype.bytes() == 4 { 8 } else { 16 / dtype.bytes() };
         let steps = if along { [depth + room, 1] } else { [1, lines + room] };
         let len = if along { lines * steps[0] } else { depth * steps[1] };
         let (minor, major) = if along { (depth, lines) } else { (lines, depth) };

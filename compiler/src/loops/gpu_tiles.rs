@@ -64,7 +64,7 @@ pub struct Axes {
 /// What a sum of products is summed in, for results of a dtype.
 fn sums_of(dtype: DType) -> Option<DType> {
     match dtype {
-        DType::F32 | DType::F16 | DType::BF16 => Some(DType::F32),
+        DType::F32 | DType::F16 | DType::BF16 | DType::TF32 => Some(DType::F32),
         DType::I32 => Some(DType::I32),
         _ => None,
     }
@@ -78,7 +78,8 @@ fn operand(lower: &Lower, e: &Expr, sums: DType) -> Option<Operand> {
     };
     let Expr::Load(buffer, Place { affine, dynamic: None }) = load else { return None };
     let dtype = lower.buffers[*buffer].dtype;
-    let known = dtype == sums || dtype.is_float() == sums.is_float() && dtype.bytes() < 4;
+    let short = dtype.is_rounded() || dtype.bytes() < 4;
+    let known = dtype == sums || dtype.is_float() == sums.is_float() && short;
     (known && dtype != DType::Bool).then(|| Operand { buffer: *buffer, place: affine.clone() })
 }
 
@@ -208,7 +209,7 @@ fn shape(
     tiles: [[usize; 2]; 5],
     [blocks, rows, columns]: [usize; 3],
     (pieces, depth): (usize, usize),
-    warp: bool,
+    at_once: usize,
     most: usize,
 ) -> ([usize; 2], usize) {
     let parts = std::iter::successors(Some(1), |n| Some(2 * n));
@@ -221,7 +222,7 @@ fn shape(
         let count = blocks * parts * rows.div_ceil(r) * columns.div_ceil(c);
         // Products, and what is read from shared memory for them, by 128 units; then partial sums
         // are written and read again, some 2 KB at once, by one launch more.
-        let products = if warp { r * c / 8 } else { r * c } + 32 * (r + c);
+        let products = r * c / at_once + 32 * (r + c);
         let sums = count.div_ceil(PROCESSORS) * pieces.div_ceil(parts) * depth * products / 128;
         let more = LAUNCH + blocks * rows * columns * parts / 256;
         if parts > 1 { sums + more } else { sums }
@@ -232,8 +233,7 @@ fn shape(
 /// Whether warps can multiply operands of these dtypes.
 fn by_warps(dtypes: [DType; 2]) -> bool {
     let byte = |t: DType| matches!(t, DType::I8 | DType::U8);
-    let short = matches!(dtypes[0], DType::F16 | DType::BF16);
-    dtypes[0] == dtypes[1] && short || dtypes.into_iter().all(byte)
+    dtypes[0] == dtypes[1] && dtypes[0].is_rounded() || dtypes.into_iter().all(byte)
 }
 
 /// A tile in the making.
@@ -267,7 +267,13 @@ impl Tile {
         let all = axes.sums.extent().div_ceil(depth);
         let work = [blocks, axes.rows.extent(), axes.columns.extent()];
         let most = if whole { 1 } else { PARTS };
-        let (tile, parts) = shape(tiles, work, (all, depth), warp, most);
+        // Products that a unit for matrices makes while a thread makes one.
+        let at_once = match (warp, bytes) {
+            (false, _) => 1,
+            (true, 4) => 4,
+            (true, _) => 8,
+        };
+        let (tile, parts) = shape(tiles, work, (all, depth), at_once, most);
         let count = all.div_ceil(parts);
         let parts = all.div_ceil(count);
         let part = if parts > 1 { Some((lower.var(parts)?, parts)) } else { None };
@@ -388,10 +394,11 @@ impl Tile {
 
     /// Blocks of threads, one for each tile.
     fn all(&self, lower: &mut Lower, axes: &Axes, end: (BufferId, &Stmt)) -> Lowering<Vec<Stmt>> {
-        let near = axes.columns.innermost().filter(|_| axes.columns.holds(NEAR));
-        let lanes = !self.warp
-            && !self.pieces[1].along
-            && near.is_some_and(|n| is_vector(&lower.buffers, std::slice::from_ref(end.1), n.0));
+        let result = std::slice::from_ref(end.1);
+        let innermost = axes.columns.innermost().filter(|_| axes.columns.holds(self.owns.near()));
+        let vector = innermost.is_some_and(|n| is_vector(&lower.buffers, result, n.0));
+        let lanes = vector && !self.warp && !self.pieces[1].along;
+        let near = lanes || innermost.is_some() && self.warp;
         let first = store(self.sums, self.owns.place.clone(), zero(self.dtype));
         let mut body = self.owns.all(self.owns.rows.each(self.across(lanes, vec![first])));
         let count = self.count;
@@ -413,27 +420,27 @@ impl Tile {
             body.extend(self.bring(lower, axes, &number(count - 1), 1));
         }
         (0..2 - count % 2).for_each(|half| body.extend(self.add(lower, half, lanes)));
-        body.extend(self.end(lower, axes, end, lanes));
+        body.extend(self.end(lower, axes, end, near));
         let starts =
             self.part.map(|part| part.0).into_iter().chain(self.starts.iter().map(|s| s.0));
         let loops: Vec<Var> = axes.outer.iter().copied().chain(starts).collect();
         gpu::blocks(lower, &loops, body)
     }
 
-    /// The end: each element where there is one.
+    /// The end: each element where there is one, or neighbours at once where they are `near`.
     fn end(
         &self,
         lower: &mut Lower,
         axes: &Axes,
         (cell, result): (BufferId, &Stmt),
-        lanes: bool,
+        near: bool,
     ) -> Vec<Stmt> {
         let none = || (Affine::default(), 1);
         let (rows, columns) = (&self.owns.rows, &self.owns.columns);
         let row = Flat { base: sum(&self.starts[0].1, &rows.line), rest: none() };
         let column = sum(&self.starts[1].1, &columns.line);
         let [high, low] = columns.loops;
-        let column = match lanes {
+        let column = match near {
             true => Flat { base: without(&column, low.0), rest: (scaled(low.0, 1), low.1) },
             false => Flat { base: column, rest: none() },
         };
@@ -453,9 +460,9 @@ impl Tile {
             end.insert(0, store(rounded, at, value));
         }
         let [all_rows, all] = [axes.rows.extent(), axes.columns.extent()];
-        let end = match lanes {
+        let end = match near {
             true => {
-                let end = vector(low, end);
+                let end = if self.warp { pairs(lower, low, end) } else { vector(low, end) };
                 unroll(high, below(lower, &column.base, all - (low.1 - 1), end, Vec::new()))
             }
             false => self.across(false, below(lower, &column.base, all, end, Vec::new())),
@@ -463,4 +470,16 @@ impl Tile {
         let end = below(lower, &row.base, all_rows, end, Vec::new());
         self.owns.all(rows.each(end))
     }
+}
+
+/// Statements that end in a store, for two neighbours: both are computed before one is stored, so
+/// that what is read for them, and they themselves, are beside each other.
+pub fn pairs(lower: &mut Lower, near: (Var, usize), mut body: Vec<Stmt>) -> Vec<Stmt> {
+    let Some(Stmt::Store { buffer, place, value }) = body.pop() else { return body };
+    let kept = lower.register(lower.buffers[buffer].dtype, near.1);
+    let at = scaled(near.0, 1);
+    body.push(store(kept, at.clone(), value));
+    let value = Expr::Load(kept, Place::affine(at));
+    let store = Stmt::Store { buffer, place, value };
+    [unroll(near, body), unroll(near, vec![store])].concat()
 }

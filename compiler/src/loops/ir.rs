@@ -330,10 +330,7 @@ pub fn work(buffers: &[Buffer], body: &[Stmt]) -> u64 {
 /// What numbers of a dtype are computed as: short floats as f32, and they are rounded when they are
 /// stored to memory or cast.
 pub fn compute_dtype(dtype: DType) -> DType {
-    match dtype {
-        DType::F16 | DType::BF16 => DType::F32,
-        other => other,
-    }
+    if dtype.is_rounded() { DType::F32 } else { dtype }
 }
 
 /// The dtype of a value over these buffers.

@@ -10,6 +10,7 @@ pub mod eval;
 pub mod flat;
 pub mod gpu;
 pub mod gpu_attention;
+pub mod gpu_attention_warps;
 pub mod gpu_own;
 pub mod gpu_pieces;
 pub mod gpu_thin;

@@ -102,7 +102,7 @@ pub fn typed(loops: &Loops) -> Result<(), Unproven> {
                 let [x, y] = m.sides.each_ref().map(|side| loops.buffers[side.buffer].dtype);
                 let sums = loops.buffers[m.sums.0].dtype;
                 let fits = match sums {
-                    DType::F32 => x == y && matches!(x, DType::F16 | DType::BF16),
+                    DType::F32 => x == y && x.is_rounded(),
                     _ => {
                         sums == DType::I32
                             && [x, y].iter().all(|t| matches!(t, DType::I8 | DType::U8))

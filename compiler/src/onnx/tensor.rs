@@ -170,7 +170,9 @@ fn typed_data(tensor: &TensorProto, dtype: DType) -> Bytes {
         tensor.int32_data.iter().flat_map(|v| v.to_le_bytes()[..width].to_vec()).collect()
     };
     let bytes: Vec<u8> = match dtype {
-        DType::F32 => tensor.float_data.iter().flat_map(|v| v.to_ne_bytes()).collect(),
+        DType::F32 | DType::TF32 => {
+            tensor.float_data.iter().flat_map(|v| v.to_ne_bytes()).collect()
+        }
         DType::F64 => tensor.double_data.iter().flat_map(|v| v.to_ne_bytes()).collect(),
         DType::I64 => tensor.int64_data.iter().flat_map(|v| v.to_ne_bytes()).collect(),
         DType::U64 => tensor.uint64_data.iter().flat_map(|v| v.to_ne_bytes()).collect(),

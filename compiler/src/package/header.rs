@@ -136,7 +136,7 @@ const TYPES: [(DType, &str, &str); 23] = [
 
 /// The number of an element type in C.
 pub fn type_code(dtype: DType) -> i64 {
-    let found = TYPES.iter().position(|t| t.0 == dtype);
+    let found = TYPES.iter().position(|t| t.0 == dtype.storage());
     found.expect("every type has a number") as i64
 }
 

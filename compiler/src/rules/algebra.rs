@@ -135,8 +135,8 @@ pub(super) fn scale_into_contract(egraph: &mut Egg, node: &ENode) -> Option<Id> 
         _ => None,
     })?;
     let weight = (0..2).find(|&k| egraph[args[k]].data.constant)?;
-    // Scaled, they would not be bf16 any more.
-    if cast_from(egraph, args[weight], |from| from == DType::BF16).is_some() {
+    // Scaled, they would not be short any more.
+    if cast_from(egraph, args[weight], DType::is_rounded).is_some() {
         return None;
     }
     let along: Vec<usize> = (0..scale_shape.len()).filter(|&d| scale_shape[d] != 1).collect();

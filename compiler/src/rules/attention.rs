@@ -8,14 +8,12 @@ use super::bodies::Places;
 use super::choices::{ChoiceGraph, Kernel};
 use super::kind::{Body, Kind, is_pointwise, only_splits};
 use crate::graph::Node;
-use crate::graph::op::{Contract, Op, ReduceFn};
+use crate::graph::op::{BinaryFn, Contract, Op, ReduceFn, UnaryFn};
 
 /// Rows at least for which keys and values are brought into the order in which they are read.
 pub const MANY: usize = 128;
 /// Rows at most whose products with keys are each a sum across lanes.
 pub const FEW: usize = 4;
-/// Keys at most: some rows of scores are kept together.
-pub const MAX_KEYS: usize = 1 << 14;
 /// Attentions kept for a value, each over other arguments: what these cost, the selection knows.
 const KEEP: usize = 32;
 /// Ways to scale and mask scores that are tried in a softmax.
@@ -63,7 +61,10 @@ pub fn find(nodes: &[Node]) -> Option<Attention> {
     }
     let (scores, powers) = (arg(most, 0), arg(sum, 0));
     let found = Attention { products, scores, most, powers, sum, weights, mixed, side };
-    let fits = found.has_stages(nodes, &above) && found.has_shapes(nodes) && found.is_float(nodes);
+    let fits = found.has_stages(nodes, &above)
+        && found.has_shapes(nodes)
+        && found.has_factors(nodes)
+        && found.is_float(nodes);
     fits.then_some(found)
 }
 
@@ -102,7 +103,8 @@ impl Attention {
             Op::Contract(_) => true,
             Op::Reduce(..) => true,
             Op::Reshape(_) => stage[n] == 0 || stage[n] == 3,
-            Op::Permute(_) | Op::Cast(DType::BF16) => stage[n] == 3 && n > self.mixed,
+            Op::Permute(_) => stage[n] == 3 && n > self.mixed,
+            op if is_rounding(op) => stage[n] == 3 && n > self.mixed,
             op => is_pointwise(op) && stage[n] < 3,
         };
         let beside = (0..nodes.len()).filter(|n| !above.contains(n));
@@ -134,7 +136,7 @@ impl Attention {
         let same = |n: usize| leading(n) == leading(weights) || leading(n) == leading(self.scores);
         let before = (self.products..=self.scores).filter(|&n| body.below(self.scores)[n]);
         let mut before = before.filter(|&n| body.above(self.products).contains(&n));
-        (2..=MAX_KEYS).contains(&keys)
+        keys >= 2
             && folds(self.most, ReduceFn::Max)
             && folds(self.sum, ReduceFn::Sum)
             && shape(self.powers) == full
@@ -145,6 +147,37 @@ impl Attention {
             && before.all(|n| shape(n).last() == Some(&keys) && same(n))
             && self.has_maps(nodes, keys)
             && self.ends_plain(nodes)
+    }
+
+    /// Whether powers are of e, and weights are powers times one number of the row, or 0 where that
+    /// is none: so powers of another maximum, and sums of them, differ from these by a factor only.
+    fn has_factors(&self, nodes: &[Node]) -> bool {
+        let arg = |n: usize, k: usize| nodes[n].args[k].index();
+        let single = |n: usize| nodes[n].ty.shape.last() == Some(&1);
+        let is_power = |n: usize| {
+            let apart = arg(n, 0);
+            nodes[n].op == Op::Unary(UnaryFn::Exp)
+                && nodes[apart].op == Op::Binary(BinaryFn::Sub)
+                && [arg(apart, 0), arg(apart, 1)] == [self.scores, self.most]
+        };
+        let mut at = self.weights;
+        while at != self.powers {
+            at = match nodes[at].op {
+                Op::Binary(BinaryFn::Mul) if single(arg(at, 0)) => arg(at, 1),
+                Op::Binary(BinaryFn::Mul | BinaryFn::Div) if single(arg(at, 1)) => arg(at, 0),
+                // A guard against rows without a finite score: is it a number?
+                Op::Select if nodes[arg(at, 1)].ty.numel() == 1 => {
+                    let (asked, x) = (arg(at, 0), arg(at, 2));
+                    let guards = nodes[asked].op == Op::Binary(BinaryFn::Ne);
+                    if !guards || [arg(asked, 0), arg(asked, 1)] != [x, x] {
+                        return false;
+                    }
+                    x
+                }
+                _ => return false,
+            };
+        }
+        is_power(self.powers)
     }
 
     /// Whether keys are the last axis of the products and the one axis that is summed later.
@@ -176,13 +209,13 @@ impl Attention {
     }
 
     /// Whether the result is only moved, in another order with the same last axis, then in another
-    /// shape; and perhaps rounded to bf16 before that.
+    /// shape; and perhaps rounded before that.
     fn ends_plain(&self, nodes: &[Node]) -> bool {
         let mut ends: Vec<&Op> = nodes[self.mixed + 1..].iter().map(|n| &n.op).collect();
         while let Some(Op::Reshape(_)) = ends.last() {
             ends.pop();
         }
-        ends.retain(|op| **op != Op::Cast(DType::BF16));
+        ends.retain(|op| !is_rounding(op));
         match ends.as_slice() {
             [] => true,
             [Op::Permute(axes)] => axes.last().is_some_and(|&a| a as usize + 1 == axes.len()),
@@ -190,23 +223,37 @@ impl Attention {
         }
     }
 
-    /// Whether all of it runs in lanes of f32, over axes that are in use whole.
+    /// Whether all of it runs in lanes of f32, or is of one short float, over axes that are in use
+    /// whole.
     fn is_float(&self, nodes: &[Node]) -> bool {
         let body = Body { nodes };
         let whole = nodes.iter().all(|n| n.ty.used.is_empty() && n.ty.numel() > 0);
         let above = body.above(self.products);
+        let (dtype, short) = (nodes[self.products].ty.dtype, is_short(nodes));
         let float = |&n: &usize| match &nodes[n].op {
             Op::Binary(f) if f.is_comparison() => true,
-            _ if n > self.mixed => matches!(nodes[n].ty.dtype, DType::F32 | DType::BF16),
-            _ => nodes[n].ty.dtype == DType::F32,
+            _ if nodes[n].ty.dtype.is_rounded() && n > self.mixed => true,
+            _ => nodes[n].ty.dtype == dtype,
         };
         let operands = [self.products, self.mixed].map(|n| &nodes[n].args);
         let operands = operands.into_iter().flatten().map(|a| a.index());
-        let runs = |&n: &usize| body.is_vector_op(n);
+        let runs = |&n: &usize| short || body.is_vector_op(n);
         whole
+            && (short || dtype == DType::F32)
             && above.iter().all(|n| float(n) && runs(n))
-            && operands.into_iter().all(|n| nodes[n].ty.dtype == DType::F32)
+            && operands.into_iter().all(|n| nodes[n].ty.dtype == dtype)
     }
+}
+
+/// Whether the products of an attention are of short floats: lanes have none, warps multiply them.
+pub fn is_short(nodes: &[Node]) -> bool {
+    let mut products = nodes.iter().filter(|n| matches!(n.op, Op::Contract(_)));
+    products.any(|n| matches!(n.ty.dtype, DType::F16 | DType::BF16))
+}
+
+/// Whether an operation makes numbers of fewer bits.
+fn is_rounding(op: &Op) -> bool {
+    matches!(op, Op::Cast(to) if to.is_rounded())
 }
 
 /// Whether a body is a softmax of scores, the one argument that is as large: a maximum, then a sum.

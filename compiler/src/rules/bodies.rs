@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
+use super::attention;
 use super::cost::{body_us, parts_read};
 use super::kind::{Kind, MAX_ARGS, MAX_OPS, classify};
 use crate::graph::op::{Op, Type};
@@ -172,7 +173,9 @@ impl Bodies {
         let (body, order) = copy.finish();
         let moves_again = body.nodes.iter().any(|n| repeats_a_move(&body.nodes, n));
         let fits = order.len() <= MAX_ARGS && !moves_again;
-        (fits && classify(&body.nodes) == Some(Kind::Attention)).then(|| (self.number(body), order))
+        let is_attention = fits && classify(&body.nodes) == Some(Kind::Attention);
+        let runs = self.dots.warps || !attention::is_short(&body.nodes);
+        (is_attention && runs).then(|| (self.number(body), order))
     }
 
     fn compose(

@@ -399,7 +399,7 @@ fn check_optimised(graph: &Graph, tolerance: f64, what: &str) -> Graph {
     let expected = eval(graph, &inputs);
     let mut result = None;
     for (egraph, whole) in [(false, false), (true, false), (true, true)] {
-        let dots = Dots { whole, halves: false };
+        let dots = Dots { whole, ..Dots::default() };
         let optimised = optimise(graph, egraph, dots).unwrap_or_else(|e| panic!("{what}: {e}"));
         check_shape_of(&optimised.graph);
         assert!(optimised.report.chosen_us <= optimised.report.greedy_us, "{what}");

@@ -206,14 +206,14 @@ impl ChoiceGraph {
     }
 }
 
-/// Whether a class is a list of what is multiplied, i16 or bytes as i32 or bf16 as f32: kernels
-/// read these.
+/// Whether a class is a list of what is multiplied, i16 or bytes as i32 or short floats as f32:
+/// kernels read these.
 fn widens(saturated: &Saturated, id: Id) -> bool {
     let egraph = &saturated.egraph;
     let is_short = |dtype: DType| match dtype {
-        DType::I16 | DType::BF16 => true,
+        DType::I16 => true,
         DType::I8 => egraph.analysis.dots.whole,
-        _ => false,
+        dtype => dtype.is_rounded(),
     };
     let short = |n: &ENode| {
         let from = n.args.first().map(|x| egraph[*x].data.ty.dtype);

@@ -74,7 +74,7 @@ pub fn body_us(body: &Body, constant_args: &[bool], dots: Dots) -> f64 {
                                 let constant = [constant(0), constant(1)];
                                 match node.ty.dtype {
                                     DType::I32 => integers_us(&read, constant, from),
-                                    _ => halves_us(&read, constant, from, dots),
+                                    _ => rounded_us(&read, constant, from, dots),
                                 }
                             }
                         }
@@ -312,12 +312,12 @@ pub fn integers_us(contract: &Contract, constant: [bool; 2], from: [Option<DType
     2.0 * products / FLOPS_PER_US / efficiency
 }
 
-/// How much longer it takes to widen bf16 one by one before they go into all lanes.
+/// How much longer it takes to widen short floats one by one before they go into all lanes.
 const ONE_BY_ONE: f64 = 2.5;
 
-/// Modelled time of a contraction of f32 of which operands may be widened from bf16. Those of two
-/// such are summed twice as fast where the machine has dot products of them.
-pub fn halves_us(
+/// Modelled time of a contraction of f32 of which operands may be widened from short floats. Those
+/// of two such are summed twice as fast where the machine has dot products of them.
+pub fn rounded_us(
     contract: &Contract,
     constant: [bool; 2],
     from: [Option<DType>; 2],
@@ -327,15 +327,16 @@ pub fn halves_us(
         return contract_us(contract, constant);
     }
     let us = products_us(contract, constant, None);
-    let both = from.iter().all(|f| *f == Some(DType::BF16));
-    if dots.halves && both && in_words(contract, constant, Parts::Halves) {
+    let both = dots.rounded.is_some() && from.iter().all(|f| *f == dots.rounded);
+    if both && (dots.warps || in_words(contract, constant, Parts::Halves)) {
         return us / 2.0;
     }
     let lanes = (0..contract.n_out).rev().find(|&a| contract.extents[a] > 1);
     let in_lanes = |k: usize| {
         lanes.is_some_and(|axis| contract.maps[k].iter().any(|i| i.coefficient(axis) != 0))
     };
-    if (0..2).any(|k| from[k].is_some() && !in_lanes(k)) { us * ONE_BY_ONE } else { us }
+    let widened = |k: usize| from[k].is_some_and(|from| from.bytes() < 4);
+    if (0..2).any(|k| widened(k) && !in_lanes(k)) { us * ONE_BY_ONE } else { us }
 }
 
 /// A contraction by fewer products than it has, where it can be done so, or by all of them.

@@ -8,7 +8,7 @@ use egg::Id;
 use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
-use super::cost::{halves_us, integers_us, op_us};
+use super::cost::{integers_us, op_us, rounded_us};
 use super::kind::is_widening;
 use super::lang::{ENode, Saturated};
 use crate::graph::op::Op;
@@ -50,7 +50,7 @@ fn node_us(saturated: &Saturated, class: Id, node: &ENode) -> f64 {
             match data.ty.dtype {
                 DType::I32 => integers_us(contract, constant, from),
                 // Else what makes an operand rounds it, and keeps it as f32.
-                _ if dots.halves => halves_us(contract, constant, from, dots),
+                _ if dots.rounded.is_some() => rounded_us(contract, constant, from, dots),
                 _ => op_us(&node.op, data.ty.numel() as f64, constant),
             }
         }
@@ -119,8 +119,8 @@ fn inherit_users(saturated: &Saturated, users: &mut HashMap<Id, f64>) {
             let Some(count) = users.get(class).copied() else { continue };
             for node in &egraph[*class].nodes {
                 let moves = matches!(node.op, Op::Permute(_) | Op::Reshape(_));
-                let is_bf16 = |x: &Id| egraph[*x].data.ty.dtype == DType::BF16;
-                let widens = node.op == Op::Cast(DType::F32) && node.args.iter().all(is_bf16);
+                let is_short = |x: &Id| egraph[*x].data.ty.dtype.is_rounded();
+                let widens = node.op == Op::Cast(DType::F32) && node.args.iter().all(is_short);
                 if moves || widens {
                     let other = users.entry(egraph.find(node.args[0])).or_insert(0.0);
                     *other = other.max(count);

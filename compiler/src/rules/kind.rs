@@ -392,21 +392,22 @@ impl Body<'_> {
 pub(super) fn is_widening(op: &Op, from: DType) -> bool {
     match op {
         Op::Cast(DType::I32) => matches!(from, DType::I16 | DType::I8 | DType::U8),
-        Op::Cast(DType::F32) => from == DType::BF16,
+        Op::Cast(DType::F32) => from.is_rounded(),
         _ => false,
     }
 }
 
-/// Whether lanes hold values of a dtype. Those of bf16 are only moved, rounded to and widened.
+/// Whether lanes hold values of a dtype. Short floats are only moved, rounded to and widened.
 pub fn is_lane(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::BF16 | DType::I32 | DType::I16 | DType::I8 | DType::U8)
+    let whole = matches!(dtype, DType::I32 | DType::I16 | DType::I8 | DType::U8);
+    whole || dtype == DType::F32 || dtype.is_rounded()
 }
 
 /// Whether there is an instruction for a function of two values in lanes.
 pub fn is_lane_binary(f: BinaryFn, dtype: DType) -> bool {
     match f {
         BinaryFn::Add | BinaryFn::Sub | BinaryFn::Mul | BinaryFn::Max | BinaryFn::Min => {
-            is_lane(dtype) && dtype != DType::BF16
+            is_lane(dtype) && !dtype.is_rounded()
         }
         BinaryFn::Div | BinaryFn::Eq | BinaryFn::Ne | BinaryFn::Lt | BinaryFn::Le => {
             dtype == DType::F32
@@ -418,9 +419,9 @@ pub fn is_lane_binary(f: BinaryFn, dtype: DType) -> bool {
 /// Whether lanes of one dtype can be those of another.
 pub fn is_lane_cast(from: DType, to: DType) -> bool {
     // Only what f32 has exactly is a bound for it.
-    let number = |dtype: DType| matches!(dtype, DType::F32 | DType::BF16);
+    let number = |dtype: DType| dtype == DType::F32 || dtype.is_rounded();
     let whole = number(from) && to == DType::I32;
-    let short = (from == DType::BF16 || to == DType::BF16) && !(number(from) && number(to));
+    let short = (from.is_rounded() || to.is_rounded()) && !(number(from) && number(to));
     is_lane(from) && is_lane(to) && !whole && !short
 }
 

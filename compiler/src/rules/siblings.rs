@@ -151,18 +151,22 @@ pub(super) fn merge_siblings(egraph: &mut Egg, node: &ENode) -> Option<Id> {
     split(egraph, merged, own.axis, &extents, class)
 }
 
-/// Weights side by side: those that are widened from bf16 are so once they are.
+/// Weights side by side: those that are widened from a short float are so once they are.
 fn joined(egraph: &mut Egg, axis: u8, weights: &[Id]) -> Id {
     let joined = add(egraph, Op::Concat(axis), weights);
     let inner = |&w: &Id| {
         find(egraph, w, |n| {
             let x = *n.args.first()?;
-            let is_bf16 = egraph[x].data.ty.dtype == DType::BF16;
-            (is_bf16 && n.op == Op::Cast(DType::F32)).then_some(x)
+            let is_short = egraph[x].data.ty.dtype.is_rounded();
+            (is_short && n.op == Op::Cast(DType::F32)).then_some(x)
         })
     };
     let inner: Option<Vec<Id>> = weights.iter().map(inner).collect();
     let Some(inner) = inner else { return joined };
+    let dtype = |x: &Id| egraph[*x].data.ty.dtype;
+    if inner.iter().any(|x| dtype(x) != dtype(&inner[0])) {
+        return joined;
+    }
     let short = add(egraph, Op::Concat(axis), &inner);
     let wide = add(egraph, Op::Cast(DType::F32), &[short]);
     egraph.union(joined, wide);

@@ -282,7 +282,7 @@ fn optimised_graphs_mean_the_same() {
         let expected = eval(&graph, std::slice::from_ref(&input));
         for egraph in [false, true] {
             let optimised =
-                optimise(&graph, egraph, Dots { whole: seed % 2 == 1, halves: false }).unwrap();
+                optimise(&graph, egraph, Dots { whole: seed % 2 == 1, ..Dots::default() }).unwrap();
             let got = eval(&optimised.graph, std::slice::from_ref(&input));
             assert!(close(&got[0], &expected[0]), "seed {seed}, e-graph {egraph}");
             assert!(optimised.report.chosen_us <= optimised.report.greedy_us);

@@ -11,7 +11,7 @@ pub fn known(op: &str, ty: Ty) -> Result<(), String> {
     let int = matches!(ty, Ty::S(32 | 64) | Ty::U(32 | 64));
     let bits = matches!(ty, Ty::B(32 | 64) | Ty::Pred);
     let fits = match op {
-        "mov" => !matches!(ty, Ty::BF16 | Ty::F(16)),
+        "mov" => !matches!(ty, Ty::BF16 | Ty::TF32 | Ty::F(16)),
         "cvta.to.global" => ty == Ty::U(64),
         "add" | "sub" | "mul.lo" | "mad.lo" | "div" | "rem" | "min" | "max" => int,
         "mul.wide" | "mad.wide" => matches!(ty, Ty::S(32) | Ty::U(32)),
@@ -35,6 +35,7 @@ pub fn convertible(round: &str, to: Ty, from: Ty) -> Result<(), String> {
         (Ty::F(a), Ty::F(b)) if a < b => round.is_empty(),
         (Ty::F(_), Ty::F(_)) => round == "rn",
         (Ty::F(32), Ty::BF16) => round == "rn",
+        (Ty::F(32), Ty::TF32) => round == "rna",
         (Ty::F(_), to) if int(to) => round == "rzi",
         (from, Ty::F(_)) if int(from) => round == "rn",
         (from, to) if int(from) && int(to) => round.is_empty(),
@@ -212,6 +213,11 @@ pub fn convert(round: &str, to: Ty, from: Ty, x: u64) -> u64 {
             let v = f32::from_bits(x as u32);
             if v.is_nan() { 0x7fff } else { bf16::from_f32(v).to_bits().into() }
         }
+        (Ty::F(_), Ty::TF32) => match f32::from_bits(x as u32).is_nan() {
+            true => 0x7fff_e000,
+            // Half a step is added to the magnitude, and what is left over dropped.
+            false => (x + 0x1000) & 0xffff_e000,
+        },
         (Ty::F(bits), _) => {
             let v = float(from, x);
             // What a NaN becomes hangs on the types.

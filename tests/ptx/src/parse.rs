@@ -18,6 +18,8 @@ pub enum Ty {
     F(u32),
     /// The short float with the exponent of f32.
     BF16,
+    /// A float with 10 bits of mantissa, the others of its 32 are 0.
+    TF32,
 }
 
 impl Ty {
@@ -26,6 +28,7 @@ impl Ty {
         Some(match name {
             "pred" => Ty::Pred,
             "bf16" => Ty::BF16,
+            "tf32" => Ty::TF32,
             _ => {
                 let bits = name.get(1..)?.parse().ok()?;
                 let fits = [8, 16, 32, 64].contains(&bits);
@@ -45,7 +48,16 @@ impl Ty {
         match self {
             Ty::Pred => 1,
             Ty::BF16 => 16,
+            Ty::TF32 => 32,
             Ty::S(bits) | Ty::U(bits) | Ty::B(bits) | Ty::F(bits) => bits,
+        }
+    }
+
+    /// The type of the registers that hold it.
+    fn held(self) -> Ty {
+        match self {
+            Ty::BF16 | Ty::TF32 | Ty::F(16) => Ty::B(self.bits()),
+            other => other,
         }
     }
 
@@ -190,7 +202,7 @@ const OPS: [(&str, usize); 29] = [
 ];
 
 const COMPARISONS: [&str; 8] = ["eq", "ne", "neu", "lt", "le", "gt", "ge", "nan"];
-const ROUNDS: [&str; 6] = ["", "rn", "rzi", "rni", "rmi", "rpi"];
+const ROUNDS: [&str; 7] = ["", "rn", "rna", "rzi", "rni", "rmi", "rpi"];
 
 /// Reads a text.
 pub fn parse(text: &str) -> Parsed<Module> {
@@ -312,7 +324,7 @@ impl Body {
                 let bits = match word.get(..2) {
                     Some("0f") if ty == Ty::F(32) => hex(2).map_err(|e| e.to_string())?,
                     Some("0d") if ty == Ty::F(64) => hex(2).map_err(|e| e.to_string())?,
-                    _ if matches!(ty, Ty::F(_) | Ty::Pred | Ty::BF16) => {
+                    _ if matches!(ty, Ty::F(_) | Ty::Pred | Ty::BF16 | Ty::TF32) => {
                         return Err(format!("{word} is no {ty:?}"));
                     }
                     _ => word.parse::<i64>().map_err(|_| format!("{word} is no number"))? as u64,
@@ -408,9 +420,8 @@ impl Body {
                 let [to, from] = types.map(|t| Ty::of(t).ok_or("an unknown type"));
                 let (to, from) = (to?, from?);
                 super::arithmetic::convertible(round, to, from)?;
-                let bits = |t: Ty| if t == Ty::BF16 || t == Ty::F(16) { Ty::B(16) } else { t };
-                let target = self.of(&words[0], bits(to), true)?;
-                Ok(Code::Convert(round, [to, from], target, self.operand(&words[1], bits(from))?))
+                let target = self.of(&words[0], to.held(), true)?;
+                Ok(Code::Convert(round, [to, from], target, self.operand(&words[1], from.held())?))
             }
             _ => self.operation(name, words),
         }
@@ -457,21 +468,20 @@ impl Body {
     }
 
     fn multiply(&self, name: &str, words: &[String]) -> Parsed<Code> {
-        let (byte, half) =
-            ("mma.sync.aligned.m16n8k32.row.col.s32.", "mma.sync.aligned.m16n8k16.row.col.f32.");
         let known = |rest: &str| match rest {
-            "bf16.bf16.f32" => Some(([Ty::BF16; 2], Ty::F(32))),
-            "f16.f16.f32" => Some(([Ty::F(16); 2], Ty::F(32))),
+            "m16n8k16.row.col.f32.bf16.bf16.f32" => Some(([Ty::BF16; 2], Ty::F(32))),
+            "m16n8k16.row.col.f32.f16.f16.f32" => Some(([Ty::F(16); 2], Ty::F(32))),
+            "m16n8k8.row.col.f32.tf32.tf32.f32" => Some(([Ty::TF32; 2], Ty::F(32))),
             _ => None,
         };
         let bytes = |rest: &str| {
-            let (x, y) = rest.strip_suffix(".s32")?.split_once('.')?;
+            let rest = rest.strip_prefix("m16n8k32.row.col.s32.")?.strip_suffix(".s32")?;
+            let (x, y) = rest.split_once('.')?;
             let ty = |name: &str| Ty::of(name).filter(|t| matches!(t, Ty::S(8) | Ty::U(8)));
             Some(([ty(x)?, ty(y)?], Ty::S(32)))
         };
-        let found = name.strip_prefix(half).and_then(known);
-        let found = found.or_else(|| name.strip_prefix(byte).and_then(bytes));
-        let (types, sum) = found.ok_or("an unknown product")?;
+        let rest = name.strip_prefix("mma.sync.aligned.").unwrap_or_default();
+        let (types, sum) = known(rest).or_else(|| bytes(rest)).ok_or("an unknown product")?;
         let [to, x, y, sums] = words else { return Err("four operands are right".into()) };
         let part = |word, ty, count| self.group(word, ty, count);
         let [to, sums] = [part(to, sum, 4)?, part(sums, sum, 4)?];

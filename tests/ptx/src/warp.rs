@@ -86,13 +86,17 @@ impl Block<'_> {
                 line[at..at + 4].copy_from_slice(&(bits as u32).to_le_bytes());
             }
         }
-        let number = |bytes: &[u8]| match ty {
-            Ty::S(_) => (bytes[0] as i8).into(),
-            Ty::U(_) => bytes[0].into(),
-            Ty::BF16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f64(),
-            _ => f16::from_le_bytes([bytes[0], bytes[1]]).to_f64(),
+        let number = |bytes: &[u8]| match (ty, bytes) {
+            (Ty::S(_), _) => Ok((bytes[0] as i8).into()),
+            (Ty::U(_), _) => Ok(bytes[0].into()),
+            (Ty::BF16, _) => Ok(bf16::from_le_bytes([bytes[0], bytes[1]]).to_f64()),
+            (Ty::TF32, &[low, next, ..]) if low != 0 || next & 0x1f != 0 => {
+                Err(self.fault(first, "a number of more bits than tf32 has"))
+            }
+            (Ty::TF32, &[a, b, c, d]) => Ok(f32::from_le_bytes([a, b, c, d]).into()),
+            _ => Ok(f16::from_le_bytes([bytes[0], bytes[1]]).to_f64()),
         };
         let size = (ty.bits() / 8) as usize;
-        Ok(lines.iter().map(|line| line.chunks(size).map(number).collect()).collect())
+        lines.iter().map(|line| line.chunks(size).map(number).collect()).collect()
     }
 }

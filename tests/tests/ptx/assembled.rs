@@ -6,13 +6,16 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use kiln::Compiler;
 use kiln::backend::cuda::{Gpu, emit_all};
 use kiln::graph::Graph;
 use kiln::onnx::{ImportOptions, import};
+use kiln::tensor::DType;
+use kiln::{Compiler, Precision};
 use kiln_tests::cases::{folders, name_of, read};
 use kiln_tests::small::{MODELS, graph};
 use kiln_tests::{oracle, ptx, suite};
+
+use crate::short_attention;
 
 /// Versions of instruction sets: that of the text, and those that it is assembled for.
 const VERSIONS: [(u32, &[&str]); 2] = [(80, &["80", "89", "120"]), (90, &["90a"])];
@@ -40,10 +43,10 @@ fn assemble(ptxas: &Path, text: &str, target: &str) -> Result<String, String> {
 
 /// Kernels of a graph, and for each version the registers and the shared memory that the largest of
 /// them take.
-fn line(graph: &Graph) -> Result<String, String> {
+fn line(graph: &Graph, compiler: &Compiler) -> Result<String, String> {
     let ptxas = ptx::assembler().ok_or("no assembler")?;
     let of = |sm| Gpu::of(sm).ok_or("no GPU");
-    let cuda = Compiler::new().cuda_of(graph, of(VERSIONS[0].0)?).map_err(|e| e.to_string())?;
+    let cuda = compiler.cuda_of(graph, of(VERSIONS[0].0)?).map_err(|e| e.to_string())?;
     let mut line = String::new();
     for (sm, targets) in VERSIONS {
         let module = emit_all(&cuda.program.kernels, of(sm)?).map_err(|e| e.to_string())?;
@@ -63,7 +66,7 @@ fn line(graph: &Graph) -> Result<String, String> {
 fn check_model(folder: &Path) -> Result<String, String> {
     let options = ImportOptions { folder: Some(folder.to_path_buf()), ..ImportOptions::default() };
     let graph = import(read(&folder.join("model.onnx")), &options).map_err(|e| e.to_string())?;
-    line(&graph)
+    line(&graph, &Compiler::new())
 }
 
 #[test]
@@ -75,10 +78,20 @@ fn texts_assemble_without_spills() {
     let mut table = String::from(
         "# model, and of each version: kernels, registers and bytes of shared memory at most\n",
     );
-    for (name, make) in MODELS {
-        match line(&graph(make)) {
-            Ok(line) => _ = writeln!(table, "{name}{line}"),
-            Err(why) => problems.push(format!("{name}: {why}")),
+    for ((name, make), precision) in MODELS.iter().flat_map(|m| Precision::ALL.map(|p| (m, p))) {
+        let (compiler, of) = (Compiler::new().precision(precision), precision.name());
+        match line(&compiler.rounded(graph(*make)), &compiler) {
+            Ok(line) => _ = writeln!(table, "{name} in {of}{line}"),
+            Err(why) => problems.push(format!("{name} in {of}: {why}")),
+        }
+    }
+    for dtype in [DType::F16, DType::BF16] {
+        for sizes in [[2, 64, 100, 64, 64], [2, 64, 100, 128, 128], [2, 1, 100, 64, 64]] {
+            let name = format!("attention of {dtype} {sizes:?}");
+            match line(&short_attention(sizes, dtype), &Compiler::new()) {
+                Ok(line) => _ = writeln!(table, "{name}{line}"),
+                Err(why) => problems.push(format!("{name}: {why}")),
+            }
         }
     }
     if let Some(models) = oracle("models") {

@@ -1,14 +1,17 @@
 //! Faults that are planted in right texts, one at a time. The interpreter reports each one, or the
 //! results are wrong.
 
-use kiln::Compiler;
 use kiln::backend::cuda::Gpu;
 use kiln::graph::Graph;
 use kiln::graph::op::{Composite, UnaryFn};
 use kiln::tensor::DType;
+use kiln::{Compiler, Precision};
 use kiln_tests::{difference, interpret, ptx};
 
-use crate::{close, convolution, elements, inputs, product, rows, short_product};
+use crate::{
+    attention, close, convolution, elements, inputs, product, rounded_product, rows,
+    short_attention, short_product,
+};
 
 /// Changes of a text that are tried for each fault at most.
 const MOST: usize = 10;
@@ -103,6 +106,18 @@ const TILE: &[Fault] = &[
     ("another block", |l| instead(l, "%ctaid.x", "0"), ALL),
 ];
 
+const ATTENTION: &[Fault] = &[
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
+    ("sums as they were", |l| instead(l, "mul.rn.f32", "add.rn.f32"), ALL),
+    (
+        "a turn too few",
+        |l| number(l, "setp.lt.u32", -1),
+        (2, "any score of a row may stand for its greatest"),
+    ),
+    ("the next row", |l| instead(l, ", 2080, ", ", 2048, "), ALL),
+    ("powers of the other sign", |l| instead(l, "sub.rn.f32", "add.rn.f32"), ALL),
+];
+
 /// A product by a warp in which two registers of an operand change places.
 fn exchanged(line: &str, operand: usize, [a, b]: [usize; 2]) -> Option<String> {
     let (name, rest) =
@@ -113,7 +128,28 @@ fn exchanged(line: &str, operand: usize, [a, b]: [usize; 2]) -> Option<String> {
     Some(format!("{name} {};", groups.join(", ")))
 }
 
+/// Of the sums of an attention that warps multiply.
+const WARP_ATTENTION: &[Fault] = &[
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
+    ("a missing wait for copies", |l| instead(l, "cp.async.wait_all;", ""), ALL),
+    ("rows in another order", |l| exchanged(l, 1, [0, 1]), ALL),
+    ("halves of columns in another order", |l| exchanged(l, 2, [0, 1]), ALL),
+    ("sums in another order", |l| exchanged(l, 3, [1, 2]), ALL),
+    ("a matrix that is not turned", |l| instead(l, ".trans", ""), ALL),
+    ("scores of another row", |l| instead(l, ", 160, ", ", 128, "), ALL),
+    ("powers of another row", |l| instead(l, ", 80;", ", 64;"), ALL),
+    ("a block of keys too few", |l| number(l, "setp.lt.u32", -1), ALL),
+];
+
+/// A store of two neighbours in which they change places.
+fn turned(line: &str) -> Option<String> {
+    let (place, pair) = line.strip_suffix("};")?.split_once(", {")?;
+    let (x, y) = pair.split_once(", ")?;
+    line.starts_with("st.global.v2").then(|| format!("{place}, {{{y}, {x}}};"))
+}
+
 const WARP: &[Fault] = &[
+    ("neighbours in another order", turned, ALL),
     ("rows in another order", |l| exchanged(l, 1, [0, 1]), ALL),
     ("halves of rows in another order", |l| exchanged(l, 1, [1, 2]), ALL),
     ("halves of columns in another order", |l| exchanged(l, 2, [0, 1]), ALL),
@@ -139,6 +175,27 @@ const WARP: &[Fault] = &[
         },
         ALL,
     ),
+];
+
+/// Of numbers of tf32, the weights of which are read word by word.
+const WORDS: &[Fault] = &[
+    ("a number that is not rounded", |l| instead(l, "cvt.rna.tf32.f32", "mov.b32"), ALL),
+    ("rows in another order", |l| exchanged(l, 1, [0, 1]), ALL),
+    ("halves of rows in another order", |l| exchanged(l, 1, [1, 2]), ALL),
+    ("halves of columns in another order", |l| exchanged(l, 2, [0, 1]), ALL),
+    ("results in another order", |l| exchanged(l, 0, [0, 1]), ALL),
+    (
+        "the products before",
+        |l| l.starts_with("ldmatrix").then_some(()).and_then(|()| instead(l, "+32]", "+0]")),
+        ALL,
+    ),
+    (
+        "the word before",
+        |l| l.starts_with("ld.shared.b32").then_some(()).and_then(|()| instead(l, "+0]", "+4]")),
+        ALL,
+    ),
+    ("another line", |l| number(l, "shr.u32", 1), ALL),
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
 ];
 
 const BYTES: &[Fault] = &[
@@ -196,8 +253,12 @@ fn changes(text: &str, change: fn(&str) -> Option<String>) -> Vec<String> {
 
 /// Plants faults in the text of a graph: those that are not found as they should be.
 fn plant(graph: &Graph, faults: &[Fault]) -> Vec<String> {
+    plant_by(graph, &Compiler::new(), faults)
+}
+
+fn plant_by(graph: &Graph, compiler: &Compiler, faults: &[Fault]) -> Vec<String> {
     let inputs = inputs(graph);
-    let cuda = Compiler::new().cuda_of(graph, Gpu::of(80).expect("a GPU")).expect("a text");
+    let cuda = compiler.cuda_of(graph, Gpu::of(80).expect("a GPU")).expect("a text");
     let want = interpret(graph, &inputs);
     let mut problems = Vec::new();
     for (name, change, (harmless, _)) in faults {
@@ -223,10 +284,16 @@ fn planted_faults_are_found() {
     let row = rows(Composite::LayerNorm(1, 1e-5f32.to_bits()), 3, 1200);
     let mut problems = plant(&row, BARRIERS);
     problems.extend(plant(&row, ROW));
+    problems.extend(plant(&attention([2, 6, 1100, 8, 12]), ATTENTION));
+    let short = short_attention([2, 40, 100, 16, 24], DType::F16);
+    problems.extend(plant(&short, WARP_ATTENTION));
     problems.extend(plant(&product(70, 100, 68, false), TILE));
     let short = [DType::BF16; 2];
     let warps = short_product([70, 248, 72], short, [false, false]);
     problems.extend(plant(&warps, WARP));
+    let tf32 = Compiler::new().precision(Precision::Tf32);
+    let words = rounded_product([70, 248, 72], [false, false], &tf32);
+    problems.extend(plant_by(&words, &tf32, WORDS));
     let bytes = short_product([40, 100, 24], [DType::U8, DType::I8], [false, true]);
     problems.extend(plant(&bytes, BYTES));
     problems.extend(plant(&convolution([2, 8, 17, 1], ([7, 12], [3, 3]), (1, 1)), PIXELS));

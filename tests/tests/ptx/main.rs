@@ -7,11 +7,11 @@ mod faults;
 
 use std::path::Path;
 
-use kiln::Compiler;
 use kiln::backend::cuda::Gpu;
-use kiln::graph::Graph;
 use kiln::graph::op::{BinaryFn, Composite, Op, Type, UnaryFn};
+use kiln::graph::{Graph, NodeId};
 use kiln::tensor::{DType, Tensor};
+use kiln::{Compiler, Precision};
 use kiln_tests::small::{MODELS, graph};
 use kiln_tests::{ONNX, Random, Tolerance, difference, interpret, oracle, ptx, suite};
 
@@ -77,8 +77,12 @@ fn inputs(graph: &Graph) -> Vec<Tensor> {
 
 /// Runs a graph as PTX and compares with the interpreter of graphs; gives the text.
 fn agrees(name: &str, graph: &Graph) -> String {
+    agrees_by(name, graph, &Compiler::new())
+}
+
+fn agrees_by(name: &str, graph: &Graph, compiler: &Compiler) -> String {
     let inputs = inputs(graph);
-    let cuda = Compiler::new().cuda_of(graph, Gpu::of(80).expect("a GPU")).expect(name);
+    let cuda = compiler.cuda_of(graph, Gpu::of(80).expect("a GPU")).expect(name);
     let module = kiln_ptx::parse(&cuda.module.text).expect(name);
     let got = ptx::run_text(&cuda, &module, &inputs).unwrap_or_else(|why| panic!("{name}: {why}"));
     for (got, want) in got.iter().zip(&interpret(graph, &inputs)) {
@@ -165,6 +169,47 @@ fn long_sums_are_made_in_parts() {
     }
 }
 
+/// A product with weights, whose operands are rounded.
+fn rounded_product(
+    [rows, depth, columns]: [usize; 3],
+    turned: [bool; 2],
+    compiler: &Compiler,
+) -> Graph {
+    let (mut graph, origin) = (Graph::default(), "product".into());
+    let of = |shape: [usize; 2], turned: bool| {
+        if turned { [shape[1], shape[0]] } else { shape }
+    };
+    let x = graph.input("x", Type::new(DType::F32, &of([rows, depth], turned[0])));
+    let w = Random::new(7).tensor(&of([depth, columns], turned[1]));
+    let w = graph.tensor(&w, &origin);
+    let operands = [0, 1].map(|k: usize| {
+        let x = [x, w][k];
+        if turned[k] { graph.permute(x, &[1, 0], &origin).expect("a view") } else { x }
+    });
+    let z = graph.matmul(operands[0], operands[1], &origin).expect("a product");
+    graph.outputs.push(("z".into(), z));
+    compiler.rounded(graph)
+}
+
+#[test]
+fn warps_multiply_rounded_numbers() {
+    for (precision, name) in [
+        (Precision::Bf16, "m16n8k16.row.col.f32.bf16.bf16.f32"),
+        (Precision::F16, "m16n8k16.row.col.f32.f16.f16.f32"),
+        (Precision::Tf32, "m16n8k8.row.col.f32.tf32.tf32.f32"),
+    ] {
+        for sizes in [[64, 64, 64], [70, 38, 90], [16, 200, 40], [33, 96, 40]] {
+            for turned in [[false, false], [false, true], [true, false], [true, true]] {
+                let title = format!("{sizes:?} {precision:?} {turned:?}");
+                let compiler = Compiler::new().precision(precision);
+                let graph = rounded_product(sizes, turned, &compiler);
+                let text = agrees_by(&title, &graph, &compiler);
+                assert!(text.contains(name), "{title}\n{text}");
+            }
+        }
+    }
+}
+
 /// A product of matrices of short floats, or of bytes whose sums are i32, twice.
 fn short_product(
     [rows, depth, columns]: [usize; 3],
@@ -213,6 +258,8 @@ fn warps_multiply_short_numbers() {
     let large = short_product([700, 64, 768], [BF16, BF16], [false, false]);
     let text = agrees("large", &large);
     assert!(text.contains(".x2.trans") && text.contains("cp.async.cg"));
+    let stores = |word: &str| text.matches(word).count();
+    assert!(stores("st.global.v2.b16") > 0 && stores("st.global.b16") == 0, "neighbours at once");
 }
 
 #[test]
@@ -236,9 +283,32 @@ fn sums_of_short_floats_are_rounded_once() {
 }
 
 /// The attention of queries to keys with values, masked.
-fn attention([heads, queries, keys, depth, width]: [usize; 5]) -> Graph {
+fn attention(sizes: [usize; 5]) -> Graph {
+    attention_by(sizes, DType::F32, |_, x| x)
+}
+
+/// The same of short floats.
+fn short_attention(sizes: [usize; 5], dtype: DType) -> Graph {
+    attention_by(sizes, dtype, |_, x| x)
+}
+
+/// The same with weights that are 0 where they are no numbers.
+fn guarded_attention(sizes: [usize; 5]) -> Graph {
+    attention_by(sizes, DType::F32, |graph, x| {
+        let origin = "guard".into();
+        let is_nan = graph.binary(BinaryFn::Ne, x, x, &origin).expect("a condition");
+        let zero = graph.scalar(DType::F32, 3, 0.0, &origin);
+        graph.select(is_nan, zero, x, &origin).expect("a choice")
+    })
+}
+
+fn attention_by(
+    [heads, queries, keys, depth, width]: [usize; 5],
+    dtype: DType,
+    weights: impl Fn(&mut Graph, NodeId) -> NodeId,
+) -> Graph {
     let (mut graph, origin) = (Graph::default(), "attention".into());
-    let mut input = |name, shape: &[usize]| graph.input(name, Type::new(DType::F32, shape));
+    let mut input = |name, shape: &[usize]| graph.input(name, Type::new(dtype, shape));
     let q = input("q", &[heads, queries, depth]);
     let k = input("k", &[heads, keys, depth]);
     let v = input("v", &[heads, keys, width]);
@@ -248,9 +318,39 @@ fn attention([heads, queries, keys, depth, width]: [usize; 5]) -> Graph {
     let x = graph.binary_number(BinaryFn::Mul, x, 0.5, &origin).expect("a product");
     let x = graph.binary(BinaryFn::Add, x, mask, &origin).expect("a sum");
     let x = graph.composite(Composite::Softmax(2), x, &origin).expect("shares");
+    let x = weights(&mut graph, x);
     let y = graph.matmul(x, v, &origin).expect("sums");
     graph.outputs.push(("y".into(), y));
     graph
+}
+
+/// Of short floats, whose every step is rounded in the model, and the last one only in kernels.
+#[test]
+fn attention_of_short_floats_is_right() {
+    for (dtype, near) in [(DType::F16, 2f64.powi(-8)), (DType::BF16, 2f64.powi(-5))] {
+        for sizes in [
+            [2, 16, 24, 8, 8],
+            [1, 33, 70, 12, 20],
+            [3, 5, 300, 16, 16],
+            [2, 1, 40, 8, 8],
+            [1, 20, 50, 5, 7],
+            [6, 197, 197, 16, 16],
+            [2, 40, 100, 64, 128],
+            [12, 384, 65, 64, 64],
+        ] {
+            let graph = short_attention(sizes, dtype);
+            let inputs = inputs(&graph);
+            let cuda = Compiler::new().cuda_of(&graph, Gpu::of(80).expect("a GPU")).expect("text");
+            let text = &cuda.module.text;
+            let module = kiln_ptx::parse(text).expect("a text");
+            let got = ptx::run_text(&cuda, &module, &inputs).expect("results");
+            let want = interpret(&graph, &inputs);
+            let bound = Tolerance { rtol: near, atol: near };
+            assert_eq!(difference(&got[0], &want[0], bound), None, "{dtype} {sizes:?}");
+            assert_eq!(text.matches(".entry").count(), 1, "{dtype} {sizes:?} is one kernel");
+            assert_eq!(text.contains("mma.sync"), sizes[1] >= 16, "{dtype} {sizes:?}\n{text}");
+        }
+    }
 }
 
 #[test]
@@ -262,9 +362,35 @@ fn attention_of_any_size_is_right() {
         [2, 1, 40, 8, 8],
         [6, 197, 197, 16, 16],
         [1, 18, 1500, 5, 7],
+        [1, 3, 20_000, 8, 12],
+        [2, 1, 5000, 16, 200],
     ] {
         let text = agrees(&format!("{sizes:?}"), &attention(sizes));
         assert_eq!(text.matches(".entry").count(), 1, "{sizes:?} is one kernel");
+    }
+}
+
+/// Where no score is finite there is no number, or 0 where the model asks for that; and scores that
+/// are finite in later blocks of keys only are as good as others.
+#[test]
+fn attention_of_masked_rows_is_right() {
+    for guarded in [false, true] {
+        let make = if guarded { guarded_attention } else { attention };
+        let graph = make([2, 18, 300, 8, 12]);
+        let mut inputs = inputs(&graph);
+        let mask = inputs[3].as_slice_mut::<f32>().expect("f32");
+        mask[..300].fill(f32::NEG_INFINITY);
+        mask[300..500].fill(f32::NEG_INFINITY);
+        mask[600 + 150..900].fill(f32::NEG_INFINITY);
+        mask[900..1000].fill(f32::MIN);
+        let cuda = Compiler::new().cuda_of(&graph, Gpu::of(80).expect("a GPU")).expect("a text");
+        assert_eq!(cuda.module.entries.len(), 1, "one kernel");
+        let module = kiln_ptx::parse(&cuda.module.text).expect("a text");
+        let got = ptx::run_text(&cuda, &module, &inputs).expect("results");
+        let want = interpret(&graph, &inputs);
+        assert_eq!(difference(&got[0], &want[0], CLOSE), None, "guarded {guarded}");
+        let first = want[0].as_slice::<f32>().expect("f32")[0];
+        assert!(if guarded { first == 0.0 } else { first.is_nan() }, "{first}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Products of numbers that are rounded to bf16, which libtorch rounds as well.
+//! Products of numbers that are rounded to bf16 or f16, which libtorch rounds as well.
 
 use kiln::graph::op::Op;
 use kiln::tensor::DType;
@@ -13,23 +13,28 @@ use crate::{cases, longs, property};
 
 /// A product of operands that are rounded, of `n` numbers each, and how far sums may be from it.
 fn products(
-    n: usize,
+    (n, short): (usize, Kind),
     [x, y]: [&Operand; 2],
     f: impl Fn(&Tensor, &Tensor) -> Tensor,
 ) -> (Tensor, Bound) {
-    let [x, y] = [x, y].map(|o| o.native.to_kind(Kind::BFloat16).to_kind(Kind::Double));
+    let [x, y] = [x, y].map(|o| o.native.to_kind(short).to_kind(Kind::Double));
     (f(&x, &y), Bound::sum(DType::F32, n, f(&x.abs(), &y.abs())))
 }
 
+/// What is rounded to, and what libtorch calls it.
+const SHORT: [(Precision, Kind); 2] =
+    [(Precision::Bf16, Kind::BFloat16), (Precision::F16, Kind::Half)];
+
 /// Checks the graph with the operands of its products rounded: as the kernels of a machine that
-/// does not multiply bf16 and of this one.
-fn check(mut trial: Trial) -> Checked {
-    let compiler = Compiler::new().precision(Precision::Bf16).exact_convolutions(true);
+/// does not multiply such numbers and of this one.
+fn check(mut trial: Trial, precision: Precision) -> Checked {
+    let compiler = Compiler::new().precision(precision).exact_convolutions(true);
     trial.graph = compiler.rounded(trial.graph);
-    let casts = trial.graph.nodes.iter().filter(|n| n.op == Op::Cast(DType::BF16)).count();
+    let short = Op::Cast(precision.dtype());
+    let casts = trial.graph.nodes.iter().filter(|n| n.op == short).count();
     prop_assert!(casts > 0, "nothing was rounded");
-    trial.check_by("compiled for bf16", &compiler)?;
-    trial.check_by("compiled for bf16 without the e-graph", &compiler.egraph(false))?;
+    trial.check_by("compiled with rounding", &compiler)?;
+    trial.check_by("compiled with rounding, without the e-graph", &compiler.egraph(false))?;
     trial.check()
 }
 
@@ -37,9 +42,11 @@ fn check(mut trial: Trial) -> Checked {
 fn matmul() {
     let strategy = || {
         let batch = prop::collection::vec(1usize..4, 0..3);
-        (batch, (1usize..70, 1usize..40, 16usize..70), any::<bool>(), any::<u64>())
+        let ways = (any::<bool>(), 0..SHORT.len());
+        (batch, (1usize..70, 1usize..40, 16usize..70), ways, any::<u64>())
     };
-    property(cases(DType::F32), strategy(), |(batch, (m, half, n), transposed, seed)| {
+    property(cases(DType::F32), strategy(), |(batch, (m, half, n), ways, seed)| {
+        let (transposed, (precision, kind)) = (ways.0, SHORT[ways.1]);
         let (mut random, k) = (Random::new(seed), 2 * half);
         let mut trial = Trial::default();
         let shape = [&batch[..], &[m, k]].concat();
@@ -53,12 +60,12 @@ fn matmul() {
         let z = turned
             .and_then(|w| trial.graph.with_rank(w, shape.len(), &origin()))
             .and_then(|w| trial.graph.matmul(x.node, w, &origin()));
-        let (torch, bound) = products(k, [&x, &w], |x, w| match transposed {
+        let (torch, bound) = products((k, kind), [&x, &w], |x, w| match transposed {
             true => x.matmul(&w.tr()),
             false => x.matmul(w),
         });
         trial.want(("matmul", DType::F32), z, torch, bound)?;
-        check(trial)
+        check(trial, precision)
     });
 }
 
@@ -68,9 +75,10 @@ fn convolution() {
     let strategy = || {
         let channels = (1usize..3, 1usize..3, 1usize..20, 16usize..40);
         let image = (1usize..4, 0usize..3, (3usize..13, 3usize..13));
-        (channels, image, 1usize..3, any::<bool>(), any::<u64>())
+        (channels, image, 1usize..3, (any::<bool>(), 0..SHORT.len()), any::<u64>())
     };
-    property(cases(DType::F32), strategy(), |(channels, image, step, last, seed)| {
+    property(cases(DType::F32), strategy(), |(channels, image, step, ways, seed)| {
+        let (last, (precision, kind)) = (ways.0, SHORT[ways.1]);
         let ((n, groups, half, og), (size, border, (height, width))) = (channels, image);
         let mut random = Random::new(seed);
         let mut trial = Trial::default();
@@ -93,12 +101,12 @@ fn convolution() {
             })
             .and_then(|x| trial.graph.conv([x, w.node], (&[step; 2], &[1; 2]), groups, &origin()));
         let (s, p, order) = (longs(&[step; 2]), longs(&[border; 2]), longs(order));
-        let (torch, bound) = products(cg * size * size, [&x, &w], |x, w| {
+        let (torch, bound) = products((cg * size * size, kind), [&x, &w], |x, w| {
             let (x, still) = (x.permute(&order), [0i64; 2]);
             let groups = groups as i64;
             x.convolution(w, None::<&Tensor>, &s, &p, [1i64, 1], false, still, groups)
         });
         trial.want(("convolution", DType::F32), y, torch, bound)?;
-        check(trial)
+        check(trial, precision)
     });
 }

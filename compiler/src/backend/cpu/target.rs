@@ -1,5 +1,7 @@
 //! CPUs that code is made for: the one that this runs on, or one that is named.
 
+use kiln_runtime::tensor::DType;
+
 use super::features::{
     AVX2, AVX512, DOTS, FEATURES, Feature, HALVES, LEVELS, closure, feature, level,
 };
@@ -162,15 +164,18 @@ impl Cpu {
             // Lanes are scalars there: four of the registers hold what elsewhere one does.
             (None, Arch::Riscv64) => (self.lanes, 7),
         };
-        Target { lanes, registers, exact: false, halves: self.dots().halves, threads: 0 }
+        Target { lanes, registers, exact: false, halves: self.dots().rounded.is_some(), threads: 0 }
     }
 
     /// The dot products that wide code has instructions for.
     pub fn dots(&self) -> Dots {
         let has = |name: &str| self.features.iter().any(|f| f.name == name);
         match Level::of(self.wide_lanes) {
-            Some(Level::Avx2) => Dots { whole: has(DOTS[0]), halves: false },
-            Some(Level::Avx512) => Dots { whole: has(DOTS[1]), halves: has(HALVES) },
+            Some(Level::Avx2) => Dots { whole: has(DOTS[0]), ..Dots::default() },
+            Some(Level::Avx512) => {
+                let rounded = has(HALVES).then_some(DType::BF16);
+                Dots { whole: has(DOTS[1]), rounded, ..Dots::default() }
+            }
             None => Dots::default(),
         }
     }

@@ -259,6 +259,10 @@ impl Ptx {
                 let high = self.calc(Op::Shl, Ty::B32, &[short, Operand::Int(16)]);
                 self.same_bits(Ty::B32, Class::F, high)
             }
+            DType::TF32 => {
+                let short = self.convert(Round::Away, Ty::TF32, Ty::F32, x);
+                self.same_bits(Ty::B32, Class::F, short)
+            }
             _ => x,
         }
     }

@@ -34,6 +34,8 @@ pub enum Ty {
     U64,
     /// 64 bits of any meaning.
     B64,
+    /// A float with 10 bits of mantissa, in a register of 32 bits.
+    TF32,
     /// A float.
     F32,
     /// A long float.
@@ -58,6 +60,7 @@ impl Ty {
             Ty::S64 => "s64",
             Ty::U64 => "u64",
             Ty::B64 => "b64",
+            Ty::TF32 => "tf32",
             Ty::F32 => "f32",
             Ty::F64 => "f64",
         }
@@ -68,7 +71,7 @@ impl Ty {
         match self {
             Ty::Pred | Ty::S8 | Ty::U8 => 1,
             Ty::S16 | Ty::U16 | Ty::B16 | Ty::F16 | Ty::BF16 => 2,
-            Ty::S32 | Ty::U32 | Ty::B32 | Ty::F32 => 4,
+            Ty::S32 | Ty::U32 | Ty::B32 | Ty::TF32 | Ty::F32 => 4,
             Ty::S64 | Ty::U64 | Ty::B64 | Ty::F64 => 8,
         }
     }
@@ -95,7 +98,8 @@ impl Ty {
             Ty::F32 => Class::F,
             Ty::F64 => Class::G,
             Ty::S64 | Ty::U64 | Ty::B64 => Class::D,
-            Ty::S8 | Ty::U8 | Ty::S16 | Ty::U16 | Ty::S32 | Ty::U32 | Ty::B32 => Class::R,
+            Ty::S8 | Ty::U8 | Ty::S16 | Ty::U16 => Class::R,
+            Ty::S32 | Ty::U32 | Ty::B32 | Ty::TF32 => Class::R,
         }
     }
 }
@@ -250,6 +254,8 @@ pub enum Round {
     Exact,
     /// To the nearest number, ties to even.
     Nearest,
+    /// To the nearest number, ties away from zero.
+    Away,
     /// To an integer, towards zero.
     Zero,
     /// To the nearest integer, ties to even.
@@ -265,6 +271,7 @@ impl Round {
         match self {
             Round::Exact => "",
             Round::Nearest => ".rn",
+            Round::Away => ".rna",
             Round::Zero => ".rzi",
             Round::Whole => ".rni",
             Round::Down => ".rmi",
@@ -425,8 +432,11 @@ impl Display for Inst {
                 write!(f, "ldmatrix.sync.aligned.m8n8.x{count}{turned}.shared.b16 {to}, {at};")
             }
             Inst::Multiply([x, y], parts) => {
-                let (shape, sum) =
-                    if x.bytes() == 1 { ("m16n8k32", "s32") } else { ("m16n8k16", "f32") };
+                let (shape, sum) = match x.bytes() {
+                    1 => ("m16n8k32", "s32"),
+                    2 => ("m16n8k16", "f32"),
+                    _ => ("m16n8k8", "f32"),
+                };
                 let parts: Vec<String> = parts.iter().map(|part| group(part)).collect();
                 let (x, y) = (x.name(), y.name());
                 write!(

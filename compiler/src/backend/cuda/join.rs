@@ -1,4 +1,5 @@
-//! Loads of neighbours become one load: of two or four elements, of 16 bytes at most.
+//! Loads of neighbours become one load, and stores one store: of two or four elements, of 16 bytes
+//! at most.
 
 use std::collections::BTreeMap;
 
@@ -33,7 +34,46 @@ pub fn join(code: Vec<Inst>) -> Vec<Inst> {
             Some(_) => {}
         }
     }
-    code.into_iter().flatten().collect()
+    stores(code.into_iter().flatten())
+}
+
+/// The instructions with stores of neighbours joined that have nothing but arithmetic between them:
+/// each is put off until the next one.
+fn stores(code: impl Iterator<Item = Inst>) -> Vec<Inst> {
+    let mut out = Vec::new();
+    for inst in code {
+        out.push(inst);
+        while let Some((at, joined)) = with_neighbour(&out) {
+            out.pop();
+            out.remove(at);
+            out.push(joined);
+        }
+    }
+    out
+}
+
+/// Where the last instruction is a store: the one of the elements before it, and both as one.
+fn with_neighbour(code: &[Inst]) -> Option<(usize, Inst)> {
+    let (last, before) = code.split_last()?;
+    let Inst::Store(space, ty, place, values) = last else { return None };
+    let mut changed: Vec<Reg> = Vec::new();
+    for (at, inst) in before.iter().enumerate().rev() {
+        match inst {
+            Inst::Op(_, _, to, _) | Inst::Convert(_, _, to, _) => changed.push(*to),
+            Inst::Store(other, of, start, first) => {
+                let bytes = first.len() as i64 * ty.bytes();
+                let beside = start.base == place.base && start.offset + bytes == place.offset;
+                let same = (other, of, first.len()) == (space, ty, values.len()) && beside;
+                let aligned = start.align.min(16) >= 2 * bytes && start.offset % (2 * bytes) == 0;
+                let stays = !first.iter().chain([&start.base]).any(|reg| changed.contains(reg));
+                let all: Vec<Reg> = first.iter().chain(values).copied().collect();
+                let fits = same && aligned && stays && all.len() <= 4;
+                return fits.then_some((at, Inst::Store(*space, *ty, *start, all)));
+            }
+            _ => return None,
+        }
+    }
+    None
 }
 
 /// Joins what can be joined of some groups: it is read where the first of it was.

@@ -106,7 +106,7 @@ pub struct Ptx {
 /// The type that a dtype is computed in.
 pub fn ty(dtype: DType) -> Ty {
     match dtype {
-        DType::F32 | DType::F16 | DType::BF16 => Ty::F32,
+        DType::F32 | DType::F16 | DType::BF16 | DType::TF32 => Ty::F32,
         DType::F64 => Ty::F64,
         DType::I8 | DType::I16 | DType::I32 => Ty::S32,
         DType::U8 | DType::U16 | DType::U32 => Ty::U32,
@@ -120,7 +120,7 @@ pub fn ty(dtype: DType) -> Ty {
 /// The type that a dtype has in memory.
 pub(super) fn stored(dtype: DType) -> Ty {
     match dtype {
-        DType::F32 => Ty::F32,
+        DType::F32 | DType::TF32 => Ty::F32,
         DType::F64 => Ty::F64,
         DType::F16 | DType::BF16 => Ty::B16,
         DType::I8 => Ty::S8,

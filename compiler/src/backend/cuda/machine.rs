@@ -5,7 +5,7 @@ use kiln_runtime::tensor::DType;
 use super::isa::{self, Class, Cmp, Inst, Op, Operand, Reg, Round, Space, Ty};
 use super::kernel::{Address, Open, Ptx, Val, align, stored, ty};
 use crate::backend::emit::{Access, Bits, Dynamic, Emitted, Machine, Unsupported};
-use crate::backend::{bf16, dot};
+use crate::backend::{dot, rounded};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Number, Parts};
 
@@ -281,7 +281,7 @@ impl Machine for Ptx {
     fn dot(&mut self, parts: Parts, [x, y, z]: [&Val; 3], wide: bool) -> Emitted<Val> {
         match parts {
             Parts::Quads => return dot::of_bytes(self, [x, y, z], wide),
-            Parts::Halves => return bf16::dot(self, [x, y, z], wide),
+            Parts::Halves => return rounded::dot(self, [x, y, z], wide),
             Parts::Pairs => {}
         }
         let half = |this: &mut Self, x: Operand, left: i64| {

@@ -4,75 +4,40 @@ use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::{InstBuilder, Value, types};
 use kiln_runtime::tensor::DType;
 
-use super::{Clif, LITTLE, scalar_type};
+use super::{Clif, LITTLE, Val, scalar_type};
+use crate::backend::emit::Emitted;
+use crate::backend::rounded;
+
+/// Whether numbers of a dtype are the upper halves of words once they are read.
+pub(super) fn is_half(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16)
+}
 
 impl Clif<'_> {
-    pub(super) fn short_to_f32(&mut self, dtype: DType, x: Value) -> Value {
-        let bits = self.b.ins().uextend(types::I32, x);
-        if dtype == DType::BF16 {
-            let bits = self.b.ins().ishl_imm_u(bits, 16);
-            return self.b.ins().bitcast(types::F32, LITTLE(), bits);
+    /// What was read of a dtype as its number. Lanes have it in the upper halves of words.
+    pub(super) fn as_read(&mut self, dtype: DType, x: Val) -> Emitted<Val> {
+        if !is_half(dtype) {
+            return Ok(x);
         }
-        // The exponent is moved by a product, which normalises subnormal numbers as well.
-        let magnitude = self.b.ins().band_imm_u(bits, 0x7fff);
-        let shifted = self.b.ins().ishl_imm_u(magnitude, 13);
-        let small = self.b.ins().bitcast(types::F32, LITTLE(), shifted);
-        let scale = self.b.ins().f32const(f32::from_bits(0x7780_0000));
-        let value = self.b.ins().fmul(small, scale);
-        let value = self.b.ins().bitcast(types::I32, LITTLE(), value);
-        let top = self.b.ins().bor_imm_u(shifted, 0x7f80_0000);
-        let limit = self.b.ins().iconst(types::I32, 0x7c00);
-        let special = self.b.ins().icmp(IntCC::UnsignedGreaterThanOrEqual, magnitude, limit);
-        let value = self.b.ins().select(special, top, value);
-        let sign = self.b.ins().band_imm_u(bits, 0x8000);
-        let sign = self.b.ins().ishl_imm_u(sign, 16);
-        let value = self.b.ins().bor(value, sign);
-        self.b.ins().bitcast(types::F32, LITTLE(), value)
+        let Val::One(short) = x else { return rounded::widened(self, dtype, x, true) };
+        let bits = self.b.ins().uextend(types::I32, short);
+        let bits = self.b.ins().ishl_imm_u(bits, 16);
+        let upper = self.b.ins().bitcast(types::F32, LITTLE(), bits);
+        rounded::widened(self, dtype, Val::One(upper), false)
     }
 
-    /// Rounded to nearest, ties to even.
-    pub(super) fn f32_to_short(&mut self, dtype: DType, x: Value) -> Value {
-        let bits = self.b.ins().bitcast(types::I32, LITTLE(), x);
-        let nan = self.b.ins().fcmp(FloatCC::Unordered, x, x);
-        let short = if dtype == DType::BF16 {
-            let odd = self.b.ins().ushr_imm_u(bits, 16);
-            let odd = self.b.ins().band_imm_u(odd, 1);
-            let bias = self.b.ins().iadd_imm_u(odd, 0x7fff);
-            let rounded = self.b.ins().iadd(bits, bias);
-            let rounded = self.b.ins().ushr_imm_u(rounded, 16);
-            let quiet = self.b.ins().iconst(types::I32, 0x7fc0);
-            self.b.ins().select(nan, quiet, rounded)
-        } else {
-            self.f32_to_f16(bits, x, nan)
-        };
-        self.b.ins().ireduce(types::I16, short)
-    }
-
-    /// After Maratyszcza's FP16: rounding falls out of adding a number of the right magnitude.
-    pub(super) fn f32_to_f16(&mut self, bits: Value, x: Value, nan: Value) -> Value {
-        let magnitude = self.b.ins().fabs(x);
-        let up = self.b.ins().f32const(f32::from_bits(0x7780_0000));
-        let down = self.b.ins().f32const(f32::from_bits(0x0880_0000));
-        let base = self.b.ins().fmul(magnitude, up);
-        let base = self.b.ins().fmul(base, down);
-        let twice = self.b.ins().iadd(bits, bits);
-        let bias = self.b.ins().band_imm_u(twice, 0xff00_0000);
-        let least = self.b.ins().iconst(types::I32, 0x7100_0000);
-        let bias = self.b.ins().umax(bias, least);
-        let bias = self.b.ins().ushr_imm_u(bias, 1);
-        let bias = self.b.ins().iadd_imm_u(bias, 0x0780_0000);
-        let bias = self.b.ins().bitcast(types::F32, LITTLE(), bias);
-        let base = self.b.ins().fadd(base, bias);
-        let rounded = self.b.ins().bitcast(types::I32, LITTLE(), base);
-        let exponent = self.b.ins().ushr_imm_u(rounded, 13);
-        let exponent = self.b.ins().band_imm_u(exponent, 0x7c00);
-        let mantissa = self.b.ins().band_imm_u(rounded, 0x0fff);
-        let value = self.b.ins().iadd(exponent, mantissa);
-        let quiet = self.b.ins().iconst(types::I32, 0x7e00);
-        let value = self.b.ins().select(nan, quiet, value);
-        let sign = self.b.ins().ushr_imm_u(bits, 16);
-        let sign = self.b.ins().band_imm_u(sign, 0x8000);
-        self.b.ins().bor(value, sign)
+    /// The other way round. Lanes have numbers that are rounded.
+    pub(super) fn as_stored(&mut self, dtype: DType, x: &Val) -> Emitted<Val> {
+        if !is_half(dtype) {
+            return Ok(x.clone());
+        }
+        let Val::One(_) = x else { return rounded::packed(self, dtype, x, true) };
+        let x = rounded::rounded(self, dtype, x, false)?;
+        let upper = rounded::packed(self, dtype, &x, false)?;
+        let bits = self.one(&upper)?;
+        let bits = self.b.ins().bitcast(types::I32, LITTLE(), bits);
+        let bits = self.b.ins().ushr_imm_u(bits, 16);
+        Ok(Val::One(self.b.ins().ireduce(types::I16, bits)))
     }
 
     pub(super) fn as_int(&mut self, dtype: DType, x: Value) -> Value {
@@ -116,31 +81,13 @@ impl Clif<'_> {
     pub(super) fn cast_one(&mut self, from: DType, to: DType, x: Value) -> Value {
         let (from_ty, to_ty) = (scalar_type(from), scalar_type(to));
         match (from.is_float(), to.is_float()) {
-            (true, true) => {
-                let value = match (from_ty, to_ty) {
-                    (types::F32, types::F64) => self.b.ins().fpromote(types::F64, x),
-                    (types::F64, types::F32) => self.b.ins().fdemote(types::F32, x),
-                    _ => x,
-                };
-                match to {
-                    DType::F16 | DType::BF16 if from != to => {
-                        let short = self.f32_to_short(to, value);
-                        self.short_to_f32(to, short)
-                    }
-                    _ => value,
-                }
-            }
+            (true, true) => match (from_ty, to_ty) {
+                (types::F32, types::F64) => self.b.ins().fpromote(types::F64, x),
+                (types::F64, types::F32) => self.b.ins().fdemote(types::F32, x),
+                _ => x,
+            },
             (true, false) => self.as_int(to, x),
-            (false, true) => {
-                let value = self.int_to_float(from, to, x);
-                match to {
-                    DType::F16 | DType::BF16 => {
-                        let short = self.f32_to_short(to, value);
-                        self.short_to_f32(to, short)
-                    }
-                    _ => value,
-                }
-            }
+            (false, true) => self.int_to_float(from, to, x),
             (false, false) if to == DType::Bool => {
                 let zero = self.b.ins().iconst(from_ty, 0);
                 self.b.ins().icmp(IntCC::NotEqual, x, zero)

@@ -4,6 +4,7 @@
 use cranelift_codegen::ir::{InstBuilder, Type, Value, types};
 use kiln_runtime::tensor::DType;
 
+use super::cast::is_half;
 use super::{Clif, LITTLE, Val};
 use crate::backend::emit::{Emitted, Unsupported};
 use crate::graph::eval::int_range;
@@ -44,8 +45,8 @@ impl Clif<'_> {
         k: usize,
     ) -> Emitted<Value> {
         let vector = self.piece.is_vector();
-        if dtype == DType::BF16 {
-            // The upper halves of f32.
+        if is_half(dtype) {
+            // The upper halves of words.
             let value = self.load_lanes(DType::U16, base, at, k)?;
             let value = self.b.ins().ishl_imm_u(value, 16);
             let ty = if vector { types::F32X4 } else { types::F32 };
@@ -56,6 +57,7 @@ impl Clif<'_> {
         let mut load = |ty| self.b.ins().load(ty, Self::memory(), base, offset);
         let (from, signed) = match dtype {
             DType::I32 => return Ok(load(if vector { types::I32X4 } else { types::I32 })),
+            DType::TF32 => return Ok(load(self.piece)),
             DType::I16 | DType::I8 => (dtype, true),
             DType::U8 | DType::U16 => (dtype, false),
             _ => return Err(Unsupported(format!("lanes of {dtype}"))),
@@ -93,8 +95,8 @@ impl Clif<'_> {
 
     /// Lanes as they lie in memory.
     pub(super) fn packed(&mut self, dtype: DType, x: Value) -> Value {
-        if dtype == DType::BF16 {
-            // The upper halves of f32, which are rounded.
+        if is_half(dtype) {
+            // The upper halves of words.
             let piece = self.int_piece();
             let x = self.b.ins().bitcast(piece, LITTLE(), x);
             let upper = self.b.ins().sshr_imm_u(x, 16);
@@ -179,8 +181,8 @@ impl Clif<'_> {
 
     pub(super) fn lanes_cast(&mut self, from: DType, to: DType, x: Value) -> Emitted<Value> {
         Ok(match (from.is_float(), to.is_float()) {
-            // bf16 are f32 since they were read.
-            (true, true) if from == to || (from, to) == (DType::BF16, DType::F32) => x,
+            // Short floats are f32 since they were read.
+            (true, true) if from == to || from.is_rounded() && to == DType::F32 => x,
             (false, true) if to == DType::F32 => self.b.ins().fcvt_from_sint(self.piece, x),
             (false, false) => self.wrapped(to, x),
             (true, false) if to.bytes() < 4 => {

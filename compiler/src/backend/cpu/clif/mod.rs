@@ -20,9 +20,9 @@ use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 use kiln_runtime::tensor::DType;
 use smallvec::SmallVec;
 
-use self::cast::mask;
+use self::cast::{is_half, mask};
 use crate::backend::emit::{Access, Bits, Dynamic, Emitted, Machine, Unsupported, emit};
-use crate::backend::{bf16, dot};
+use crate::backend::{dot, rounded};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Loops, Number, Parts, compute_dtype};
 
@@ -139,7 +139,7 @@ const LITTLE: fn() -> MemFlagsData = || MemFlagsData::new().with_endianness(Endi
 
 fn scalar_type(dtype: DType) -> Type {
     match dtype {
-        DType::F32 | DType::F16 | DType::BF16 => types::F32,
+        DType::F32 | DType::F16 | DType::BF16 | DType::TF32 => types::F32,
         DType::F64 => types::F64,
         DType::I8 | DType::U8 | DType::Bool | DType::Small(_) => types::I8,
         DType::I16 | DType::U16 => types::I16,
@@ -410,16 +410,15 @@ impl Machine for Clif<'_> {
                     .map(|k| self.apart(at, k, step))
                     .collect::<Emitted<_>>()?,
             ),
-            (Access::Lanes(_), _) => Val::Lanes(
-                (0..self.pieces())
-                    .map(|k| self.load_lanes(dtype, base, at.1, k))
-                    .collect::<Emitted<_>>()?,
-            ),
+            (Access::Lanes(_), _) => {
+                let lanes = (0..self.pieces()).map(|k| self.load_lanes(dtype, base, at.1, k));
+                let lanes = Val::Lanes(lanes.collect::<Emitted<_>>()?);
+                self.as_read(dtype, lanes)?
+            }
             (_, _) => {
-                let short = matches!(dtype, DType::F16 | DType::BF16);
-                let ty = if short { types::I16 } else { scalar_type(dtype) };
+                let ty = if is_half(dtype) { types::I16 } else { scalar_type(dtype) };
                 let value = self.b.ins().load(ty, Self::memory(), base, offset);
-                let value = Val::One(if short { self.short_to_f32(dtype, value) } else { value });
+                let value = self.as_read(dtype, Val::One(value))?;
                 match access {
                     Access::Splat => self.spread(compute_dtype(dtype), &value)?,
                     Access::One | Access::Lanes(_) => value,
@@ -429,17 +428,13 @@ impl Machine for Clif<'_> {
     }
 
     fn store(&mut self, dtype: DType, at: &(Value, i32), value: &Val) -> Emitted<()> {
-        match value {
+        match self.as_stored(dtype, value)? {
             Val::One(v) => {
-                let v = match dtype {
-                    DType::F16 | DType::BF16 => self.f32_to_short(dtype, *v),
-                    _ => *v,
-                };
                 self.b.ins().store(Self::memory(), v, at.0, at.1);
             }
             Val::Lanes(v) => {
-                for (k, v) in v.iter().enumerate() {
-                    let v = self.packed(dtype, *v);
+                for (k, v) in v.into_iter().enumerate() {
+                    let v = self.packed(dtype, v);
                     let lanes = self.piece.lane_count() as usize;
                     let offset = at.1 + (dtype.bytes() * lanes * k) as i32;
                     self.b.ins().store(Self::memory(), v, at.0, offset);
@@ -505,10 +500,11 @@ impl Machine for Clif<'_> {
 
     fn cast(&mut self, from: DType, to: DType, x: &Val) -> Emitted<Val> {
         match x {
-            Val::One(x) => Ok(Val::One(self.cast_one(from, to, *x))),
-            Val::Lanes(_) if (from, to) == (DType::F32, DType::BF16) => {
-                bf16::rounded(self, x, true)
+            _ if to.is_rounded() && from != to => {
+                let x = self.cast(from, DType::F32, x)?;
+                rounded::rounded(self, to, &x, matches!(x, Val::Lanes(_)))
             }
+            Val::One(x) => Ok(Val::One(self.cast_one(from, to, *x))),
             Val::Lanes(x) => {
                 let lanes = x.iter().map(|&x| self.lanes_cast(from, to, x));
                 Ok(Val::Lanes(lanes.collect::<Emitted<_>>()?))
@@ -530,7 +526,7 @@ impl Machine for Clif<'_> {
     fn dot(&mut self, parts: Parts, [x, y, z]: [&Val; 3], wide: bool) -> Emitted<Val> {
         match parts {
             Parts::Quads => return dot::of_bytes(self, [x, y, z], wide),
-            Parts::Halves => return bf16::dot(self, [x, y, z], wide),
+            Parts::Halves => return rounded::dot(self, [x, y, z], wide),
             Parts::Pairs => {}
         }
         let sum = self.lift2(x, y, Self::pairs);

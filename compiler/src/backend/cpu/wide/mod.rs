@@ -33,10 +33,10 @@ use self::lanes::Val;
 use self::ssa::{Arg, Ask, Builder, Test};
 use super::clif::Compiled;
 use crate::backend::emit::{Access, Bits, Dynamic, Emitted, Machine, Unsupported, emit};
-use crate::backend::{bf16, dot};
+use crate::backend::{dot, rounded};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::graph::scalar::Dots;
-use crate::loops::ir::{BufferId, Count, Loops, Number, Parts, Scope};
+use crate::loops::ir::{BufferId, Count, Loops, Number, Parts, Scope, compute_dtype};
 
 /// Compiles a kernel for AVX2 (8 lanes) or AVX-512 (16).
 /// `dots`: the dot products of words that there are instructions for (VNNI, BF16).
@@ -236,7 +236,7 @@ fn f32_only(dtype: DType) -> Emitted<()> {
 /// The dtypes of 32 bits that lanes hold.
 fn lanes_of(dtype: DType) -> Emitted<()> {
     match dtype {
-        DType::I32 => Ok(()),
+        DType::I32 | DType::TF32 => Ok(()),
         other => f32_only(other),
     }
 }
@@ -473,11 +473,11 @@ impl Machine for Wide {
     }
 
     fn cast(&mut self, from: DType, to: DType, x: &Val) -> Emitted<Val> {
-        // bf16 are f32 since they were read.
-        let from = if from == DType::BF16 { DType::F32 } else { from };
+        // Short floats are f32 since they were read.
+        let from = compute_dtype(from);
         match (from, to) {
             _ if from == to => Ok(*x),
-            (DType::F32, DType::BF16) => bf16::rounded(self, x, x.is_wide()),
+            (DType::F32, to) if to.is_rounded() => rounded::rounded(self, to, x, x.is_wide()),
             _ => self.whole_cast(from, to, x),
         }
     }
@@ -486,9 +486,9 @@ impl Machine for Wide {
         match parts {
             Parts::Pairs if self.dots.whole => return self.added(isa::DOT_PAIRS, z, x, y),
             Parts::Quads if self.dots.whole => return self.added(isa::DOT_QUADS, z, x, y),
-            Parts::Halves if self.dots.halves => return self.halves(z, x, y),
+            Parts::Halves if self.dots.rounded == Some(DType::BF16) => return self.halves(z, x, y),
             Parts::Quads => return dot::of_bytes(self, [x, y, z], wide),
-            Parts::Halves => return bf16::dot(self, [x, y, z], wide),
+            Parts::Halves => return rounded::dot(self, [x, y, z], wide),
             Parts::Pairs => {}
         }
         // There is no form of this with a literal in memory.

@@ -113,7 +113,8 @@ pub struct Agreed {
 pub fn try_agree(loops: &Loops, lanes: usize, before: &[Vec<f32>], turns: i64) -> Option<Agreed> {
     let lanes = loops.lanes().unwrap_or(lanes);
     let plain = agreed(loops, (lanes, Dots::default()), before, turns)?;
-    let all = Dots { whole: true, halves: lanes == 16 };
+    let rounded = (lanes == 16).then_some(DType::BF16);
+    let all = Dots { whole: true, rounded, ..Dots::default() };
     let dots = agreed(loops, (lanes, all), before, turns)?;
     assert!(bits(&plain.buffers) == bits(&dots.buffers), "{}, {lanes} lanes", loops.name);
     Some(Agreed { used: plain.used.union(&dots.used).cloned().collect(), ..plain })
@@ -145,7 +146,7 @@ fn agreed(
     });
     assert!(bits(&buffers) == bits(&expected), "{}, {lanes} lanes\n{}", loops.name, wide.asm);
     let whole = !dots.whole || kiln_runtime::cpu::has(DOTS[usize::from(lanes == 16)]);
-    let halves = !dots.halves || kiln_runtime::cpu::has(HALVES);
+    let halves = dots.rounded.is_none() || kiln_runtime::cpu::has(HALVES);
     if cpu.wide_lanes >= lanes && whole && halves {
         let here = in_pieces(&mut |buffers, begin, end| run(&wide.code, buffers, begin, end));
         assert!(bits(&here) == bits(&expected), "{}, {lanes} lanes, here", loops.name);

@@ -1,6 +1,6 @@
 //! Integers of up to 32 bits. In a lane each takes 32 bits and has its value there, whatever its
-//! dtype: what is computed is wrapped, and stores take the low bits. bf16 are read and written here
-//! as well: the upper halves of f32.
+//! dtype: what is computed is wrapped, and stores take the low bits. Short floats are read and
+//! written here as well; in between they are f32.
 
 use iced_x86::Code;
 use kiln_runtime::tensor::DType;
@@ -11,8 +11,8 @@ use super::isa::{self, Level, Op, Width};
 use super::lanes::{Val, byte};
 use super::ssa::Arg;
 use super::{Wide, f32_only};
-use crate::backend::bf16;
 use crate::backend::emit::{Access, Emitted, Machine, Unsupported};
+use crate::backend::rounded;
 use crate::graph::eval::int_range;
 use crate::graph::op::BinaryFn;
 
@@ -34,7 +34,7 @@ impl Wide {
         access: Access,
     ) -> Emitted<Val> {
         let (widen, one) = match dtype {
-            DType::BF16 => (isa::WIDEN_U16, Code::Movzx_r32_rm16),
+            DType::F16 | DType::BF16 => (isa::WIDEN_U16, Code::Movzx_r32_rm16),
             dtype => loads(dtype)?,
         };
         if matches!(access, Access::Lanes(_)) {
@@ -56,9 +56,13 @@ impl Wide {
         }
     }
 
-    /// What was read of a dtype, where it is to stay in the lower half of 32 bits or not.
+    /// What was read of a dtype as its number.
     fn as_read(&mut self, dtype: DType, x: Val) -> Emitted<Val> {
-        if dtype == DType::BF16 { self.shift(&x, 16) } else { Ok(x) }
+        if !dtype.is_rounded() {
+            return Ok(x);
+        }
+        let upper = self.shift(&x, 16)?;
+        rounded::widened(self, dtype, upper, upper.is_wide())
     }
 
     pub(super) fn store_whole(
@@ -68,11 +72,13 @@ impl Wide {
         value: &Val,
     ) -> Emitted<()> {
         let value = &match dtype {
-            // Lanes have bf16 that are rounded.
-            DType::BF16 if value.is_wide() => self.one(isa::SHIFT_SIGNED, value, Some(16))?,
-            DType::BF16 => {
-                let rounded = bf16::rounded(self, value, false)?;
-                self.one(isa::SHIFT_SIGNED, &rounded, Some(16))?
+            DType::F16 | DType::BF16 => {
+                // Lanes have numbers that are rounded.
+                let wide = value.is_wide();
+                let short =
+                    if wide { *value } else { rounded::rounded(self, dtype, value, false)? };
+                let upper = rounded::packed(self, dtype, &short, wide)?;
+                self.one(isa::SHIFT_SIGNED, &upper, Some(16))?
             }
             dtype => {
                 loads(dtype)?;
@@ -328,15 +334,17 @@ mod tests {
     }
 
     #[test]
-    fn bf16_are_rounded_to_and_moved() {
-        let buffers =
-            format!("b0 : bf16[{COUNT}] arg 0 b1 : f32[{COUNT}] arg 1 b2 : bf16[{COUNT}] arg 2");
-        each_way(&buffers, "bf16(b1[@])", DType::BF16);
-        each_way(&buffers, "bf16(mul(f32(b0[@]), b1[@]))", DType::BF16);
-        each_way(&buffers, "bf16(f32(b0[3]))", DType::BF16);
-        each_way(&buffers, "b2[@]", DType::BF16);
-        each_way(&buffers, "-1.5:bf16", DType::BF16);
-        each_way(&buffers, "f32(bf16(b1[@]))", DType::F32);
+    fn short_floats_are_rounded_to_and_moved() {
+        for t in [DType::BF16, DType::F16, DType::TF32] {
+            let buffers =
+                format!("b0 : {t}[{COUNT}] arg 0 b1 : f32[{COUNT}] arg 1 b2 : {t}[{COUNT}] arg 2");
+            each_way(&buffers, &format!("{t}(b1[@])"), t);
+            each_way(&buffers, &format!("{t}(mul(f32(b0[@]), b1[@]))"), t);
+            each_way(&buffers, &format!("{t}(f32(b0[3]))"), t);
+            each_way(&buffers, "b2[@]", t);
+            each_way(&buffers, &format!("-1.5:{t}"), t);
+            each_way(&buffers, &format!("f32({t}(b1[@]))"), DType::F32);
+        }
     }
 
     #[test]
