@@ -66,9 +66,32 @@ const ROW: &[Fault] = &[
     ("a turn too few", |l| number(l, "setp.lt.u32", -1), ALL),
     (
         "another row",
-        |l| number(l, "mad.wide.s32 %d", 4).or(instead(l, ", 4800, %d", ", 4784, %d")),
+        |l| number(l, "mad.wide.s32 %d", 4).or(instead(l, ", 36016, %d", ", 36000, %d")),
         ALL,
     ),
+];
+
+const KEPT: &[Fault] = &[
+    (
+        "the elements of another turn",
+        |l| l.starts_with("ld.global").then_some(()).and_then(|()| instead(l, "+0]", "+1024]")),
+        ALL,
+    ),
+    (
+        "results of another turn",
+        |l| l.starts_with("st.global").then_some(()).and_then(|()| instead(l, "+1024]", "+0]")),
+        ALL,
+    ),
+    ("threads beyond the row", |l| number(l, "setp.ge.u32", 40), ALL),
+    ("a thread too few", |l| number(l, "setp.ge.u32", -1), ALL),
+];
+
+const GROUPS: &[Fault] = &[
+    ("another row", |l| instead(l, "%r0, 3;", "%r0, 4;"), ALL),
+    ("threads of two rows", |l| number(l, "and.b32", 8), ALL),
+    ("half of a row is not folded", |l| instead(l, ", 4, 31, -1;", ", 2, 31, -1;"), ALL),
+    ("the row beside is folded too", |l| instead(l, ", 4, 31, -1;", ", 8, 31, -1;"), ALL),
+    ("rows of another block", |l| instead(l, "%ctaid.x", "%tid.x"), ALL),
 ];
 
 const TILE: &[Fault] = &[
@@ -220,9 +243,14 @@ fn plant(graph: &Graph, faults: &[Fault]) -> Vec<String> {
 
 #[test]
 fn planted_faults_are_found() {
-    let row = rows(Composite::LayerNorm(1, 1e-5f32.to_bits()), 3, 1200);
+    let norm = Composite::LayerNorm(1, 1e-5f32.to_bits());
+    let row = rows(norm, 2, 9004);
     let mut problems = plant(&row, BARRIERS);
     problems.extend(plant(&row, ROW));
+    let kept = rows(norm, 3, 1200);
+    problems.extend(plant(&kept, BARRIERS));
+    problems.extend(plant(&kept, KEPT));
+    problems.extend(plant(&rows(Composite::Softmax(1), 64, 64), GROUPS));
     problems.extend(plant(&product(70, 100, 68, false), TILE));
     let short = [DType::BF16; 2];
     let warps = short_product([70, 248, 72], short, [false, false]);

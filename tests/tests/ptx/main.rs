@@ -4,6 +4,7 @@
 mod assembled;
 mod counts;
 mod faults;
+mod row_kernels;
 
 use std::path::Path;
 
@@ -306,16 +307,6 @@ fn convolutions_of_any_size_are_tiles() {
     }
     let depthwise = convolution([1, 20, 20, 20], ([8, 8], [3, 3]), (1, 1));
     assert!(!agrees("depthwise", &depthwise).contains("shared"));
-}
-
-#[test]
-fn rows_of_any_length_are_right() {
-    for columns in [64, 100, 127, 300, 1024, 1500] {
-        for f in [Composite::Softmax(1), Composite::LayerNorm(1, 1e-5f32.to_bits())] {
-            let text = agrees(&format!("{f:?} of {columns}"), &rows(f, 3, columns));
-            assert!(text.contains("shfl.sync"), "{f:?} of {columns} is folded by threads");
-        }
-    }
 }
 
 #[test]
