@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
+use super::gpu_turn::turned;
 use super::ir::{BufferId, Expr, Kind, Param, Place, Scope, Stmt, Var};
 use super::lower::{Lower, Lowering, Refused, origin_place};
 use super::nest::{coalesce, is_vector, wrap};
@@ -18,6 +19,9 @@ pub const VECTOR: usize = 4;
 /// A thread for every turn of the loops over the axes of the result, or for four neighbours.
 pub fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
     let mut body = coalesce(lower, &mut vars, body);
+    if let Some(body) = turned(lower, &vars, &body) {
+        return body;
+    }
     if let Some(&inner) = vars.last()
         && let Some((outer, inside)) = in_vectors(lower, inner, &body)
     {

@@ -15,6 +15,7 @@ pub mod gpu_pieces;
 pub mod gpu_rows;
 pub mod gpu_thin;
 pub mod gpu_tiles;
+pub mod gpu_turn;
 pub mod index;
 pub mod ir;
 pub mod lanes;

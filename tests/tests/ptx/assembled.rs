@@ -11,10 +11,12 @@ use kiln::backend::cuda::{Gpu, emit_all};
 use kiln::graph::Graph;
 use kiln::graph::op::Composite;
 use kiln::onnx::{ImportOptions, import};
+use kiln::tensor::DType;
 use kiln_tests::cases::{folders, name_of, read};
 use kiln_tests::small::{MODELS, graph};
 use kiln_tests::{oracle, ptx, suite};
 
+use crate::moves::permuted;
 use crate::rows;
 
 /// Versions of instruction sets: that of the text, and those that it is assembled for.
@@ -105,9 +107,9 @@ fn texts_assemble_without_spills() {
     assert!(problems.is_empty(), "{}", problems.join("\n"));
 }
 
-/// Rows that threads keep in registers, as many as they may.
+/// Rows that threads keep in registers, as many as they may, and squares.
 #[test]
-fn kernels_of_rows_do_not_spill() {
+fn kernels_of_rows_and_moves_do_not_spill() {
     if ptx::assembler().is_none() {
         return;
     }
@@ -119,6 +121,9 @@ fn kernels_of_rows_do_not_spill() {
             problems
                 .extend(line(&rows(f, count, columns)).err().map(|why| format!("{name}: {why}")));
         }
+    }
+    for dtype in [DType::F32, DType::F16, DType::I8] {
+        problems.extend(line(&permuted(&[2, 70, 100], &[0, 2, 1], dtype)).err());
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
 }

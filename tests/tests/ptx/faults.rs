@@ -8,6 +8,7 @@ use kiln::graph::op::{Composite, UnaryFn};
 use kiln::tensor::DType;
 use kiln_tests::{difference, interpret, ptx};
 
+use crate::moves::permuted;
 use crate::{close, convolution, elements, inputs, product, rows, short_product};
 
 /// Changes of a text that are tried for each fault at most.
@@ -92,6 +93,24 @@ const GROUPS: &[Fault] = &[
     ("half of a row is not folded", |l| instead(l, ", 4, 31, -1;", ", 2, 31, -1;"), ALL),
     ("the row beside is folded too", |l| instead(l, ", 4, 31, -1;", ", 8, 31, -1;"), ALL),
     ("rows of another block", |l| instead(l, "%ctaid.x", "%tid.x"), ALL),
+];
+
+const SQUARES: &[Fault] = &[
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
+    ("another line of shared memory", |l| instead(l, ", 132, ", ", 128, "), ALL),
+    ("another line of memory", |l| number(l, "setp.lt.s64", -1), ALL),
+    ("a dropped bound", |l| number(l, "setp.lt.s64", 40), ALL),
+    (
+        "the next line of shared memory",
+        |l| l.starts_with("st.shared").then_some(()).and_then(|()| instead(l, "+132]", "+264]")),
+        ALL,
+    ),
+    (
+        "the next element",
+        |l| l.starts_with("ld.shared").then_some(()).and_then(|()| instead(l, "+4]", "+8]")),
+        ALL,
+    ),
+    ("another square", |l| instead(l, ", 32, ", ", 16, "), ALL),
 ];
 
 const TILE: &[Fault] = &[
@@ -251,6 +270,7 @@ fn planted_faults_are_found() {
     problems.extend(plant(&kept, BARRIERS));
     problems.extend(plant(&kept, KEPT));
     problems.extend(plant(&rows(Composite::Softmax(1), 64, 64), GROUPS));
+    problems.extend(plant(&permuted(&[2, 44, 52], &[0, 2, 1], DType::F32), SQUARES));
     problems.extend(plant(&product(70, 100, 68, false), TILE));
     let short = [DType::BF16; 2];
     let warps = short_product([70, 248, 72], short, [false, false]);

@@ -4,6 +4,7 @@
 mod assembled;
 mod counts;
 mod faults;
+mod moves;
 mod row_kernels;
 
 use std::path::Path;
