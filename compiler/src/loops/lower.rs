@@ -137,10 +137,12 @@ fn shared(body: &Body, args: Arguments, threads: usize, mut lowered: Lowered) ->
     let contraction = body.nodes.iter().any(|n| matches!(n.op, Op::Contract(_)))
         && attention::find(&body.nodes).is_none();
     // What is appended to lies where the result does.
-    if args.appended.is_none() {
-        let way = |k| if threads > 0 { spread(k) } else { vec![share(k, contraction)] };
-        lowered.kernels = lowered.kernels.into_iter().flat_map(way).collect();
-    }
+    let way = |k: Loops| match (threads, args.appended.map(Param::Arg)) {
+        (0, None) => vec![share(k, contraction)],
+        (1.., old) if k.buffers.iter().all(|b| Some(b.param) != old) => spread(k),
+        _ => vec![k],
+    };
+    lowered.kernels = lowered.kernels.into_iter().flat_map(way).collect();
     lowered
 }
 

@@ -13,6 +13,7 @@ pub mod gpu_attention;
 pub mod gpu_own;
 pub mod gpu_pieces;
 pub mod gpu_rows;
+pub mod gpu_sums;
 pub mod gpu_thin;
 pub mod gpu_tiles;
 pub mod gpu_turn;

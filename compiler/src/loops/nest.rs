@@ -6,6 +6,7 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::gpu_rows::Form;
+use super::gpu_sums::Sum;
 use super::index::{Extents, Index, add, flatten};
 use super::ir::{BufferId, Expr, Kind, Loops, Place, Stmt, Var};
 pub use super::lanes::{is_vector, vectorize, writes};
@@ -168,6 +169,16 @@ pub fn inline_reduce(mut lower: Lower, root: usize, reduce: usize) -> Lowering<L
     }
     let next = lower.value(operand, &from)?;
     let update = Expr::Binary(f.binary(lower.buffers[cell].dtype), cell_value(cell), next);
+    if lower.target.threads > 0 {
+        let zero = Place::affine(Affine::default());
+        let store = |buffer, place, value| Stmt::Store { buffer, place, value };
+        let result = store(out, place.clone(), (*result).clone());
+        let update = store(cell, zero, update.clone());
+        let sum = Sum { f: *f, cell, start: start.clone(), update, result };
+        if let Some(body) = super::gpu_sums::shared(&mut lower, [&vars, &inner], &sum)? {
+            return Ok(lower.finish(body));
+        }
+    }
     Ok(accumulate(lower, vars, inner, cell, [start, update], (out, place, result)))
 }
 

@@ -9,7 +9,7 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use kiln::Compiler;
 use kiln::backend::cuda::{Gpu, emit_all};
 use kiln::graph::Graph;
-use kiln::graph::op::Composite;
+use kiln::graph::op::{Composite, ReduceFn};
 use kiln::onnx::{ImportOptions, import};
 use kiln::tensor::DType;
 use kiln_tests::cases::{folders, name_of, read};
@@ -18,6 +18,7 @@ use kiln_tests::{oracle, ptx, suite};
 
 use crate::moves::permuted;
 use crate::rows;
+use crate::sums::reduced;
 
 /// Versions of instruction sets: that of the text, and those that it is assembled for.
 const VERSIONS: [(u32, &[&str]); 2] = [(80, &["80", "89", "120"]), (90, &["90a"])];
@@ -107,7 +108,7 @@ fn texts_assemble_without_spills() {
     assert!(problems.is_empty(), "{}", problems.join("\n"));
 }
 
-/// Rows that threads keep in registers, as many as they may, and squares.
+/// Rows that threads keep in registers, as many as they may; squares, and shared sums.
 #[test]
 fn kernels_of_rows_and_moves_do_not_spill() {
     if ptx::assembler().is_none() {
@@ -123,7 +124,10 @@ fn kernels_of_rows_and_moves_do_not_spill() {
         }
     }
     for dtype in [DType::F32, DType::F16, DType::I8] {
-        problems.extend(line(&permuted(&[2, 70, 100], &[0, 2, 1], dtype)).err());
+        let moved = permuted(&[2, 70, 100], &[0, 2, 1], dtype);
+        let few = reduced(&[300, 70], &[0], ReduceFn::Sum, dtype);
+        let all = [line(&moved), line(&few)];
+        problems.extend(all.into_iter().filter_map(|line| line.err()));
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
 }

@@ -4,11 +4,12 @@
 use kiln::Compiler;
 use kiln::backend::cuda::Gpu;
 use kiln::graph::Graph;
-use kiln::graph::op::{Composite, UnaryFn};
+use kiln::graph::op::{Composite, ReduceFn, UnaryFn};
 use kiln::tensor::DType;
 use kiln_tests::{difference, interpret, ptx};
 
 use crate::moves::permuted;
+use crate::sums::reduced;
 use crate::{close, convolution, elements, inputs, product, rows, short_product};
 
 /// Changes of a text that are tried for each fault at most.
@@ -111,6 +112,14 @@ const SQUARES: &[Fault] = &[
         ALL,
     ),
     ("another square", |l| instead(l, ", 32, ", ", 16, "), ALL),
+];
+
+const SUMS: &[Fault] = &[
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
+    ("a part that is not folded", |l| instead(l, "+128]", "+0]"), ALL),
+    ("a turn too few", |l| number(l, "setp.lt.u32", -1), ALL),
+    ("a dropped bound", |l| number(l, "setp.lt.s64", 40), ALL),
+    ("a result too few", |l| number(l, "setp.lt.s64", -1), ALL),
 ];
 
 const TILE: &[Fault] = &[
@@ -271,6 +280,8 @@ fn planted_faults_are_found() {
     problems.extend(plant(&kept, KEPT));
     problems.extend(plant(&rows(Composite::Softmax(1), 64, 64), GROUPS));
     problems.extend(plant(&permuted(&[2, 44, 52], &[0, 2, 1], DType::F32), SQUARES));
+    let few = reduced(&[300, 70], &[0], ReduceFn::Sum, DType::F32);
+    problems.extend(plant(&few, SUMS));
     problems.extend(plant(&product(70, 100, 68, false), TILE));
     let short = [DType::BF16; 2];
     let warps = short_product([70, 248, 72], short, [false, false]);

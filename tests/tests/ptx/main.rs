@@ -6,6 +6,7 @@ mod counts;
 mod faults;
 mod moves;
 mod row_kernels;
+mod sums;
 
 use std::path::Path;
 

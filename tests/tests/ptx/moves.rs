@@ -3,7 +3,7 @@
 use kiln::Compiler;
 use kiln::backend::cuda::Gpu;
 use kiln::graph::Graph;
-use kiln::graph::op::{BinaryFn, Type, UnaryFn};
+use kiln::graph::op::{BinaryFn, Op, Type, UnaryFn};
 use kiln::tensor::DType;
 
 use crate::{agrees, inputs, ptx};
@@ -33,6 +33,42 @@ fn fused(shape: &[usize], axes: &[usize]) -> Graph {
     let y = graph.binary(BinaryFn::Sub, y, rest, o).expect("a difference");
     graph.outputs.push(("y".into(), y));
     graph
+}
+
+/// Rows of several heads with their halves rotated by angles, and beside them some columns.
+fn rotated(rows: usize, width: usize, more: usize) -> Graph {
+    let (mut graph, o) = (Graph::default(), &"rotated".into());
+    let mut input = |name, shape: &[usize]| graph.input(name, Type::new(DType::F32, shape));
+    let x = input("x", &[3, rows, 2 * width]);
+    let [cos, sin] = ["cos", "sin"].map(|name| input(name, &[1, rows, width]));
+    let rest = input("rest", &[3, rows, more.max(1)]);
+    let half = |graph: &mut Graph, start: usize| {
+        let part = [(0, 1, 3), (0, 1, rows), (start as i64, 1, width)];
+        graph.add(Op::Slice(part.into_iter().collect()), &[x], o).expect("a view")
+    };
+    let (a, b) = (half(&mut graph, 0), half(&mut graph, width));
+    let mut turned = |f, x, y| {
+        let x = graph.binary(BinaryFn::Mul, x, cos, o).expect("a product");
+        let y = graph.binary(BinaryFn::Mul, y, sin, o).expect("a product");
+        graph.binary(f, x, y, o).expect("a sum")
+    };
+    let (c, d) = (turned(BinaryFn::Sub, a, b), turned(BinaryFn::Add, b, a));
+    let all = if more > 0 { vec![c, d, rest] } else { vec![c, d] };
+    let y = graph.add(Op::Concat(2), &all, o).expect("a row");
+    graph.outputs.push(("y".into(), y));
+    graph
+}
+
+#[test]
+fn parts_of_rows_have_a_thread_for_each_element() {
+    for (rows, width, more) in [(7, 32, 0), (5, 24, 9), (3, 8, 70)] {
+        let name = format!("{rows} {width} {more}");
+        let graph = rotated(rows, width, more);
+        agrees(&name, &graph);
+        let cuda = Compiler::new().cuda_of(&graph, Gpu::of(80).expect("a GPU")).expect("a text");
+        let threads: usize = cuda.module.entries.iter().map(|e| e.blocks * e.threads).sum();
+        assert!(threads >= 3 * rows * width, "{name}: {threads} threads");
+    }
 }
 
 /// Orders of axes, with shapes whose axes are multiples of a square's sides, and others.
@@ -90,6 +126,7 @@ fn moves_read_and_write_whole_sectors() {
         ("channels first", permuted(&[2, 28, 28, 64], &[0, 3, 1, 2], DType::F32), [1.01, 1.01]),
         ("of odd lengths", permuted(&[131, 197], &[1, 0], DType::F32), [1.26, 1.01]),
         ("bf16", permuted(&[256, 320], &[1, 0], DType::BF16), [1.01, 1.34]),
+        ("a rotation", rotated(64, 32, 0), [1.6, 1.01]),
         ("with a sum", fused(&[2, 64, 28, 28], &[0, 2, 3, 1]), [1.09, 1.01]),
     ];
     let mut problems = Vec::new();
