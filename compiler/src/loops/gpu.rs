@@ -7,8 +7,9 @@ use kiln_runtime::tensor::DType;
 
 use super::gpu_turn::turned;
 use super::ir::{BufferId, Expr, Kind, Param, Place, Scope, Stmt, Var};
+use super::lanes::is_vector_of;
 use super::lower::{Lower, Lowering, Refused, origin_place};
-use super::nest::{coalesce, is_vector, wrap};
+use super::nest::{coalesce, wrap};
 use super::rewrite::{rewrite, substitute};
 use crate::graph::op::{Affine, ReduceFn};
 use crate::graph::used::span;
@@ -32,12 +33,20 @@ pub fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt>
     wrap(&lower.extents, &vars, body, vars.len())
 }
 
+/// Whether the turns of a loop can be the lanes of a thread, which computes short floats as f32.
+pub fn is_vector(lower: &Lower, body: &[Stmt], var: Var) -> bool {
+    is_vector_of(&lower.buffers, body, var, |dtype| match dtype {
+        DType::F16 | DType::BF16 => DType::F32,
+        other => other,
+    })
+}
+
 /// Statements for four neighbours along an axis, where all that they touch lies so.
 fn in_vectors(lower: &mut Lower, inner: Var, body: &[Stmt]) -> Option<(Option<Var>, Vec<Stmt>)> {
     let extent = lower.extents[inner as usize];
     let stores = body.iter().all(|s| matches!(s, Stmt::Store { .. }));
     let fits = stores && extent.is_multiple_of(VECTOR) && lower.span(inner).is_none();
-    if !fits || !is_vector(&lower.buffers, body, inner) {
+    if !fits || !is_vector(lower, body, inner) {
         return None;
     }
     let (outer, lane) = (lower.var(extent / VECTOR).ok()?, lower.var(VECTOR).ok()?);
@@ -101,10 +110,7 @@ fn threads(var: Var, extent: usize, body: Vec<Stmt>) -> Stmt {
 fn neighbours(lower: &mut Lower, last: Var, body: &[Stmt], can: bool) -> Lowering<Option<Var>> {
     let stores = body.iter().all(|s| matches!(s, Stmt::Store { .. }));
     let extent = lower.extents[last as usize];
-    let takes = can
-        && stores
-        && extent.is_multiple_of(VECTOR)
-        && is_vector(&lower.buffers, body, last);
+    let takes = can && stores && extent.is_multiple_of(VECTOR) && is_vector(lower, body, last);
     let takes = match &lower.form {
         None => takes,
         Some(form) if form.near == 1 => false,

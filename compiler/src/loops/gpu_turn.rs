@@ -6,7 +6,7 @@ use super::flat::{sum, times};
 use super::gpu::{self, VECTOR};
 use super::gpu_pieces::{below, scaled, store, threads, unroll, vector};
 use super::ir::{BufferId, Expr, Place, Scope, Stmt, Var};
-use super::lanes::{is_vector, reads_what_it_stores};
+use super::lanes::reads_what_it_stores;
 use super::lower::{Lower, Lowering};
 use super::rewrite::{each_load, rewrite};
 use crate::graph::op::Affine;
@@ -181,7 +181,7 @@ fn squares(lower: &mut Lower, vars: &[Var], found: &Found, body: &[Stmt]) -> Low
     };
     let (mut sweep, mut moved) = from_squares(lower, inner.near())?;
     let wide = sweep.near.1 > 1;
-    if wide && is_vector(&lower.buffers, &moved, sweep.near.0) {
+    if wide && gpu::is_vector(lower, &moved, sweep.near.0) {
         moved = vector(sweep.near, moved);
     } else if wide {
         (sweep, moved) = from_squares(lower, 1)?;

@@ -79,14 +79,16 @@ fn what_is_fused_around_rows_is_right() {
             g.binary(BinaryFn::Add, e, y, o).expect("a sum")
         });
         agrees(&name("turned"), &turned);
-        // Short floats.
-        let short = fused(&shape, DType::BF16, |g, x, y| {
-            let [x, y] = [x, y].map(|v| g.cast(v, DType::F32, o).expect("a cast"));
-            let x = g.composite(Composite::Softmax(1), x, o).expect("shares");
-            let x = g.binary(BinaryFn::Mul, x, y, o).expect("a product");
-            g.cast(x, DType::BF16, o).expect("a cast")
-        });
-        agrees(&name("short"), &short);
+        for dtype in [DType::BF16, DType::F16] {
+            let short = fused(&shape, dtype, |g, x, y| {
+                let [x, y] = [x, y].map(|v| g.cast(v, DType::F32, o).expect("a cast"));
+                let x = g.composite(Composite::Softmax(1), x, o).expect("shares");
+                let x = g.binary(BinaryFn::Mul, x, y, o).expect("a product");
+                g.cast(x, dtype, o).expect("a cast")
+            });
+            let text = agrees(&name("short"), &short);
+            assert_eq!(text.contains("ld.global.v4"), columns % 4 == 0, "{dtype} of {columns}");
+        }
     }
     // Rows of several axes, of which a factor has one only.
     let mut graph = Graph::default();
