@@ -65,8 +65,9 @@ const EACH: usize = 16;
 const FEW: usize = 8;
 /// Threads of a warp.
 pub const WARP: usize = 32;
-/// Threads that share a row at least.
+/// Threads that share a row at least, and at most.
 const PART: usize = 4;
+const MOST: usize = 1024;
 /// Threads of a block of several rows at most, and the fewest blocks of such.
 const BLOCK: usize = 128;
 const BLOCKS: usize = 256;
@@ -92,7 +93,7 @@ pub fn row_threads(lower: &Lower, rows: &[usize], shape: &[usize], reduces: &[us
     if rows.iter().any(|n| n.is_multiple_of(WARP / part)) && part < WARP {
         return part;
     }
-    let threads = power((elements.min(last) / EACH).clamp(WARP, lower.target.threads));
+    let threads = power((elements.min(last) / EACH).clamp(WARP, MOST));
     if elements >= LONG_ROW && last >= WARP { threads } else { 0 }
 }
 

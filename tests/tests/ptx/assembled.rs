@@ -116,7 +116,9 @@ fn kernels_of_rows_and_moves_do_not_spill() {
     }
     let norm = Composite::LayerNorm(1, 1e-5f32.to_bits());
     let mut problems = Vec::new();
-    for (count, columns) in [(3, 8192), (3, 5000), (64, 1023), (4096, 64), (8, 16), (2, 9000)] {
+    for (count, columns) in
+        [(3, 8192), (2, 32768), (3, 5000), (64, 1023), (4096, 64), (8, 16), (2, 33000)]
+    {
         for f in [Composite::Softmax(1), norm] {
             let name = format!("{f:?} of {count} {columns}");
             problems

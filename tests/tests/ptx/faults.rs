@@ -68,7 +68,7 @@ const ROW: &[Fault] = &[
     ("a turn too few", |l| number(l, "setp.lt.u32", -1), ALL),
     (
         "another row",
-        |l| number(l, "mad.wide.s32 %d", 4).or(instead(l, ", 36016, %d", ", 36000, %d")),
+        |l| number(l, "mad.wide.s32 %d", 4).or(instead(l, ", 132016, %d", ", 132000, %d")),
         ALL,
     ),
 ];
@@ -272,7 +272,7 @@ fn plant(graph: &Graph, faults: &[Fault]) -> Vec<String> {
 #[test]
 fn planted_faults_are_found() {
     let norm = Composite::LayerNorm(1, 1e-5f32.to_bits());
-    let row = rows(norm, 2, 9004);
+    let row = rows(norm, 2, 33004);
     let mut problems = plant(&row, BARRIERS);
     problems.extend(plant(&row, ROW));
     let kept = rows(norm, 3, 1200);

@@ -50,7 +50,7 @@ fn fused(
 #[test]
 fn what_is_fused_around_rows_is_right() {
     let o = &"rows".into();
-    for (count, columns) in [(3, 1200), (16, 64), (5, 770), (2, 9000), (32, 48)] {
+    for (count, columns) in [(3, 1200), (16, 64), (5, 770), (2, 9000), (1, 33000), (32, 48)] {
         let last = [1];
         let shape = [count, columns];
         let name = |what: &str| format!("{what} of {count} {columns}");
