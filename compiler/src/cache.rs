@@ -1,9 +1,9 @@
 //! Compiled models on disk, found again by what they were compiled from and for.
 //!
-//! An entry is the shared library that `kiln compile` writes, named by a hash of the graph, its
-//! constants, the processor, the options and the compiler. Entries appear whole: they are written
-//! under a name that no other writer has, synced, and renamed. Code is loaded from here, so the
-//! folder is private to its owner, or refused.
+//! An entry is the shared library that `kiln compile` writes, or its file for GPUs, named by a hash
+//! of the graph, its constants, the machine, the options and the compiler. Entries appear whole:
+//! they are written under a name that no other writer has, synced, and renamed. Code is loaded from
+//! here, so the folder is private to its owner, or refused.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
+use kiln_runtime::gpu::GpuArtifact;
 use kiln_runtime::hash::hashes;
 use kiln_runtime::load::ArtifactFile;
 use kiln_runtime::manifest::{self, ArtifactError};
@@ -21,7 +22,6 @@ use kiln_runtime::pool::Pool;
 use kiln_runtime::session::Executable;
 use rustix::fs::{AtFlags, Mode, OFlags, fstat, openat, renameat, unlinkat};
 
-use crate::backend::cpu::Cpu;
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::load::failure;
@@ -58,12 +58,18 @@ impl std::fmt::Display for CacheUse {
     }
 }
 
-/// The name of a compiled graph: equal names, equal code.
-pub(crate) fn key(graph: &Graph, options: [bool; 2], precision: Precision, cpu: &Cpu) -> String {
+/// The name of a compiled graph: equal names, equal code. `made_for` is a processor, or GPUs.
+pub(crate) fn key(
+    graph: &Graph,
+    options: [bool; 2],
+    precision: Precision,
+    made_for: &dyn std::fmt::Debug,
+) -> String {
     let compiler = (env!("CARGO_PKG_VERSION"), env!("KILN_SOURCE"));
     let emitter = (cranelift_codegen::VERSION, manifest::VERSION);
     let options = (options, precision.name());
-    let mut text = format!("{compiler:?} {emitter:?} {options:?} {cpu:?}\n{}\n", graph.describe());
+    let mut text = format!("{compiler:?} {emitter:?} {options:?} {made_for:?}\n");
+    text += &format!("{}\n", graph.describe());
     let constants: Vec<&[u8]> = graph.constants.iter().map(|c| &c.bytes[..]).collect();
     hashes(&constants).iter().for_each(|hash| text += &manifest::hex(hash));
     manifest::hex(blake3::hash(text.as_bytes()).as_bytes())
@@ -79,19 +85,43 @@ pub(crate) fn compile(
 ) -> Result<(Executable, CacheUse)> {
     let pool = Pool::new(threads).map_err(|e| failure(folder, &ArtifactError::Code(e)))?;
     let pool = Arc::new(pool);
+    // SAFETY: the bytes are as this compiler has written them, for this processor: it did so just
+    // now, or their name says so and nobody but this user could have written them.
+    let load = |file: ArtifactFile| unsafe { file.load(folder, pool.clone()) };
+    find(folder, (key, "so"), &load, make)
+}
+
+/// The same of a model for GPUs.
+pub(crate) fn compile_cuda(
+    folder: &Path,
+    key: &str,
+    make: impl FnOnce(&str) -> Result<Vec<u8>>,
+) -> Result<(GpuArtifact, CacheUse)> {
+    find(folder, (key, "kiln"), &|file| file.gpu(folder), make)
+}
+
+/// What a file becomes that was opened.
+type Load<'a, T> = dyn Fn(ArtifactFile) -> std::result::Result<T, ArtifactError> + 'a;
+
+fn find<T>(
+    folder: &Path,
+    (key, ending): (&str, &str),
+    load: &Load<T>,
+    make: impl FnOnce(&str) -> Result<Vec<u8>>,
+) -> Result<(T, CacheUse)> {
     let cache = Folder::open(folder)?;
-    let name = format!("kiln_{key}");
-    let damaged = match cache.load(key, &name, &pool) {
-        Ok(Some(executable)) => return Ok((executable, CacheUse::Found)),
+    let (name, entry) = (format!("kiln_{key}"), format!("{key}.{ending}"));
+    let damaged = match cache.load(&entry, &name, load) {
+        Ok(Some(found)) => return Ok((found, CacheUse::Found)),
         Ok(None) => None,
         Err(why) => {
             // Where it cannot be removed it is replaced below, or was so by somebody else.
-            let _ = unlinkat(&cache.fd, entry(key), AtFlags::empty());
+            let _ = unlinkat(&cache.fd, &entry, AtFlags::empty());
             Some(why)
         }
     };
     let bytes = make(&name)?;
-    let kept = cache.keep(key, &bytes);
+    let kept = cache.keep(&entry, &bytes);
     let mut used = match (kept, damaged) {
         (Err(error), _) => CacheUse::NotKept(error.to_string()),
         (Ok(()), Some(why)) => CacheUse::Replaced(why),
@@ -99,20 +129,14 @@ pub(crate) fn compile(
     };
     if !matches!(used, CacheUse::NotKept(_)) {
         // The weights of the file are shared with other processes.
-        match cache.load(key, &name, &pool) {
-            Ok(Some(executable)) => return Ok((executable, used)),
+        match cache.load(&entry, &name, load) {
+            Ok(Some(found)) => return Ok((found, used)),
             Ok(None) => used = CacheUse::NotKept("somebody removed it".into()),
             Err(why) => used = CacheUse::NotKept(why),
         }
     }
     let file = ArtifactFile::from_bytes(&bytes).map_err(|e| failure(folder, &e))?;
-    // SAFETY: this process has just made these bytes, for this processor.
-    let executable = unsafe { file.load(folder, pool) };
-    Ok((executable.map_err(|e| failure(folder, &e))?, used))
-}
-
-fn entry(key: &str) -> String {
-    format!("{key}.so")
+    Ok((load(file).map_err(|e| failure(folder, &e))?, used))
 }
 
 /// A folder that only its owner can write.
@@ -155,14 +179,14 @@ impl Folder {
     }
 
     /// The model of that name; says what is wrong with a file that cannot be used.
-    fn load(
+    fn load<T>(
         &self,
-        key: &str,
+        entry: &str,
         name: &str,
-        pool: &Arc<Pool>,
-    ) -> std::result::Result<Option<Executable>, String> {
+        load: &Load<T>,
+    ) -> std::result::Result<Option<T>, String> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let fd = match openat(&self.fd, entry(key), flags, Mode::empty()) {
+        let fd = match openat(&self.fd, entry, flags, Mode::empty()) {
             Ok(fd) => fd,
             Err(rustix::io::Errno::NOENT) => return Ok(None),
             Err(error) => return Err(error.to_string()),
@@ -171,31 +195,28 @@ impl Folder {
         if stat.st_uid != rustix::process::geteuid().as_raw() || stat.st_mode & 0o022 != 0 {
             return Err("others could write it".into());
         }
-        let path = self.path.join(entry(key));
+        let path = self.path.join(entry);
         let file = ArtifactFile::of(&File::from(fd), &path).map_err(|e| e.to_string())?;
         if file.manifest.name != name {
             return Err(format!("it is named {}", file.manifest.name));
         }
-        // SAFETY: the file is as it was written, its name says that it is of this compiler and
-        // for this processor, and nobody but this user could have written it.
-        let loaded = unsafe { file.load(&self.path, pool.clone()) };
-        loaded.map(Some).map_err(|e| e.to_string())
+        load(file).map(Some).map_err(|e| e.to_string())
     }
 
     /// Writes an entry; it appears whole or not at all.
-    fn keep(&self, key: &str, bytes: &[u8]) -> io::Result<()> {
+    fn keep(&self, entry: &str, bytes: &[u8]) -> io::Result<()> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         self.clean();
         let now = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos());
         let (pid, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let name = format!("{}.{pid}.{count}.{now:x}{TEMPORARY}", &key[..16.min(key.len())]);
+        let name = format!("{}.{pid}.{count}.{now:x}{TEMPORARY}", &entry[..16.min(entry.len())]);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let fd = openat(&self.fd, &name, flags, Mode::RUSR | Mode::WUSR)?;
         let mut file = File::from(fd);
         let written = file
             .write_all(bytes)
             .and_then(|()| file.sync_all())
-            .and_then(|()| Ok(renameat(&self.fd, &name, &self.fd, entry(key))?))
+            .and_then(|()| Ok(renameat(&self.fd, &name, &self.fd, entry)?))
             .and_then(|()| Ok(rustix::fs::fsync(&self.fd)?));
         if written.is_err() {
             let _ = unlinkat(&self.fd, &name, AtFlags::empty());

@@ -11,7 +11,7 @@ use crate::graph::scalar::Dots;
 use crate::graph::verify::verify;
 use crate::loops::ir::Loops;
 use crate::plan::kernels::{Program, program, program_folded};
-use crate::{Compiler, Form, Model, Package, compile, package, rules};
+use crate::{CacheUse, Compiler, Form, Kind, Model, Package, cache, compile, package, rules};
 
 /// A model as text for a GPU.
 #[derive(Clone, Debug)]
@@ -43,7 +43,29 @@ impl Compiler {
     /// # Errors
     /// As [`compile`](Self::compile), and where a kernel has no PTX.
     pub fn compile_cuda(&self, model: &Model, gpus: &[Gpu]) -> Result<GpuArtifact> {
-        self.compile_cuda_of(&self.graph_for_ranges(model)?, gpus)
+        Ok(self.compile_cuda_through_cache(model, &self.graph_for_ranges(model)?, gpus)?.0)
+    }
+
+    /// The same from the graph of a model on, and what the [`cache`](Self::cache) did for it.
+    ///
+    /// # Errors
+    /// As [`compile_cuda`](Self::compile_cuda), and where the folder cannot be used.
+    pub fn compile_cuda_through_cache(
+        &self,
+        model: &Model,
+        graph: &Graph,
+        gpus: &[Gpu],
+    ) -> Result<(GpuArtifact, CacheUse)> {
+        let Some(folder) = &self.cache else {
+            return Ok((self.compile_cuda_of(graph, gpus)?, CacheUse::Off));
+        };
+        let key = cache::key(graph, [self.egraph, self.exact], self.precision, &gpus);
+        cache::compile_cuda(folder, &key, |name| {
+            let form =
+                Form { kind: Kind::Shared, name: name.to_string(), file: None, weights: None };
+            let artifact = self.compile_cuda_of(graph, gpus)?;
+            Ok(package::gpu::package(artifact, model.hash(), &form)?.file)
+        })
     }
 
     /// The same from a graph on. Kernels are lowered for the earliest version, and emitted for all:

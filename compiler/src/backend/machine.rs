@@ -211,6 +211,13 @@ pub trait Machine {
     fn threads_end(&mut self, next: &[Self::Value]) -> Vec<Self::Value> {
         next.to_vec()
     }
+    /// Divides the threads of a block into so many groups, whose threads are counted anew: those of
+    /// a group are all that there are until it ends. Gives the number of the group.
+    fn groups_begin(&mut self, _count: usize) -> Emitted<Self::Int> {
+        Err(Unsupported("threads of a block".into()))
+    }
+    /// Ends it.
+    fn groups_end(&mut self) {}
     /// Adds to four sums of every thread of a warp what `loops::ir::Multiply` says, of rows and
     /// columns that begin at addresses and lie so many bytes apart.
     fn multiply(

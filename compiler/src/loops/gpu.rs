@@ -5,19 +5,24 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
+use super::gpu_turn::turned;
 use super::ir::{BufferId, Expr, Kind, Param, Place, Scope, Stmt, Var};
-use super::lower::{Lower, Lowering, origin_place};
-use super::nest::{coalesce, is_vector, wrap};
+use super::lanes::is_vector_of;
+use super::lower::{Lower, Lowering, Refused, origin_place};
+use super::nest::{coalesce, wrap};
 use super::rewrite::{rewrite, substitute};
 use crate::graph::op::{Affine, ReduceFn};
 use crate::graph::used::span;
 
 /// Elements that a thread reads and writes at once: 16 bytes of f32.
-const VECTOR: usize = 4;
+pub const VECTOR: usize = 4;
 
 /// A thread for every turn of the loops over the axes of the result, or for four neighbours.
 pub fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
     let mut body = coalesce(lower, &mut vars, body);
+    if let Some(body) = turned(lower, &vars, &body) {
+        return body;
+    }
     if let Some(&inner) = vars.last()
         && let Some((outer, inside)) = in_vectors(lower, inner, &body)
     {
@@ -28,12 +33,20 @@ pub fn nest(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Vec<Stmt>
     wrap(&lower.extents, &vars, body, vars.len())
 }
 
+/// Whether the turns of a loop can be the lanes of a thread, which computes short floats as f32.
+pub fn is_vector(lower: &Lower, body: &[Stmt], var: Var) -> bool {
+    is_vector_of(&lower.buffers, body, var, |dtype| match dtype {
+        DType::F16 | DType::BF16 => DType::F32,
+        other => other,
+    })
+}
+
 /// Statements for four neighbours along an axis, where all that they touch lies so.
 fn in_vectors(lower: &mut Lower, inner: Var, body: &[Stmt]) -> Option<(Option<Var>, Vec<Stmt>)> {
     let extent = lower.extents[inner as usize];
     let stores = body.iter().all(|s| matches!(s, Stmt::Store { .. }));
     let fits = stores && extent.is_multiple_of(VECTOR) && lower.span(inner).is_none();
-    if !fits || !is_vector(&lower.buffers, body, inner) {
+    if !fits || !is_vector(lower, body, inner) {
         return None;
     }
     let (outer, lane) = (lower.var(extent / VECTOR).ok()?, lower.var(VECTOR).ok()?);
@@ -43,15 +56,25 @@ fn in_vectors(lower: &mut Lower, inner: Var, body: &[Stmt]) -> Option<(Option<Va
     Some((Some(outer), vec![vector]))
 }
 
-/// Rows of fewer elements are not shared.
-const SHARED_ROW: usize = 64;
-/// Elements of a row for each of its threads at least.
+/// Rows of fewer elements are not shared, and those of fewer than the other by a warp at least.
+const SHARED_ROW: usize = 16;
+const LONG_ROW: usize = 64;
+/// Elements of a row for each of its threads at least: of long rows, and of those that a part of a
+/// warp shares.
 const EACH: usize = 16;
+const FEW: usize = 8;
 /// Threads of a warp.
 pub const WARP: usize = 32;
+/// Threads that share a row at least, and at most.
+const PART: usize = 4;
+const MOST: usize = 1024;
+/// Threads of a block of several rows at most, and the fewest blocks of such.
+const BLOCK: usize = 128;
+const BLOCKS: usize = 256;
 
-/// How many threads share a row of a shape that these nodes fold; 0 where each has its own.
-pub fn row_threads(lower: &Lower, shape: &[usize], reduces: &[usize]) -> usize {
+/// How many threads share each of these many rows of a shape that these nodes fold; 0 where each
+/// row has its own.
+pub fn row_threads(lower: &Lower, rows: &[usize], shape: &[usize], reduces: &[usize]) -> usize {
     let elements: usize = shape.iter().product();
     let fits = |&reduce: &usize| {
         let operand = lower.ty(lower.body.nodes[reduce].args[0].index());
@@ -62,9 +85,16 @@ pub fn row_threads(lower: &Lower, shape: &[usize], reduces: &[usize]) -> usize {
     };
     // All loops over the row end with the last axis, whose elements threads share.
     let last = shape.last().copied().unwrap_or(0);
-    let threads = (elements.min(last) / EACH).max(WARP).min(lower.target.threads);
-    let shared = elements >= SHARED_ROW && last >= WARP && reduces.iter().all(fits);
-    if lower.target.threads > 0 && shared { 1 << threads.ilog2() } else { 0 }
+    if lower.target.threads == 0 || !reduces.iter().all(fits) || last < SHARED_ROW {
+        return 0;
+    }
+    let power = |n: usize| 1 << n.max(1).ilog2();
+    let part = power(last / FEW).clamp(PART, WARP);
+    if rows.iter().any(|n| n.is_multiple_of(WARP / part)) && part < WARP {
+        return part;
+    }
+    let threads = power((elements.min(last) / EACH).clamp(WARP, MOST));
+    if elements >= LONG_ROW && last >= WARP { threads } else { 0 }
 }
 
 /// A buffer that the threads of a block share.
@@ -77,11 +107,18 @@ fn threads(var: Var, extent: usize, body: Vec<Stmt>) -> Stmt {
     Stmt::For { var, extent, kind: Kind::Thread, body }
 }
 
-/// Whether threads can take neighbours of a loop at once.
-fn takes_neighbours(lower: &Lower, last: Var, body: &[Stmt]) -> bool {
+/// The lane of neighbours of a loop that threads take at once, where they can.
+fn neighbours(lower: &mut Lower, last: Var, body: &[Stmt], can: bool) -> Lowering<Option<Var>> {
     let stores = body.iter().all(|s| matches!(s, Stmt::Store { .. }));
     let extent = lower.extents[last as usize];
-    stores && extent.is_multiple_of(VECTOR) && is_vector(&lower.buffers, body, last)
+    let takes = can && stores && extent.is_multiple_of(VECTOR) && is_vector(lower, body, last);
+    let takes = match &lower.form {
+        None => takes,
+        Some(form) if form.near == 1 => false,
+        Some(_) if takes => true,
+        Some(_) => return Err(Refused("a pass over a row without neighbours".into())),
+    };
+    if takes { lower.var(VECTOR).map(Some) } else { Ok(None) }
 }
 
 /// Statements for every turn of a loop, by all threads: each takes one turn after another, as many
@@ -96,6 +133,12 @@ fn shared_out(
     let (extent, all) = (lower.extents[last as usize], lower.row_threads);
     let near = if lane.is_some() { VECTOR } else { 1 };
     let (whole, rest) = (extent / (all * near), extent % (all * near) / near);
+    let mut loops: Vec<usize> = outer.iter().map(|&v| lower.extents[v as usize]).collect();
+    let turns = loops.iter().product::<usize>() * (whole + usize::from(rest > 0));
+    loops.push(extent);
+    if let Some(form) = &mut lower.form {
+        form.goes(loops, turns)?;
+    }
     let mut out = Vec::new();
     for (start, turns, width) in [(0, whole, all), (whole * all * near, 1, rest)] {
         if turns == 0 || width == 0 {
@@ -112,10 +155,17 @@ fn shared_out(
         let loops: Vec<Var> = outer.iter().copied().chain([turn]).collect();
         let own = parts.map(|(cell, parts)| (cell, parts, own));
         let body = in_lane(lane, rewrite(body, &index, own.as_slice()));
-        let body = wrap(&lower.extents, &loops, body, 0);
-        out.push(threads(thread, width, body));
+        out.push(threads(thread, width, turns_of(lower, &loops, body)));
     }
     Ok(out)
+}
+
+/// Loops of one thread over its elements of a row: written out where it keeps these in registers.
+fn turns_of(lower: &Lower, loops: &[Var], body: Vec<Stmt>) -> Vec<Stmt> {
+    let kind = if lower.form.is_some() { Kind::Unroll } else { Kind::Serial };
+    loops.iter().rev().fold(body, |body, &var| {
+        vec![Stmt::For { var, extent: lower.extents[var as usize], kind, body }]
+    })
 }
 
 /// Statements in the lanes of a variable, where there is one.
@@ -129,10 +179,7 @@ fn in_lane(lane: Option<Var>, body: Vec<Stmt>) -> Vec<Stmt> {
 /// Statements over the axes of a row that threads share.
 pub fn pass(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Lowering<Vec<Stmt>> {
     let Some(last) = vars.pop() else { return Ok(vec![threads(lower.var(1)?, 1, body)]) };
-    let lane = match takes_neighbours(lower, last, &body) {
-        true => Some(lower.var(VECTOR)?),
-        false => None,
-    };
+    let lane = neighbours(lower, last, &body, true)?;
     shared_out(lower, (last, &vars), &body, (None, lane))
 }
 
@@ -147,9 +194,8 @@ pub fn reduce(
     step: Vec<Stmt>,
 ) -> Lowering<Vec<Stmt>> {
     let (dtype, all) = (lower.buffers[cell].dtype, lower.row_threads);
-    let lanes = dtype == DType::F32 && takes_neighbours(lower, last, &step);
-    let lane = if lanes { Some(lower.var(VECTOR)?) } else { None };
-    let near = if lanes { VECTOR } else { 1 };
+    let lane = neighbours(lower, last, &step, dtype == DType::F32)?;
+    let near = if lane.is_some() { VECTOR } else { 1 };
     let parts = lower.register(dtype, all * near);
     let thread = lower.var(all)?;
     let own = Affine::scaled(thread as usize, near as i64);
@@ -161,6 +207,28 @@ pub fn reduce(
     let value = Expr::Binary(f.binary(dtype), before, Arc::new(Expr::Fold(f, parts)));
     out.push(Stmt::Store { buffer: cell, place: origin_place(), value });
     Ok(out)
+}
+
+/// Blocks of some rows each, where a warp or a part of one shares a row: statements for the rows of
+/// a block, with `vars` over blocks.
+pub fn grouped(lower: &mut Lower, vars: &mut [Var], body: Vec<Stmt>) -> Lowering<Vec<Stmt>> {
+    let (width, rows) = (lower.row_threads, vars.iter().map(|&v| lower.extents[v as usize]));
+    let total: usize = rows.product();
+    // Shuffles are for whole warps.
+    let least = WARP.div_ceil(width);
+    let counts = std::iter::successors(Some(BLOCK / width), |n| Some(n / 2));
+    let mut counts = counts.take_while(|&n| n >= least && n > 1 && width <= WARP);
+    let enough = |n: usize| n == least || total >= n * BLOCKS;
+    let split = counts.find_map(|n| {
+        let fits = |&at: &usize| lower.extents[vars[at] as usize].is_multiple_of(n);
+        if enough(n) { Some((n, (0..vars.len()).rev().find(fits)?)) } else { None }
+    });
+    let Some((count, at)) = split else { return Ok(body) };
+    let (block, row) = (lower.var(lower.extents[vars[at] as usize] / count)?, lower.var(count)?);
+    let index = Affine::scaled(block as usize, count as i64).plus(row as usize, 1);
+    let body = substitute(&body, vars[at], &index);
+    vars[at] = block;
+    Ok(vec![threads(row, count, body)])
 }
 
 /// Loops over blocks around statements, one at least.

@@ -119,6 +119,15 @@ pub fn unflatten(place: &Place, shape: &[usize], extents: &Extents) -> Vec<Index
     index
 }
 
+/// The index into a shape that repeats to a larger one.
+pub fn repeat_index(index: &[Index], shape: &[usize]) -> Vec<Index> {
+    index
+        .iter()
+        .zip(shape)
+        .map(|(i, &extent)| if extent == 1 { Place::affine(Affine::default()) } else { i.clone() })
+        .collect()
+}
+
 /// The least of the index and a bound and the greatest of that and 0: for indices from data.
 pub fn clamp(value: Expr, extent: usize) -> Expr {
     let below = binary(BinaryFn::Min, value, number(extent as i64 - 1));

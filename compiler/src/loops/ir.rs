@@ -8,8 +8,9 @@
 //! Loops run a constant number of times (at least once) and are serial, parallel (outermost only),
 //! vector (innermost only, one step of `lanes`) or unrolled. On a GPU, outermost loops may be
 //! blocks; what is in these are loops over threads, one after another, and loops around such. A
-//! thread loop sees all that the ones before it have stored. Places in buffers are affine in the
-//! loop variables plus, where data decides, a value.
+//! thread loop sees all that the ones before it have stored. A thread loop that holds such a
+//! sequence again is one over groups of threads: each of them does what a block would. Places in
+//! buffers are affine in the loop variables plus, where data decides, a value.
 
 use std::sync::Arc;
 
@@ -295,6 +296,16 @@ impl Loops {
     pub fn dtype(&self, e: &Expr) -> DType {
         dtype(&self.buffers, e)
     }
+}
+
+/// Whether there are loops over threads in statements.
+pub fn has_threads(body: &[Stmt]) -> bool {
+    body.iter().any(|stmt| match stmt {
+        Stmt::For { kind: Kind::Thread, .. } => true,
+        Stmt::For { body, .. } => has_threads(body),
+        Stmt::If { then, other, .. } => has_threads(then) || has_threads(other),
+        Stmt::Store { .. } | Stmt::Prefetch { .. } | Stmt::Multiply(_) => false,
+    })
 }
 
 /// Work of statements: one for each value node, and some for what is written to memory.

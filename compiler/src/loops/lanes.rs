@@ -10,6 +10,11 @@ use crate::rules::kind::{is_lane, is_lane_binary, is_lane_cast};
 
 /// Whether statements can run with a variable in vector lanes: stores have unit steps.
 pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
+    is_vector_of(buffers, body, var, |dtype| dtype)
+}
+
+/// The same where lanes hold values of a dtype as another one.
+pub fn is_vector_of(buffers: &[Buffer], body: &[Stmt], var: Var, held: fn(DType) -> DType) -> bool {
     let var = var as usize;
     fn depends(e: &Expr, var: usize) -> bool {
         let store =
@@ -22,48 +27,47 @@ pub fn is_vector(buffers: &[Buffer], body: &[Stmt], var: Var) -> bool {
         steps.contains(&p.affine.coefficient(var))
             && p.dynamic.as_ref().is_none_or(|d| !depends(d, var))
     }
-    fn value(buffers: &[Buffer], e: &Expr, var: usize) -> bool {
-        let float = |e: &Expr| dtype(buffers, e) == DType::F32;
+    type Held = fn(DType) -> DType;
+    fn value(buffers: &[Buffer], e: &Expr, var: usize, held: Held) -> bool {
+        let dtype = |e: &Expr| held(dtype(buffers, e));
+        let float = |e: &Expr| dtype(e) == DType::F32;
+        let all = |all: &[&Expr]| all.iter().all(|e| value(buffers, e, var, held));
         match e {
             Expr::Load(b, p) => {
                 let b = &buffers[*b];
                 // Numbers may be read from memory lane by lane.
                 let apart = b.scope == Scope::Global && b.dtype == DType::F32;
                 let steps = [0, 1, p.affine.coefficient(var)];
-                is_lane(b.dtype) && place(p, var, if apart { &steps } else { &steps[..2] })
+                is_lane(held(b.dtype)) && place(p, var, if apart { &steps } else { &steps[..2] })
             }
             Expr::Word(b, p) => place(p, var, &[0, 4 / buffers[*b].dtype.bytes() as i64]),
             Expr::Index(_) | Expr::Fold(..) => false,
-            Expr::Cast(to, x) => is_lane_cast(dtype(buffers, x), *to) && value(buffers, x, var),
-            Expr::Const(dtype, _) => is_lane(*dtype),
-            Expr::Unary(f, x) => *f != UnaryFn::Not && float(x) && value(buffers, x, var),
-            Expr::Binary(f, x, y) => {
-                is_lane_binary(*f, dtype(buffers, x))
-                    && value(buffers, x, var)
-                    && value(buffers, y, var)
-            }
-            Expr::Fma(x, y, z) => float(x) && [x, y, z].into_iter().all(|e| value(buffers, e, var)),
-            Expr::Dot(_, x, y, z) => [x, y, z].into_iter().all(|e| value(buffers, e, var)),
+            Expr::Cast(to, x) => is_lane_cast(dtype(x), held(*to)) && all(&[x]),
+            Expr::Const(dtype, _) => is_lane(held(*dtype)),
+            Expr::Unary(f, x) => *f != UnaryFn::Not && float(x) && all(&[x]),
+            Expr::Binary(f, x, y) => is_lane_binary(*f, dtype(x)) && all(&[x, y]),
+            Expr::Fma(x, y, z) => float(x) && all(&[x, y, z]),
+            Expr::Dot(_, x, y, z) => all(&[x, y, z]),
             Expr::Select(c, x, y) => {
                 let compared = matches!(&**c, Expr::Binary(f, ..) if f.is_comparison());
-                compared && [c, x, y].into_iter().all(|e| value(buffers, e, var))
+                compared && all(&[c, x, y])
             }
         }
     }
     body.iter().all(|stmt| match stmt {
-        Stmt::For { body, .. } => is_vector(buffers, body, var as Var),
+        Stmt::For { body, .. } => is_vector_of(buffers, body, var as Var, held),
         Stmt::Store { buffer, place: p, value: v } => {
             let b = &buffers[*buffer];
             let compared = matches!(v, Expr::Binary(f, ..) if f.is_comparison());
-            is_lane(b.dtype)
+            is_lane(held(b.dtype))
                 && !compared
                 && (b.scope == Scope::Register || place(p, var, &[1]))
-                && value(buffers, v, var)
+                && value(buffers, v, var, held)
         }
         Stmt::If { condition, then, other } => {
             !depends(condition, var)
-                && is_vector(buffers, then, var as Var)
-                && is_vector(buffers, other, var as Var)
+                && is_vector_of(buffers, then, var as Var, held)
+                && is_vector_of(buffers, other, var as Var, held)
         }
         Stmt::Prefetch { .. } => true,
         Stmt::Multiply(_) => false,

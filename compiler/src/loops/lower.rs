@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
+use super::gpu_rows::Form;
 use super::index::{
-    Extents, Index, add, clamp, flatten, from_end, from_expr, scale, to_expr, unflatten,
+    Extents, Index, add, clamp, flatten, from_end, from_expr, repeat_index, scale, to_expr,
+    unflatten,
 };
 use super::ir::{
     Buffer, BufferId, Count, DIMS, Expr, Loops, Number, Param, Place, Range, Scope, Stmt, Var,
@@ -77,6 +79,8 @@ pub struct Lower<'a> {
     pub target: Target,
     /// Threads that share each row of a kernel on a GPU; 0 where rows are not shared.
     pub row_threads: usize,
+    /// How passes over a row go through it, where its threads keep values of it in registers.
+    pub form: Option<Form>,
     /// Buffers so far.
     pub buffers: Vec<Buffer>,
     /// Extents of the loop variables so far.
@@ -134,10 +138,12 @@ fn shared(body: &Body, args: Arguments, threads: usize, mut lowered: Lowered) ->
     let contraction = body.nodes.iter().any(|n| matches!(n.op, Op::Contract(_)))
         && attention::find(&body.nodes).is_none();
     // What is appended to lies where the result does.
-    if args.appended.is_none() {
-        let way = |k| if threads > 0 { spread(k) } else { vec![share(k, contraction)] };
-        lowered.kernels = lowered.kernels.into_iter().flat_map(way).collect();
-    }
+    let way = |k: Loops| match (threads, args.appended.map(Param::Arg)) {
+        (0, None) => vec![share(k, contraction)],
+        (1.., old) if k.buffers.iter().all(|b| Some(b.param) != old) => spread(k),
+        _ => vec![k],
+    };
+    lowered.kernels = lowered.kernels.into_iter().flat_map(way).collect();
     lowered
 }
 
@@ -197,6 +203,7 @@ impl<'a> Lower<'a> {
             args,
             target,
             row_threads: 0,
+            form: None,
             buffers: Vec::new(),
             extents: Vec::new(),
             spans: Vec::new(),
@@ -403,6 +410,11 @@ impl<'a> Lower<'a> {
         self.memo.clear();
     }
 
+    /// Whether a node's value is at hand.
+    pub fn is_bound(&self, node: usize) -> bool {
+        self.bound[node].is_some()
+    }
+
     /// The index for which a bound node was asked.
     pub fn asked(&self, node: usize) -> Option<Vec<Index>> {
         match &self.bound[node] {
@@ -567,15 +579,6 @@ impl<'a> Lower<'a> {
         let (buffers, body) = prune(self.buffers, body);
         Loops { name: String::new(), buffers, ranges, body }
     }
-}
-
-/// The index into a shape that repeats to a larger one.
-fn repeat_index(index: &[Index], shape: &[usize]) -> Vec<Index> {
-    index
-        .iter()
-        .zip(shape)
-        .map(|(i, &extent)| if extent == 1 { origin_place() } else { i.clone() })
-        .collect()
 }
 
 /// The number that a constant of one element is.

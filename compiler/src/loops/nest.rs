@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::DType;
 
+use super::gpu_rows::Form;
+use super::gpu_sums::Sum;
 use super::index::{Extents, Index, add, flatten};
 use super::ir::{BufferId, Expr, Kind, Loops, Place, Stmt, Var};
 pub use super::lanes::{is_vector, vectorize, writes};
 
 use super::lanes::beside;
-use super::lower::{Lower, Lowering, Refused, identity};
+use super::lower::{Lower, Lowering, Refused, identity, origin_place};
 use super::rewrite::{each_affine, rewrite, substitute};
 use super::turn::turned;
 use crate::graph::op::{Affine, Op, ReduceFn, UnaryFn};
@@ -183,6 +185,16 @@ pub fn inline_reduce(mut lower: Lower, root: usize, reduce: usize) -> Lowering<L
     }
     let next = lower.value(operand, &from)?;
     let update = Expr::Binary(f.binary(lower.buffers[cell].dtype), cell_value(cell), next);
+    if lower.target.threads > 0 {
+        let zero = Place::affine(Affine::default());
+        let store = |buffer, place, value| Stmt::Store { buffer, place, value };
+        let result = store(out, place.clone(), (*result).clone());
+        let update = store(cell, zero, update.clone());
+        let sum = Sum { f: *f, cell, start: start.clone(), update, result };
+        if let Some(body) = super::gpu_sums::shared(&mut lower, [&vars, &inner], &sum)? {
+            return Ok(lower.finish(body));
+        }
+    }
     Ok(accumulate(lower, vars, inner, cell, [start, update], (out, place, result)))
 }
 
@@ -211,8 +223,19 @@ pub fn accumulate(
 }
 
 /// A kernel with a result row per outer index: each reduction is one pass over the row, and so is
-/// the result.
-pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> {
+/// the result. Where threads share a row they keep it in registers, if they can.
+pub fn row(lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> {
+    for form in Form::all().into_iter().filter(|_| lower.target.threads > 0) {
+        let mut kept = lower.fresh();
+        kept.form = Some(form);
+        if let Ok(kernel) = row_in(kept, root, reduces) {
+            return Ok(kernel);
+        }
+    }
+    row_in(lower, root, reduces)
+}
+
+fn row_in(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> {
     let Op::Reduce(_, axes) = &lower.body.nodes[reduces[0]].op else {
         return Err(Refused("a reduction".into()));
     };
@@ -227,14 +250,13 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
     }
     let root_ty = lower.ty(root).clone();
     let (outer, outer_vars) = lower.axes_in_use(&full[..first], &spans[..first])?;
-    lower.row_threads = super::gpu::row_threads(&lower, &full[first..], reduces);
+    lower.row_threads = super::gpu::row_threads(&lower, &full[..first], &full[first..], reduces);
+    if lower.form.is_some() && lower.row_threads == 0 {
+        return Err(Refused("a row that threads do not share".into()));
+    }
     let mut body = Vec::new();
     for (k, &reduce) in reduces.iter().enumerate() {
-        let kept = match lower.is_part() || lower.row_threads > 0 {
-            true => None,
-            false => keep_in_row(&lower, root, reduce, &reduces[k..]),
-        };
-        let kept = kept.map(|n| (n, lower.out(&root_ty), flatten(&outer, &full)));
+        let kept = keep(&mut lower, root, &reduces[k..], &outer);
         let row = (&full[first..], &spans[first..]);
         body.extend(reduce_pass(&mut lower, reduce, &outer, row, kept)?);
     }
@@ -251,12 +273,40 @@ pub fn row(mut lower: Lower, root: usize, reduces: &[usize]) -> Lowering<Loops> 
     let store = Stmt::Store { buffer, place, value: (*value).clone() };
     body.extend(pass(&mut lower, inner_vars, vec![store])?);
     if lower.row_threads > 0 {
-        let body = super::gpu::blocks(&mut lower, &outer_vars, body)?;
+        let mut vars = outer_vars;
+        let body = coalesce(&mut lower, &mut vars, body);
+        let body = super::gpu::grouped(&mut lower, &mut vars, body)?;
+        let body = super::gpu::blocks(&mut lower, &vars, body)?;
         return Ok(lower.finish(body));
     }
     let parallel = parallel_prefix(&lower.extents, &outer_vars);
     let nested = wrap(&lower.extents, &outer_vars, body, parallel);
     Ok(lower.finish(nested))
+}
+
+/// The operand of a node.
+fn operand(lower: &Lower, node: usize) -> usize {
+    lower.body.nodes[node].args[0].index()
+}
+
+/// A node whose row stands in a buffer from a place on.
+type Kept = (usize, BufferId, Index);
+
+/// What the pass of the first of these reductions keeps for those after it: threads in registers,
+/// others in the row of the result.
+fn keep(lower: &mut Lower, root: usize, reduces: &[usize], outer: &[Index]) -> Vec<Kept> {
+    if lower.row_threads > 0 {
+        let (now, later) = (operand(lower, reduces[0]), &reduces[1..]);
+        let later: Vec<usize> =
+            later.iter().map(|&reduce| operand(lower, reduce)).chain([root]).collect();
+        let row: usize = lower.ty(now).shape[outer.len()..].iter().product();
+        let nodes = super::gpu_rows::kept(lower, row, now, &later);
+        let buffer = |n: usize| (n, lower.register(lower.ty(n).dtype, row), origin_place());
+        return nodes.into_iter().map(buffer).collect();
+    }
+    let ty = lower.ty(root);
+    let kept = if lower.is_part() { None } else { keep_in_row(lower, root, reduces[0], reduces) };
+    kept.map(|n| (n, lower.out(ty), flatten(outer, &ty.shape))).into_iter().collect()
 }
 
 /// The operand of a reduction, where it is dear to compute and later passes want it again: it is
@@ -294,35 +344,32 @@ pub fn pass(lower: &mut Lower, mut vars: Vec<Var>, body: Vec<Stmt>) -> Lowering<
 }
 
 /// One reduction of a row: several vector accumulators, then a scalar. The values that are folded
-/// may be kept, for node, in a buffer, from a place on.
+/// may be kept, and others that these are computed of: operands before users.
 pub fn reduce_pass(
     lower: &mut Lower,
     reduce: usize,
     outer: &[Index],
     (shape, spans): (&[usize], &[Option<Span>]),
-    keep: Option<(usize, BufferId, Index)>,
+    keep: impl IntoIterator<Item = Kept>,
 ) -> Lowering<Vec<Stmt>> {
     let Op::Reduce(f, _) = lower.body.nodes[reduce].op else {
         return Err(Refused("a reduction".into()));
     };
     let (inner, mut vars) = lower.axes_in_use(shape, spans)?;
     let index: Vec<Index> = outer.iter().chain(&inner).cloned().collect();
-    let operand = lower.body.nodes[reduce].args[0].index();
+    let operand = operand(lower, reduce);
     let ty = lower.ty(operand).clone();
+    let mut step = Vec::new();
+    // What is kept may take the place of what it is computed from, and is computed once.
+    for (node, buffer, start) in keep {
+        let value = (*lower.value(node, &index)?).clone();
+        step.push(Stmt::Store { buffer, place: add(&start, &flatten(&inner, shape)), value });
+        lower.bind_row(node, (buffer, &start), outer.len());
+    }
     let value = lower.value(operand, &index)?;
     let cell = lower.register(ty.dtype, 1);
     let zero = Place::affine(Affine::default());
     let start = identity(f, ty.dtype);
-    let mut step = Vec::new();
-    let value = match &keep {
-        None => value,
-        // What is kept may take the place of what it is computed from, and is computed once.
-        Some((_, buffer, start)) => {
-            let (buffer, place) = (*buffer, add(start, &flatten(&inner, shape)));
-            step.push(Stmt::Store { buffer, place: place.clone(), value: (*value).clone() });
-            Arc::new(Expr::Load(buffer, place))
-        }
-    };
     let update = Expr::Binary(f.binary(ty.dtype), cell_value(cell), value);
     step.push(Stmt::Store { buffer: cell, place: zero.clone(), value: update });
     let step = coalesce(lower, &mut vars, step);
@@ -335,9 +382,6 @@ pub fn reduce_pass(
         Some(last) => out.extend(reduce_lanes(lower, f, cell, (last, &vars), start, step)?),
     }
     lower.bind_cell(reduce, Expr::Load(cell, Place::affine(Affine::default())));
-    if let Some((node, buffer, start)) = keep {
-        lower.bind_row(node, (buffer, &start), outer.len());
-    }
     Ok(out)
 }
 

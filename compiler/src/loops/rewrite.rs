@@ -48,6 +48,22 @@ pub fn each_affine(body: &[Stmt], visit: &mut dyn FnMut(&Affine)) {
     }
 }
 
+/// Calls a function with every load of a value.
+pub fn each_load<'a>(e: &'a Expr, visit: &mut dyn FnMut(BufferId, &'a Place)) {
+    match e {
+        Expr::Load(buffer, place) | Expr::Word(buffer, place) => {
+            visit(*buffer, place);
+            place.dynamic.iter().for_each(|e| each_load(e, visit));
+        }
+        Expr::Index(_) | Expr::Const(..) | Expr::Fold(..) => {}
+        Expr::Unary(_, x) | Expr::Cast(_, x) => each_load(x, visit),
+        Expr::Binary(_, x, y) => [x, y].into_iter().for_each(|e| each_load(e, visit)),
+        Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(_, x, y, z) => {
+            [x, y, z].into_iter().for_each(|e| each_load(e, visit));
+        }
+    }
+}
+
 /// A change of indices and of buffers; shared values stay shared.
 struct Rewrite<'a> {
     index: &'a dyn Fn(&Affine) -> Index,

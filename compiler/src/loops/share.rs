@@ -11,7 +11,9 @@ use std::sync::Arc;
 use kiln_runtime::tensor::DType;
 
 use super::contract::widened;
-use super::ir::{Buffer, BufferId, Expr, Kind, Loops, Number, Place, Scope, Stmt, Var, work};
+use super::ir::{
+    Buffer, BufferId, Expr, Kind, Loops, Number, Param, Place, Scope, Stmt, Var, work,
+};
 use super::rewrite::{prune, substitute};
 use crate::graph::op::{Affine, BinaryFn};
 
@@ -81,10 +83,11 @@ const LONG_TURN: u64 = 1 << 14;
 /// for every turn. Loops one after another, in which other elements are stored, become kernels of
 /// their own: then each of them has threads for its turns.
 pub fn spread(kernel: Loops) -> Vec<Loops> {
-    let Some(mut nest) = Nest::of(&kernel) else { return vec![kernel] };
+    let Some(mut nest) = Nest::any(&kernel) else { return vec![kernel] };
+    while nest.join_beside(&kernel, true) {}
     let long = work(nest.buffers, &nest.body) >= LONG_TURN;
     let alone = nest.body.iter().all(|stmt| stores_alone(nest.buffers, stmt));
-    if nest.body.len() > 1 && long && alone {
+    if nest.body.len() > 1 && long && alone && kernel.ranges.is_empty() {
         let pieces = std::mem::take(&mut nest.body).into_iter().enumerate();
         let piece = |(n, stmt)| {
             let body = Nest { body: vec![stmt], ..nest.clone() }.wrapped();
@@ -93,6 +96,7 @@ pub fn spread(kernel: Loops) -> Vec<Loops> {
         };
         return pieces.map(piece).flat_map(spread).collect();
     }
+    nest.join_beside(&kernel, false);
     nest.outer.iter_mut().for_each(|outer| outer.kind = Kind::Parallel);
     let body = nest.wrapped();
     vec![Loops { body, ..kernel }]
@@ -105,16 +109,34 @@ fn stores_alone(buffers: &[Buffer], stmt: &Stmt) -> bool {
     matches!(stmt, Stmt::For { .. }) && registers.all(|(_, used)| !used.read && !used.written)
 }
 
+fn number(n: usize) -> Expr {
+    Expr::Const(DType::I64, Number::Int(n as i128))
+}
+
+/// Whether a variable is less than a number.
+fn less(var: Var, bound: usize) -> Expr {
+    let index = Arc::new(Expr::Index(Affine::axis(var.into())));
+    Expr::Binary(BinaryFn::Lt, index, Arc::new(number(bound)))
+}
+
 impl<'a> Nest<'a> {
-    /// The loops of a kernel, where they can be changed.
+    /// The loops of a kernel, where they can be cut.
     fn of(kernel: &'a Loops) -> Option<Nest<'a>> {
+        if kernel.ranges.is_empty() { Nest::any(kernel) } else { None }
+    }
+
+    /// The loops of a kernel, as far as they can be made parallel.
+    fn any(kernel: &'a Loops) -> Option<Nest<'a>> {
         let buffers = &kernel.buffers[..];
-        if !kernel.ranges.is_empty() || !apart(buffers, &kernel.body) {
+        if !apart(buffers, &kernel.body) {
             return None;
         }
         let (mut outer, mut body) = (Vec::new(), &kernel.body[..]);
+        // Emitters pass over turns beyond those that a run makes, not over those before.
+        let first = |var: Var| kernel.range(var).is_none_or(|range| range.from.is_none());
         while let [Stmt::For { var, extent, kind, body: inner }] = body
             && (*kind == Kind::Parallel || *kind == Kind::Serial && moves(buffers, inner, *var))
+            && first(*var)
         {
             outer.push(Outer { var: *var, extent: *extent, kind: *kind });
             body = inner;
@@ -169,6 +191,36 @@ impl<'a> Nest<'a> {
         self.outer.insert(at + 1, inside);
     }
 
+    /// Loops one after another become one loop, an outer one: it makes as many turns as the longest
+    /// of them, in which the others do something as far as they go. Says whether there are such
+    /// loops; `equal` where all of them have to be as long.
+    fn join_beside(&mut self, kernel: &Loops, equal: bool) -> bool {
+        let mut all = Vec::new();
+        for stmt in &self.body {
+            let Stmt::For { var, extent, kind: Kind::Serial, body } = stmt else { return false };
+            let apart = stores_alone(self.buffers, stmt) && moves(self.buffers, body, *var);
+            if !apart || kernel.range(*var).is_some() {
+                return false;
+            }
+            all.push((*var, *extent, body));
+        }
+        let Some(&(var, longest, _)) = all.iter().max_by_key(|l| l.1) else { return false };
+        if equal && all.iter().any(|l| l.1 != longest) {
+            return false;
+        }
+        let mut joined = Vec::new();
+        for (own, extent, body) in all {
+            let body = substitute(body, own, &Affine::axis(var.into()));
+            joined.extend(match extent == longest {
+                true => body,
+                false => vec![Stmt::If { condition: less(var, extent), then: body, other: vec![] }],
+            });
+        }
+        self.outer.push(Outer { var, extent: longest, kind: Kind::Serial });
+        self.body = joined;
+        true
+    }
+
     /// Where a loop is followed by statements for what is left of its axis, these become part of
     /// its last turn. Says whether there is such a loop.
     fn join_rest(&mut self) -> bool {
@@ -187,8 +239,7 @@ impl<'a> Nest<'a> {
         if rest.is_empty() || !little || !own || !moves(self.buffers, body, var) {
             return false;
         }
-        let last = Expr::Const(DType::I64, Number::Int(extent as i128 - 1));
-        let index = Expr::Index(Affine::axis(var.into()));
+        let [index, last] = [Expr::Index(Affine::axis(var.into())), number(extent - 1)];
         let condition = Expr::Binary(BinaryFn::Le, Arc::new(last), Arc::new(index));
         let mut joined = body.clone();
         joined.push(Stmt::If { condition, then: rest.to_vec(), other: Vec::new() });
@@ -306,12 +357,32 @@ fn each_store<'a>(body: &'a [Stmt], visit: &mut dyn FnMut(BufferId, &'a Place, &
     }
 }
 
+/// Whether a value is the same for all turns of all loops: what the lengths of dims make of it.
+fn settled(buffers: &[Buffer], e: &Expr) -> bool {
+    match e {
+        Expr::Const(..) => true,
+        Expr::Load(buffer, place) => {
+            let fixed = place.affine.terms.is_empty() && place.dynamic.is_none();
+            buffers[*buffer].param == Param::Dims && fixed
+        }
+        Expr::Unary(_, x) | Expr::Cast(_, x) => settled(buffers, x),
+        Expr::Binary(_, x, y) => [x, y].into_iter().all(|e| settled(buffers, e)),
+        Expr::Select(x, y, z) | Expr::Fma(x, y, z) | Expr::Dot(_, x, y, z) => {
+            [x, y, z].into_iter().all(|e| settled(buffers, e))
+        }
+        Expr::Index(_) | Expr::Fold(..) | Expr::Word(..) => false,
+    }
+}
+
 /// Whether no memory is read that is written, and data does not decide where.
 fn apart(buffers: &[Buffer], body: &[Stmt]) -> bool {
     let memory = |b: BufferId| buffers[b].scope == Scope::Global;
     let uses = uses(buffers.len(), body);
     let mut apart = (0..buffers.len()).all(|b| !(memory(b) && uses[b].read && uses[b].written));
-    each_store(body, &mut |buffer, place, _| apart &= !memory(buffer) || place.dynamic.is_none());
+    each_store(body, &mut |buffer, place, _| {
+        let known = place.dynamic.as_ref().is_none_or(|e| settled(buffers, e));
+        apart &= !memory(buffer) || known;
+    });
     apart
 }
 

@@ -9,7 +9,7 @@ use kiln_runtime::tensor::DType;
 use super::index::multiple_of;
 use super::ir::{
     Expr, Kind, Loops, Multiply, Number, Param, Place, Range as Turns, Scope, Stmt, Var,
-    WARP_BYTES, WARP_LINES,
+    WARP_BYTES, WARP_LINES, has_threads,
 };
 use crate::graph::eval::int_range;
 use crate::graph::infer::infer;
@@ -43,29 +43,31 @@ enum Around {
     Nothing,
     /// A block, whose threads all do the same.
     Block,
+    /// The same of a group of its threads.
+    Group,
     /// A loop over threads, and nothing in it.
     Threads,
     /// Something in such a loop.
     Thread,
 }
 
-/// Checks that loops over threads are in blocks, that such a loop holds no other one but a single
-/// one, and that nothing else in a block stores to memory.
+/// Checks that loops over threads are in blocks, or in groups of their threads, that any other such
+/// loop holds no other one but a single one, and that nothing else in a block stores to memory.
 fn threads(loops: &Loops, body: &[Stmt], around: Around) -> Result<(), Unproven> {
     let inside = if around == Around::Threads { Around::Thread } else { around };
     body.iter().try_for_each(|stmt| match stmt {
         Stmt::For { var, kind: Kind::Thread, body: inner, .. } => {
             let nested = around == Around::Threads && body.len() == 1;
-            unless(around == Around::Block || nested, || {
-                format!("thread loop i{var} is at no place of its own")
-            })?;
-            threads(loops, inner, Around::Threads)
+            let own = matches!(around, Around::Block | Around::Group) || nested;
+            unless(own, || format!("thread loop i{var} is at no place of its own"))?;
+            let group = around == Around::Block && inner.len() > 1 && has_threads(inner);
+            threads(loops, inner, if group { Around::Group } else { Around::Threads })
         }
         Stmt::For { kind: Kind::Block, body: inner, .. } => threads(loops, inner, Around::Block),
         Stmt::For { body: inner, .. } => threads(loops, inner, inside),
         Stmt::Store { buffer, .. } => {
             let own = loops.buffers[*buffer].scope == Scope::Register;
-            unless(own || around != Around::Block, || {
+            unless(own || !matches!(around, Around::Block | Around::Group), || {
                 format!("b{buffer} is stored by all threads of a block")
             })
         }

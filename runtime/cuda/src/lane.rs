@@ -2,7 +2,7 @@
 //! launches of all steps, as a graph once they were launched.
 
 use kiln_runtime::gpu::{Ports, Spot};
-use kiln_runtime::plan::{Dims, Place, Plan};
+use kiln_runtime::plan::{Dims, Place, Plan, PlanState};
 use kiln_runtime::tensor::{TensorView, TensorViewMut};
 
 use crate::driver::{Answer, Driver, Function, Grid};
@@ -41,6 +41,7 @@ struct Slot {
     arguments: Vec<u64>,
     /// Inputs and outputs on the device.
     ports: Piece,
+    bytes: usize,
     /// The same on this machine.
     pinned: Pinned,
     /// Inputs are on the device.
@@ -58,6 +59,8 @@ pub struct Lane {
     /// States that are kept in place.
     kept: Piece,
     kept_bytes: usize,
+    /// States that stay where ports are: a run's output is the next one's input.
+    resident: Vec<PlanState>,
     /// Kept for as long as launches know its address.
     _arena: Piece,
     /// Streams of copies to the device, of launches, and of copies from the device.
@@ -105,11 +108,23 @@ impl Lane {
             let places = program.plan.steps.iter().flat_map(|step| &step.buffers);
             let arguments = places.map(|place| address(*place, program, bases)).collect();
             let (graph, given, made_event, fetched) = (None, event()?, event()?, event()?);
-            made.push(Slot { graph, arguments, ports, pinned, given, made: made_event, fetched });
+            let bytes = program.ports.bytes;
+            made.push(Slot {
+                graph,
+                arguments,
+                ports,
+                bytes,
+                pinned,
+                given,
+                made: made_event,
+                fetched,
+            });
         }
         let gpu = gpu.clone();
-        let mut lane = Lane { slots: made, kept, kept_bytes, _arena: arena, streams, gpu };
-        lane.clear_kept()?;
+        let resident = Vec::new();
+        let mut lane =
+            Lane { slots: made, kept, kept_bytes, resident, _arena: arena, streams, gpu };
+        lane.clear(program)?;
         Ok(lane)
     }
 
@@ -117,45 +132,91 @@ impl Lane {
         &**self.gpu.driver()
     }
 
+    /// Says which states stay where ports are.
+    pub fn keep(&mut self, resident: Vec<PlanState>) {
+        self.resident = resident;
+    }
+
+    /// Memory of the first slot, and where it is.
+    fn piece(&self, spot: Spot, bytes: usize) -> u64 {
+        let (base, at, size) = match spot {
+            Spot::Kept(at) => (self.kept.address(), at, self.kept_bytes),
+            Spot::Given(at) => (self.slots[0].ports.address(), at, self.slots[0].bytes),
+        };
+        assert!(at.checked_add(bytes).is_some_and(|end| end <= size), "inside");
+        base + at as u64
+    }
+
+    /// All memory of states: addresses and bytes.
+    fn states(&self, program: &Program) -> Vec<(u64, usize)> {
+        let port = |state: &PlanState| {
+            let bytes = program.plan.inputs[state.input].size_bytes().unwrap_or(0);
+            (self.piece(program.ports.inputs[state.input], bytes), bytes)
+        };
+        let all = self.resident.iter().map(port);
+        all.chain([(self.kept.address(), self.kept_bytes)]).filter(|piece| piece.1 > 0).collect()
+    }
+
     /// Fills states with zeros.
-    pub fn clear_kept(&mut self) -> Answer<()> {
-        if self.kept_bytes == 0 {
-            return Ok(());
+    pub fn clear(&mut self, program: &Program) -> Answer<()> {
+        let (stream, states) = (self.streams[1].get(), self.states(program));
+        for &(address, bytes) in &states {
+            // SAFETY: the memory is of the lane, and it is waited for.
+            unsafe { self.driver().clear(address, bytes, stream)? };
         }
-        let stream = self.streams[1].get();
-        // SAFETY: the memory is of the lane, and it is waited for.
-        unsafe {
-            self.driver().clear(self.kept.address(), self.kept_bytes, stream)?;
-            self.driver().synchronize(stream)
-        }
+        if states.is_empty() { Ok(()) } else { self.computed() }
     }
 
-    /// Copies bytes of the states from this machine.
-    pub fn set_kept(&mut self, at: usize, bytes: &[u8]) -> Answer<()> {
-        assert!(at.checked_add(bytes.len()).is_some_and(|end| end <= self.kept_bytes), "inside");
-        // SAFETY: the bytes are inside, and runs of a session are waited for.
-        unsafe { self.driver().upload_now(self.kept.address() + at as u64, bytes) }
+    /// Waits for launches, and copies between them.
+    fn computed(&self) -> Answer<()> {
+        // SAFETY: the stream is of the lane.
+        unsafe { self.driver().synchronize(self.streams[1].get()) }
     }
 
-    /// Copies bytes of the states to this machine.
-    pub fn get_kept(&self, at: usize, bytes: &mut [u8]) -> Answer<()> {
-        assert!(at.checked_add(bytes.len()).is_some_and(|end| end <= self.kept_bytes), "inside");
-        // SAFETY: the bytes are inside, and runs of a session are waited for.
-        unsafe { self.driver().download_now(bytes, self.kept.address() + at as u64) }
+    /// Copies bytes of a state from this machine.
+    pub fn set(&mut self, spot: Spot, bytes: &[u8]) -> Answer<()> {
+        self.computed()?;
+        // SAFETY: the bytes are inside, and nothing is under way.
+        unsafe { self.driver().upload_now(self.piece(spot, bytes.len()), bytes) }
+    }
+
+    /// Copies bytes of a state to this machine.
+    pub fn get(&self, spot: Spot, bytes: &mut [u8]) -> Answer<()> {
+        self.computed()?;
+        // SAFETY: the bytes are inside, and nothing is under way.
+        unsafe { self.driver().download_now(bytes, self.piece(spot, bytes.len())) }
     }
 
     /// Makes the states those of another lane of the same model.
-    pub fn copy_kept(&mut self, other: &Lane) -> Answer<()> {
-        if self.kept_bytes == 0 {
+    pub fn copy(&mut self, other: &Lane, program: &Program) -> Answer<()> {
+        let stream = self.streams[1].get();
+        let pairs: Vec<_> = self.states(program).into_iter().zip(other.states(program)).collect();
+        if pairs.is_empty() {
             return Ok(());
         }
-        let stream = self.streams[1].get();
-        // SAFETY: both memories are as long, and runs of both lanes are waited for.
-        unsafe {
-            let (to, from) = (self.kept.address(), other.kept.address());
-            self.driver().copy(to, from, self.kept_bytes, stream)?;
-            self.driver().synchronize(stream)
+        other.computed()?;
+        for ((to, bytes), (from, _)) in pairs {
+            // SAFETY: both memories are as long, and runs of both lanes are waited for.
+            unsafe { self.driver().copy(to, from, bytes, stream)? };
         }
+        self.computed()
+    }
+
+    /// Makes outputs of a run that was taken the inputs of the next one, where these are states
+    /// that stay where ports are.
+    pub fn carry(&mut self, program: &Program) -> Answer<()> {
+        for state in &self.resident {
+            let bytes = program.plan.inputs[state.input].size_bytes().unwrap_or(0);
+            let [to, from] =
+                [program.ports.inputs[state.input], program.ports.outputs[state.output]]
+                    .map(|spot| self.piece(spot, bytes));
+            if bytes > 0 {
+                // SAFETY: input and output are of the lane, as long, and apart. What is launched
+                // next waits for the copy.
+                unsafe { self.driver().copy(to, from, bytes, self.streams[1].get())? };
+            }
+        }
+        Ok(())
     }
 
     /// Waits for all that is under way. Nothing of a lane is taken back or written while it is in
@@ -396,8 +457,12 @@ impl Lane {
         // before the event is reached.
         unsafe {
             driver.wait(made.get(), stream)?;
-            for (spot, port) in program.ports.outputs.iter().zip(&program.plan.outputs) {
+            let outputs = program.ports.outputs.iter().zip(&program.plan.outputs).enumerate();
+            for (number, (spot, port)) in outputs {
                 let Spot::Given(at) = *spot else { continue };
+                if self.resident.iter().any(|state| state.output == number) {
+                    continue;
+                }
                 let shape = port.shape_for(dims);
                 let bytes = kiln_runtime::tensor::size_bytes(port.dtype, &shape).unwrap_or(0);
                 if bytes > 0 {

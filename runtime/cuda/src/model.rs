@@ -14,7 +14,7 @@ use crate::driver::{Fault, FaultKind, Footprint, Grid};
 use crate::error::CudaError;
 use crate::lane::{Kernel, Lane, Program};
 use crate::owned::{Gpu, Owned, Piece};
-use crate::session::CudaSession;
+use crate::session::{CudaSession, plan_of_sessions, resident};
 use crate::stream::CudaStream;
 
 /// When device memory is asked for.
@@ -55,6 +55,7 @@ struct Shared {
     /// A lane came back.
     back: Condvar,
     plan: Plan,
+    session_plan: Arc<Plan>,
     ports: Ports,
     memory: DeviceMemory,
     options: Options,
@@ -111,6 +112,7 @@ impl CudaModel {
             back: Condvar::new(),
             ports: Ports::of(plan),
             plan: plan.clone(),
+            session_plan: Arc::new(plan_of_sessions(plan)),
             memory,
             options,
             kernels,
@@ -139,6 +141,11 @@ impl CudaModel {
     /// The launches of a run, and its memory.
     pub fn plan(&self) -> &Plan {
         &self.0.plan
+    }
+
+    /// The plan as sessions see it.
+    pub(crate) fn session_plan(&self) -> &Arc<Plan> {
+        &self.0.session_plan
     }
 
     /// The device.
@@ -249,7 +256,8 @@ impl CudaModel {
             None => self.make(&mut lanes, 1)?,
         };
         drop(lanes);
-        if let Err(fault) = lane.clear_kept() {
+        lane.keep(resident(self.plan()).collect());
+        if let Err(fault) = lane.clear(&self.program()) {
             self.give_back(lane, 1);
             return Err(CudaError::Driver { what: "clearing states", fault });
         }
@@ -280,7 +288,8 @@ impl CudaModel {
     }
 
     /// Takes a lane back that a session or stream had.
-    pub(crate) fn give_back(&self, lane: Lane, slots: usize) {
+    pub(crate) fn give_back(&self, mut lane: Lane, slots: usize) {
+        lane.keep(Vec::new());
         let mut lanes = self.lanes();
         match self.0.options.memory {
             MemoryPolicy::Preallocate if slots == 1 => lanes.free.push(lane),

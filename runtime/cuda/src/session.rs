@@ -1,9 +1,11 @@
 //! Runs of one user, one after another, with states that stay on the device.
 
+use std::sync::Arc;
+
 use kiln_runtime::given::check;
 use kiln_runtime::gpu::Spot;
 use kiln_runtime::memory::AlignedBytes;
-use kiln_runtime::plan::Dims;
+use kiln_runtime::plan::{Dims, Plan, PlanState, Port};
 use kiln_runtime::state::{self, State};
 use kiln_runtime::tensor::{Tensor, TensorView, TensorViewMut};
 use kiln_runtime::work::Profile;
@@ -18,6 +20,8 @@ pub struct CudaSession {
     /// None while it is dropped.
     lane: Option<Lane>,
     states: Vec<State>,
+    /// The plan, with every state kept in place that stays on the device.
+    plan: Arc<Plan>,
     model: CudaModel,
 }
 
@@ -29,14 +33,34 @@ impl Drop for CudaSession {
     }
 }
 
+/// States that stay on the device, though a run makes them anew: those that are always as long.
+/// They are copied from output to input once a run is done.
+pub(crate) fn resident(plan: &Plan) -> impl Iterator<Item = PlanState> {
+    let long = |port: &Port| !port.lengths.is_empty();
+    let states = plan.states.iter().copied();
+    states.filter(move |state| {
+        !state.in_place && !long(&plan.inputs[state.input]) && !long(&plan.outputs[state.output])
+    })
+}
+
+/// The plan as sessions see it: what stays on the device is given to no run, and taken from none.
+pub(crate) fn plan_of_sessions(plan: &Plan) -> Plan {
+    let mut kept = plan.clone();
+    for state in resident(plan) {
+        let of = |s: &&mut PlanState| s.input == state.input;
+        kept.states.iter_mut().filter(of).for_each(|s| s.in_place = true);
+    }
+    kept
+}
+
 fn kept(fault: Fault) -> CudaError {
     CudaError::Driver { what: "copying a state", fault }
 }
 
 impl CudaSession {
     pub(crate) fn new(model: CudaModel, lane: Lane) -> CudaSession {
-        let states = State::of(model.plan());
-        CudaSession { lane: Some(lane), states, model }
+        let plan = model.session_plan().clone();
+        CudaSession { lane: Some(lane), states: State::of(&plan), plan, model }
     }
 
     /// The model.
@@ -114,12 +138,13 @@ impl CudaSession {
         inputs: &[(&str, TensorView<'_>)],
         launch: &mut Launch<'_>,
     ) -> Result<Vec<(String, Tensor)>, CudaError> {
-        let model = self.model.clone();
+        let (model, plan) = (self.model.clone(), self.plan.clone());
         let mut states = std::mem::take(&mut self.states);
         let lane = self.lane();
-        let result = state::run(model.plan(), &mut states, inputs, |views, outputs| {
-            let dims = check(model.plan(), views, outputs)?;
+        let result = state::run(&plan, &mut states, inputs, |views, outputs| {
+            let dims = check(&plan, views, outputs)?;
             launch(&model, lane, &dims, views, outputs)?;
+            lane.carry(&model.program()).map_err(kept)?;
             Ok::<Dims, CudaError>(dims)
         });
         self.states = states;
@@ -131,7 +156,7 @@ impl CudaSession {
     /// # Errors
     /// When the device fails.
     pub fn state(&self, input: &str) -> Result<Option<Tensor>, CudaError> {
-        let plan = self.model.plan();
+        let plan = &*self.plan;
         let state = self.states.iter().find(|s| plan.inputs[s.input].name == input);
         let Some(state) = state else { return Ok(None) };
         let mut rooms = self.rooms();
@@ -139,7 +164,7 @@ impl CudaSession {
         let kept_states = plan.states.iter().filter(|state| state.in_place);
         for (room, other) in rooms.iter_mut().zip(kept_states) {
             if other.input == state.input {
-                lane.get_kept(self.offset(other.input), room.bytes_mut()).map_err(kept)?;
+                lane.get(self.spot(other.input), room.bytes_mut()).map_err(kept)?;
             }
         }
         Ok(state.get(plan, &rooms))
@@ -150,15 +175,15 @@ impl CudaSession {
     /// # Errors
     /// When there is no such state, the tensor is none for the input, or the device fails.
     pub fn set_state(&mut self, input: &str, value: Tensor) -> Result<(), CudaError> {
-        let model = self.model.clone();
-        let at = state::to_set(&self.states, model.plan(), input, &value)?;
+        let plan = self.plan.clone();
+        let at = state::to_set(&self.states, &plan, input, &value)?;
         let mut rooms = self.rooms();
-        self.states[at].set(model.plan(), &mut rooms, value);
-        let kept_states = model.plan().states.iter().filter(|state| state.in_place);
+        self.states[at].set(&plan, &mut rooms, value);
+        let kept_states = plan.states.iter().filter(|state| state.in_place);
         for (room, state) in rooms.iter().zip(kept_states) {
             if state.input == self.states[at].input && !room.is_empty() {
-                let offset = self.offset(state.input);
-                self.lane().set_kept(offset, room.bytes()).map_err(kept)?;
+                let spot = self.spot(state.input);
+                self.lane().set(spot, room.bytes()).map_err(kept)?;
             }
         }
         Ok(())
@@ -170,7 +195,7 @@ impl CudaSession {
     /// # Errors
     /// Where no state that is kept in place has that dim, or one is shorter already.
     pub fn rewind(&mut self, dim: &str, length: usize) -> Result<(), CudaError> {
-        Ok(state::rewind(&mut self.states, self.model.plan(), dim, length)?)
+        Ok(state::rewind(&mut self.states, &self.plan, dim, length)?)
     }
 
     /// Forgets all earlier runs: states are as they were before the first one.
@@ -178,9 +203,9 @@ impl CudaSession {
     /// # Errors
     /// When the device fails.
     pub fn reset(&mut self) -> Result<(), CudaError> {
-        let model = self.model.clone();
-        self.lane().clear_kept().map_err(kept)?;
-        self.states.iter_mut().for_each(|state| state.reset(model.plan()));
+        let (model, plan) = (self.model.clone(), self.plan.clone());
+        self.lane().clear(&model.program()).map_err(kept)?;
+        self.states.iter_mut().for_each(|state| state.reset(&plan));
         Ok(())
     }
 
@@ -192,23 +217,21 @@ impl CudaSession {
         let mut fork = self.model.session()?;
         fork.states = self.states.clone();
         let lane = self.lane.as_ref().expect("a session has its lane until it is dropped");
-        fork.lane().copy_kept(lane).map_err(kept)?;
+        fork.lane().copy(lane, &self.model.program()).map_err(kept)?;
         Ok(fork)
     }
 
     /// Memory of this machine for the states that are kept in place; zeros.
     fn rooms(&self) -> Vec<AlignedBytes> {
-        let plan = self.model.plan();
+        let plan = &*self.plan;
         let kept = plan.states.iter().filter(|state| state.in_place);
         let size = |input: usize| plan.inputs[input].size_bytes().unwrap_or(0);
         kept.map(|state| AlignedBytes::zeroed(size(state.input))).collect()
     }
 
-    /// Where the memory of a state that is kept in place begins.
-    fn offset(&self, input: usize) -> usize {
-        match self.model.program().ports.inputs[input] {
-            Spot::Kept(offset) | Spot::Given(offset) => offset,
-        }
+    /// Where the memory of a state begins that stays on the device.
+    fn spot(&self, input: usize) -> Spot {
+        self.model.program().ports.inputs[input]
     }
 }
 

@@ -7,6 +7,7 @@
 mod arithmetic;
 mod memory;
 mod parse;
+mod requests;
 mod run;
 mod warp;
 
@@ -14,6 +15,7 @@ use std::fmt;
 
 pub use memory::Memory;
 pub use parse::{Kernel, Module, parse};
+pub use requests::Transactions;
 pub use run::{Copies, Counts, address, launch, launch_at, piece};
 
 /// What a kernel does wrong.

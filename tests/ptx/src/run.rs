@@ -4,6 +4,7 @@ use super::Fault;
 use super::arithmetic::{compare, convert, mask, operation};
 use super::memory::{Memory, Who};
 use super::parse::{Code, Inst, Kernel, Operand, Space, Ty};
+use super::requests::{Requests, Transactions};
 
 /// Threads of a warp.
 const WARP: usize = 32;
@@ -41,6 +42,8 @@ pub struct Counts {
     pub products: u64,
     /// Bytes that were read from memory, and copied from there.
     pub read: u64,
+    /// What memory did for that.
+    pub transactions: Transactions,
 }
 
 impl std::ops::AddAssign for Counts {
@@ -48,6 +51,7 @@ impl std::ops::AddAssign for Counts {
         self.instructions += other.instructions;
         self.products += other.products;
         self.read += other.read;
+        self.transactions += other.transactions;
     }
 }
 
@@ -68,6 +72,7 @@ pub(crate) struct Block<'a> {
     pub(crate) shared: Memory,
     copies: Copies,
     counts: Counts,
+    requests: Requests,
     threads: Vec<Thread>,
     number: usize,
     span: u32,
@@ -136,6 +141,7 @@ pub fn launch_at(
             shared: Memory::fresh(kernel.shared),
             copies,
             counts: Counts::default(),
+            requests: Requests::default(),
             threads: (0..threads).map(|_| thread()).collect(),
             number,
             span,
@@ -143,6 +149,7 @@ pub fn launch_at(
         };
         block.run()?;
         span = block.span + 1;
+        block.counts.transactions = block.requests.transactions(kernel);
         counts += block.counts;
     }
     Ok(counts)
@@ -326,6 +333,7 @@ impl Block<'_> {
         place: (Operand, i64),
     ) -> Result<(), String> {
         let size = (ty.bits() / 8) as usize;
+        self.request(t, place, size * regs.len())?;
         let who = self.who(t);
         let (memory, at) = self.memory(t, space, place)?;
         let bytes = memory.load(at, size * regs.len(), who)?.to_vec();
@@ -357,9 +365,17 @@ impl Block<'_> {
             let value = self.read(t, Operand::Reg(*reg))? & mask(ty.bits());
             bytes.extend_from_slice(&value.to_le_bytes()[..size]);
         }
+        self.request(t, place, bytes.len())?;
         let who = self.who(t);
         let (memory, at) = self.memory(t, space, place)?;
         memory.store(at, &bytes, who)
+    }
+
+    /// Counts a request of a thread where it stands.
+    fn request(&mut self, t: usize, place: (Operand, i64), bytes: usize) -> Result<(), String> {
+        let address = self.address(t, place)?;
+        self.requests.touch(t, self.threads[t].at, address, bytes);
+        Ok(())
     }
 
     /// Ends the copies of a thread.
@@ -377,6 +393,7 @@ impl Block<'_> {
         from: (Operand, i64),
         size: usize,
     ) -> Result<(), String> {
+        self.request(t, from, size)?;
         let (who, copies) = (self.who(t), self.copies);
         let (memory, at) = self.memory(t, Space::Global, from)?;
         let bytes = memory.load(at, size, who)?.to_vec();

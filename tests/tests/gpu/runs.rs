@@ -2,13 +2,15 @@
 
 use kiln::backend::cuda::Gpu;
 use kiln::gpu::GpuArtifact;
-use kiln::plan::Port;
+use kiln::graph::Graph;
+use kiln::graph::op::{BinaryFn, ReduceFn, Type, UnaryFn};
+use kiln::plan::{PlanState, Port};
 use kiln::tensor::{DType, Tensor};
 use kiln::{Compiler, Limits, Model};
-use kiln_cuda::{CudaModel, CudaSession, Options};
+use kiln_cuda::{CudaModel, CudaSession, MemoryPolicy, Options};
 use kiln_gpu::Behaviour;
 use kiln_tests::small::MODELS;
-use kiln_tests::{ONNX, Random, Tolerance, difference, gpu, oracle, suite};
+use kiln_tests::{ONNX, Random, Tolerance, difference, gpu, interpret, oracle, suite};
 
 use super::{CLOSE, artifact, inputs, is_right, model, named, small};
 
@@ -173,6 +175,88 @@ fn caches_stay_on_the_device() {
         let (got, want) = (session.state(name).expect("a state"), expected.state(name));
         let (got, want) = (got.expect("a cache"), want.expect("a cache"));
         assert_eq!(difference(&got, &want, CLOSE), None, "{name}");
+    }
+    drop((session, fork, model));
+    assert_eq!(double.problems(), [""; 0]);
+}
+
+/// A recurrent network of one layer: its state and what it says of it.
+fn recurrent() -> Graph {
+    let (mut graph, o) = (Graph::default(), &"recurrent".into());
+    let x = graph.input("x", Type::new(DType::F32, &[2, 6]));
+    let h = graph.input("h", Type::new(DType::F32, &[2, 5]));
+    let weight = |graph: &mut Graph, seed, shape: &[usize]| {
+        graph.tensor(&Random::new(seed).tensor(shape), o)
+    };
+    let (w, u) = (weight(&mut graph, 1, &[6, 5]), weight(&mut graph, 2, &[5, 5]));
+    let x = graph.matmul(x, w, o).expect("a product");
+    let h = graph.matmul(h, u, o).expect("a product");
+    let next = graph.binary(BinaryFn::Add, x, h, o).expect("a sum");
+    let next = graph.unary(UnaryFn::Tanh, next, o).expect("a function");
+    let y = graph.reduce(ReduceFn::Max, next, &[1], o).expect("the most");
+    graph.outputs.extend([("y".into(), y), ("next".into(), next)]);
+    graph.states.push(PlanState { input: 1, output: 1, in_place: false });
+    graph
+}
+
+/// States that a run makes anew go from output to input on the device; who takes a run's memory
+/// after that sees nothing of it.
+#[test]
+fn states_of_fixed_shape_stay_on_the_device() {
+    let graph = recurrent();
+    let artifact = artifact(&graph);
+    let given = |seed| [Random::new(seed).tensor(&[2, 6])];
+    // What the graph gives for an input and a state.
+    let meant = |x: &[Tensor; 1], h: &Tensor| interpret(&graph, &[x[0].clone(), h.clone()]);
+    let zeros = || Tensor::zeros(DType::F32, &[2, 5]);
+    let same = |got: &Tensor, want: &Tensor| assert_eq!(difference(got, want, CLOSE), None);
+    for (behaviour, options) in ways() {
+        let options = Options { memory: MemoryPolicy::Preallocate, ..options };
+        let (double, model) = model(&artifact, behaviour, options);
+        let mut session = model.session().expect("a session");
+        let mut h = zeros();
+        let step = |session: &mut CudaSession, h: &mut Tensor, seed| {
+            let x = given(seed);
+            let want = meant(&x, h);
+            let got = session.run(&[("x", x[0].view())]).expect("a step");
+            assert_eq!(got.len(), 1, "the state is no output");
+            same(&got[0].1, &want[0]);
+            *h = want[1].clone();
+        };
+        (0..4).for_each(|seed| step(&mut session, &mut h, seed));
+        let count = |call: &str| double.calls().iter().filter(|c| **c == call).count();
+        assert_eq!([count("upload"), count("download"), count("copy")], [4, 4, 4]);
+        same(&session.state("h").expect("a state").expect("a value"), &h);
+        h = Random::new(9).tensor(&[2, 5]);
+        session.set_state("h", h.clone()).expect("a state");
+        (4..6).for_each(|seed| step(&mut session, &mut h, seed));
+        session.reset().expect("a session");
+        h = zeros();
+        (6..8).for_each(|seed| step(&mut session, &mut h, seed));
+        drop(session);
+        // The memory of the session serves a run that gives and takes everything.
+        let (x, h) = (given(11), Random::new(12).tensor(&[2, 5]));
+        let got = model.run(&[("x", x[0].view()), ("h", h.view())]).expect("a run");
+        got.iter().zip(&meant(&x, &h)).for_each(|((_, got), want)| same(got, want));
+        let mut session = model.session().expect("a session");
+        step(&mut session, &mut zeros(), 13);
+        drop((session, model));
+        assert_eq!(double.problems(), [""; 0]);
+    }
+    // Forks go their own ways.
+    let (double, model) = model(&artifact, Behaviour::default(), Options::default());
+    let mut session = model.session().expect("a session");
+    let run = |session: &mut CudaSession, seed| {
+        session.run(&[("x", given(seed)[0].view())]).expect("a step");
+    };
+    run(&mut session, 0);
+    let mut fork = session.fork().expect("a fork");
+    run(&mut session, 1);
+    run(&mut fork, 2);
+    let first = meant(&given(0), &zeros());
+    for (session, seed) in [(&session, 1), (&fork, 2)] {
+        let want = meant(&given(seed), &first[1]);
+        same(&session.state("h").expect("a state").expect("a value"), &want[1]);
     }
     drop((session, fork, model));
     assert_eq!(double.problems(), [""; 0]);

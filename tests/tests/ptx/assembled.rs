@@ -8,6 +8,7 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 
 use kiln::backend::cuda::{Gpu, emit_all};
 use kiln::graph::Graph;
+use kiln::graph::op::{Composite, ReduceFn};
 use kiln::onnx::{ImportOptions, import};
 use kiln::tensor::DType;
 use kiln::{Compiler, Precision};
@@ -15,7 +16,9 @@ use kiln_tests::cases::{folders, name_of, read};
 use kiln_tests::small::{MODELS, graph};
 use kiln_tests::{oracle, ptx, suite};
 
-use crate::short_attention;
+use crate::moves::permuted;
+use crate::sums::reduced;
+use crate::{rows, short_attention};
 
 /// Versions of instruction sets: that of the text, and those that it is assembled for.
 const VERSIONS: [(u32, &[&str]); 2] = [(80, &["80", "89", "120"]), (90, &["90a"])];
@@ -111,6 +114,32 @@ fn texts_assemble_without_spills() {
     let want = std::fs::read_to_string(&golden).unwrap_or_default();
     for got in table.lines().filter(|got| want.lines().all(|want| want != *got)) {
         problems.push(format!("not in golden/ptx.txt: {got}"));
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+/// Rows that threads keep in registers, as many as they may; squares, and shared sums.
+#[test]
+fn kernels_of_rows_and_moves_do_not_spill() {
+    if ptx::assembler().is_none() {
+        return;
+    }
+    let norm = Composite::LayerNorm(1, 1e-5f32.to_bits());
+    let mut problems = Vec::new();
+    for (count, columns) in
+        [(3, 8192), (2, 32768), (3, 5000), (64, 1023), (4096, 64), (8, 16), (2, 33000)]
+    {
+        for f in [Composite::Softmax(1), norm] {
+            let name = format!("{f:?} of {count} {columns}");
+            problems
+                .extend(line(&rows(f, count, columns)).err().map(|why| format!("{name}: {why}")));
+        }
+    }
+    for dtype in [DType::F32, DType::F16, DType::I8] {
+        let moved = permuted(&[2, 70, 100], &[0, 2, 1], dtype);
+        let few = reduced(&[300, 70], &[0], ReduceFn::Sum, dtype);
+        let all = [line(&moved), line(&few)];
+        problems.extend(all.into_iter().filter_map(|line| line.err()));
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
 }

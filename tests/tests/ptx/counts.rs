@@ -1,16 +1,19 @@
-//! What kernels do, counted by the interpreter: instructions of all threads for each product, and
-//! bytes that are read from memory for each byte of the operands.
+//! What kernels do, counted by the interpreter: instructions of all threads for each product or
+//! element, and bytes that are read from memory for each byte of the operands.
 
 use kiln::backend::cuda::Gpu;
 use kiln::graph::Graph;
+use kiln::graph::op::Composite;
 use kiln::tensor::DType::{BF16, I8, U8};
 use kiln::{Compiler, Precision};
 
 use crate::{
-    attention, convolution, inputs, product, ptx, rounded_product, short_attention, short_product,
+    attention, convolution, inputs, product, ptx, rounded_product, rows, short_attention,
+    short_product,
 };
 
-/// The counts of a graph whose products are so many: instructions a product and bytes a byte.
+/// The counts of a graph whose products or elements are so many: instructions for each of them, and
+/// bytes a byte.
 fn counts(graph: &Graph, compiler: &Compiler, products: usize) -> [f64; 2] {
     let cuda = compiler.cuda_of(graph, Gpu::of(80).expect("a GPU")).expect("a text");
     let inputs = inputs(graph);
@@ -47,4 +50,30 @@ fn kernels_take_few_instructions_and_bytes() {
         println!("{name}: {:.3} instructions a product, {:.1} times read", found[0], found[1]);
         assert!(found[0] <= most[0] && found[1] <= most[1], "{name}: {found:?}, not {most:?}");
     }
+}
+
+#[test]
+fn rows_take_few_instructions_and_are_read_once() {
+    let norm = Composite::LayerNorm(1, 1e-5f32.to_bits());
+    let all = [
+        ("softmax of 64", rows(Composite::Softmax(1), 512, 64), [38.0, 1.0]),
+        ("of 197", rows(Composite::Softmax(1), 12, 197), [40.5, 1.0]),
+        ("of 768", rows(Composite::Softmax(1), 12, 768), [35.2, 1.0]),
+        ("of 4096", rows(Composite::Softmax(1), 4, 4096), [38.6, 1.0]),
+        ("of 20000", rows(Composite::Softmax(1), 4, 20000), [45.3, 1.0]),
+        ("of 40000", rows(Composite::Softmax(1), 2, 40000), [72.3, 3.0]),
+        ("layer norm of 64", rows(norm, 512, 64), [14.9, 1.0]),
+        ("of 768", rows(norm, 12, 768), [12.2, 1.0]),
+        ("of 4096", rows(norm, 4, 4096), [15.6, 1.0]),
+    ];
+    let mut problems = Vec::new();
+    for (name, graph, most) in all {
+        let elements = graph.ty(graph.outputs[0].1).numel();
+        let found = counts(&graph, &Compiler::new(), elements);
+        println!("{name}: {:.2} instructions an element, {:.2} times read", found[0], found[1]);
+        if found[0] > most[0] || found[1] > most[1] {
+            problems.push(format!("{name}: {found:?}, not {most:?}"));
+        }
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
 }

@@ -3,11 +3,13 @@
 
 use kiln::backend::cuda::Gpu;
 use kiln::graph::Graph;
-use kiln::graph::op::{Composite, UnaryFn};
+use kiln::graph::op::{Composite, ReduceFn, UnaryFn};
 use kiln::tensor::DType;
 use kiln::{Compiler, Precision};
 use kiln_tests::{difference, interpret, ptx};
 
+use crate::moves::permuted;
+use crate::sums::reduced;
 use crate::{
     attention, close, convolution, elements, inputs, product, rounded_product, rows,
     short_attention, short_product,
@@ -69,9 +71,58 @@ const ROW: &[Fault] = &[
     ("a turn too few", |l| number(l, "setp.lt.u32", -1), ALL),
     (
         "another row",
-        |l| number(l, "mad.wide.s32 %d", 4).or(instead(l, ", 4800, %d", ", 4784, %d")),
+        |l| number(l, "mad.wide.s32 %d", 4).or(instead(l, ", 132016, %d", ", 132000, %d")),
         ALL,
     ),
+];
+
+const KEPT: &[Fault] = &[
+    (
+        "the elements of another turn",
+        |l| l.starts_with("ld.global").then_some(()).and_then(|()| instead(l, "+0]", "+1024]")),
+        ALL,
+    ),
+    (
+        "results of another turn",
+        |l| l.starts_with("st.global").then_some(()).and_then(|()| instead(l, "+1024]", "+0]")),
+        ALL,
+    ),
+    ("threads beyond the row", |l| number(l, "setp.ge.u32", 40), ALL),
+    ("a thread too few", |l| number(l, "setp.ge.u32", -1), ALL),
+];
+
+const GROUPS: &[Fault] = &[
+    ("another row", |l| instead(l, "%r0, 3;", "%r0, 4;"), ALL),
+    ("threads of two rows", |l| number(l, "and.b32", 8), ALL),
+    ("half of a row is not folded", |l| instead(l, ", 4, 31, -1;", ", 2, 31, -1;"), ALL),
+    ("the row beside is folded too", |l| instead(l, ", 4, 31, -1;", ", 8, 31, -1;"), ALL),
+    ("rows of another block", |l| instead(l, "%ctaid.x", "%tid.x"), ALL),
+];
+
+const SQUARES: &[Fault] = &[
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
+    ("another line of shared memory", |l| instead(l, ", 132, ", ", 128, "), ALL),
+    ("another line of memory", |l| number(l, "setp.lt.s64", -1), ALL),
+    ("a dropped bound", |l| number(l, "setp.lt.s64", 40), ALL),
+    (
+        "the next line of shared memory",
+        |l| l.starts_with("st.shared").then_some(()).and_then(|()| instead(l, "+132]", "+264]")),
+        ALL,
+    ),
+    (
+        "the next element",
+        |l| l.starts_with("ld.shared").then_some(()).and_then(|()| instead(l, "+4]", "+8]")),
+        ALL,
+    ),
+    ("another square", |l| instead(l, ", 32, ", ", 16, "), ALL),
+];
+
+const SUMS: &[Fault] = &[
+    ("a missing barrier", |l| instead(l, "bar.sync 0;", ""), ALL),
+    ("a part that is not folded", |l| instead(l, "+128]", "+0]"), ALL),
+    ("a turn too few", |l| number(l, "setp.lt.u32", -1), ALL),
+    ("a dropped bound", |l| number(l, "setp.lt.s64", 40), ALL),
+    ("a result too few", |l| number(l, "setp.lt.s64", -1), ALL),
 ];
 
 const TILE: &[Fault] = &[
@@ -281,12 +332,20 @@ fn plant_by(graph: &Graph, compiler: &Compiler, faults: &[Fault]) -> Vec<String>
 
 #[test]
 fn planted_faults_are_found() {
-    let row = rows(Composite::LayerNorm(1, 1e-5f32.to_bits()), 3, 1200);
+    let norm = Composite::LayerNorm(1, 1e-5f32.to_bits());
+    let row = rows(norm, 2, 33004);
     let mut problems = plant(&row, BARRIERS);
     problems.extend(plant(&row, ROW));
     problems.extend(plant(&attention([2, 6, 1100, 8, 12]), ATTENTION));
     let short = short_attention([2, 40, 100, 16, 24], DType::F16);
     problems.extend(plant(&short, WARP_ATTENTION));
+    let kept = rows(norm, 3, 1200);
+    problems.extend(plant(&kept, BARRIERS));
+    problems.extend(plant(&kept, KEPT));
+    problems.extend(plant(&rows(Composite::Softmax(1), 64, 64), GROUPS));
+    problems.extend(plant(&permuted(&[2, 44, 52], &[0, 2, 1], DType::F32), SQUARES));
+    let few = reduced(&[300, 70], &[0], ReduceFn::Sum, DType::F32);
+    problems.extend(plant(&few, SUMS));
     problems.extend(plant(&product(70, 100, 68, false), TILE));
     let short = [DType::BF16; 2];
     let warps = short_product([70, 248, 72], short, [false, false]);

@@ -4,6 +4,9 @@
 mod assembled;
 mod counts;
 mod faults;
+mod moves;
+mod row_kernels;
+mod sums;
 
 use std::path::Path;
 
@@ -435,19 +438,22 @@ fn convolutions_of_any_size_are_tiles() {
 }
 
 #[test]
-fn rows_of_any_length_are_right() {
-    for columns in [64, 100, 127, 300, 1024, 1500] {
-        for f in [Composite::Softmax(1), Composite::LayerNorm(1, 1e-5f32.to_bits())] {
-            let text = agrees(&format!("{f:?} of {columns}"), &rows(f, 3, columns));
-            assert!(text.contains("shfl.sync"), "{f:?} of {columns} is folded by threads");
-        }
-    }
-}
-
-#[test]
 fn neighbours_are_read_at_once() {
     assert!(agrees("whole", &elements(UnaryFn::Tanh, &[3, 1000])).contains("ld.global.v4.f32"));
     assert!(!agrees("odd", &elements(UnaryFn::Tanh, &[3, 111])).contains(".v4"));
+    for (dtype, word) in [(DType::F16, "ld.global.v4.b16"), (DType::BF16, "ld.global.v4.u16")] {
+        for inside in [dtype, DType::F32] {
+            let (mut graph, o) = (Graph::default(), &"short".into());
+            let x = graph.input("x", Type::new(dtype, &[3, 400]));
+            let row = graph.input("row", Type::new(dtype, &[1, 400]));
+            let [x, row] = [x, row].map(|v| graph.cast(v, inside, o).expect("a cast"));
+            let x = graph.binary(BinaryFn::Mul, x, row, o).expect("a product");
+            let x = graph.unary(UnaryFn::Tanh, x, o).expect("a function");
+            let x = graph.cast(x, dtype, o).expect("a cast");
+            graph.outputs.push(("y".into(), x));
+            assert!(agrees("short", &graph).contains(word), "{dtype} as {inside}");
+        }
+    }
 }
 
 #[test]

@@ -19,7 +19,7 @@ use crate::args::{BuildArgs, GivenArgs, ModelArgs};
 use crate::commands::again::{Split, split};
 use crate::commands::locate::{Probe, look, place, probed};
 use crate::commands::ready::{complete, opened, refuse_flags, refuse_states};
-use crate::commands::{compiler, gather, model_name, open, with_states};
+use crate::commands::{compiler, gather, model_name, open, say_cache, with_cache, with_states};
 use crate::device::{DeviceArgs, Place};
 use crate::failure::{Exit, Failure, What};
 use crate::input::{self, Inputs};
@@ -179,14 +179,10 @@ pub fn ready(
         let (model, load) = load(gpu, device, &artifact, term)?;
         return Ok(Ready { model, inputs, read, compile: None, load });
     }
-    if cache.cache.is_some() {
-        return Err(Failure::usage("--cache keeps code for CPUs")
-            .help("write a file for GPUs with kiln compile --device cuda -o model.kiln"));
-    }
     refuse_for_gpus(build)?;
     let isa = isa(gpu)?;
     let (onnx, read) = open(model, term)?;
-    let compiler = with_states(compiler(model, build), states);
+    let compiler = with_states(with_cache(compiler(model, build), cache), states);
     let begin = Instant::now();
     let (given, graph) = match states.state.is_empty() {
         true => {
@@ -199,8 +195,11 @@ pub fn ready(
             (input::gather(names, inputs, fallback)?, compiler.graph_for_ranges(&onnx)?)
         }
     };
-    let artifact = term.during("compile", None, || compiler.compile_cuda_of(&graph, &[isa]))?;
+    let compiled =
+        term.during("compile", None, || compiler.compile_cuda_through_cache(&onnx, &graph, &[isa]));
+    let (artifact, used) = compiled?;
     let compile = Some(begin.elapsed());
+    say_cache(&used, term);
     let inputs = complete(given, &artifact.plan, fallback)?;
     let (model, load) = load(gpu, device, &artifact, term)?;
     Ok(Ready { model, inputs, read, compile, load })
@@ -466,6 +465,52 @@ mod tests {
             drop((gpu, ready));
             assert_eq!(double.problems(), [""; 0]);
         }
+    }
+
+    /// A model that was compiled for a device is found again by the next command, another one is
+    /// not, and what is damaged is made anew.
+    #[test]
+    fn what_is_compiled_for_a_device_is_kept() {
+        let (folder, model) = (tempfile::tempdir().expect("a folder"), digits());
+        let cache = folder.path().join("cache");
+        let text = cache.display().to_string();
+        let files = || {
+            let files = std::fs::read_dir(&cache).expect("a folder").flatten();
+            let mut files: Vec<_> = files.map(|file| file.path()).collect();
+            files.sort();
+            files
+        };
+        let written = |file: &Path| std::fs::metadata(file).expect("a file").modified().ok();
+        let run = |more: &[&str], sm: u32| {
+            let double = Double::new(Behaviour { sm, ..Behaviour::default() });
+            let gpu = Gpu::with(double.clone());
+            let args = run_args(&[&[model.as_str(), "--cache", &text], more].concat());
+            let ready = ready(&gpu, &args.device, &args.given, false, &term()).expect("a model");
+            let got = steps(&ready.model, &ready.inputs, (1, false), &term()).expect("a run");
+            drop((gpu, ready));
+            assert_eq!(double.problems(), [""; 0]);
+            got[0].1.bytes().to_vec()
+        };
+        let first = run(&[], 80);
+        let [file] = &files()[..] else { panic!("{:?}", files()) };
+        assert!(
+            file.extension().is_some_and(|ending| ending == "kiln") && kiln::is_cuda_artifact(file)
+        );
+        let when = written(file);
+        assert_eq!((run(&[], 80), written(file)), (first.clone(), when));
+        // Another device of the same version, other options, another instruction set.
+        assert_eq!((run(&[], 86), files().len()), (first.clone(), 1));
+        run(&["--precision", "bf16"], 80);
+        assert_eq!(files().len(), 2);
+        run(&[], 90);
+        assert_eq!(files().len(), 3);
+        let mut bytes = std::fs::read(file).expect("a file");
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(file, &bytes).expect("a file");
+        assert_eq!(run(&[], 80), first);
+        bytes[middle] ^= 1;
+        assert!(std::fs::read(file).expect("a file") == bytes, "it was made anew");
     }
 
     #[test]

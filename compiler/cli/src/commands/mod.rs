@@ -115,10 +115,15 @@ fn compile(
     let begin = Instant::now();
     let compiled = term.during("compile", None, || compiler.compile_through_cache(model))?;
     let (executable, cache) = compiled;
-    if cache != CacheUse::Off {
+    say_cache(&cache, term);
+    Ok((executable, begin.elapsed()))
+}
+
+/// Says what a cache did, where there is one.
+fn say_cache(cache: &CacheUse, term: &Term) {
+    if *cache != CacheUse::Off {
         term.detail(format_args!("cache: {}", sanitize(&cache.to_string())));
     }
-    Ok((executable, begin.elapsed()))
 }
 
 /// The name of a model in results: that of its file.

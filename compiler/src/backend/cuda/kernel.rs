@@ -65,6 +65,7 @@ pub(super) enum Open {
     Loop { label: u32, exit: u32, turn: Reg, end: Operand, carried: Vec<Val> },
     Parallel,
     Threads { exit: Option<u32>, carried: Vec<Val> },
+    Groups { thread: Reg, threads: usize },
     Branch { other: u32, exit: u32 },
 }
 

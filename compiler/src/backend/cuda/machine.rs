@@ -9,6 +9,9 @@ use crate::backend::{dot, rounded};
 use crate::graph::op::{BinaryFn, ReduceFn, UnaryFn};
 use crate::loops::ir::{BufferId, Count, Number, Parts};
 
+/// Threads of a warp.
+const WARP: usize = 32;
+
 impl Machine for Ptx {
     type Value = Val;
     type Int = Reg;
@@ -385,6 +388,26 @@ impl Machine for Ptx {
         carried
     }
 
+    fn groups_begin(&mut self, count: usize) -> Emitted<Reg> {
+        let (threads, width) = (self.layout.threads, self.layout.threads / count);
+        let thread = self.thread.ok_or_else(|| Unsupported("threads without blocks".into()))?;
+        if width * count != threads || !threads.is_multiple_of(WARP) || !WARP.is_multiple_of(width)
+        {
+            return Err(Unsupported(format!("{count} groups of {threads} threads")));
+        }
+        let (group, own) = self.div_rem(&thread, width, threads)?;
+        self.open.push(Open::Groups { thread, threads });
+        (self.thread, self.layout.threads) = (Some(own), width);
+        Ok(group)
+    }
+
+    fn groups_end(&mut self) {
+        let Some(Open::Groups { thread, threads }) = self.open.pop() else {
+            unreachable!("groups end in the order in which they begin")
+        };
+        (self.thread, self.layout.threads) = (Some(thread), threads);
+    }
+
     fn multiply(
         &mut self,
         sides: &[(DType, Address, [i64; 2]); 2],
@@ -411,7 +434,6 @@ impl Machine for Ptx {
         let refuse = || Unsupported(format!("{extent} threads that fold {dtype}"));
         let thread = thread.ok_or_else(refuse)?;
         let (f, mut x) = (f.binary(dtype), value.one()?);
-        const WARP: usize = 32;
         if extent > WARP {
             // What lies a whole number of warps apart is folded first, by every warp.
             let start = match self.folds {

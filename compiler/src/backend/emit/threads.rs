@@ -2,7 +2,9 @@
 //! what they copy into shared memory meanwhile.
 
 use super::{Bound, Emit, Emitted, Hangs, Machine, bit, unwritten};
-use crate::loops::ir::{BufferId, Expr, Kind, Multiply, Place, Scope, Side, Stmt};
+use crate::loops::ir::{
+    BufferId, Expr, Kind, Multiply, Place, Scope, Side, Stmt, Var, has_threads,
+};
 use crate::loops::share::uses;
 
 /// What threads of a block exchange through memory, as bits of buffers.
@@ -49,6 +51,9 @@ impl<M: Machine> Emit<'_, M> {
             nest.push((*var, *extent));
             body = inner;
         }
+        if has_threads(body) {
+            return self.groups(&nest, body);
+        }
         let exchanges = self.exchanges(body);
         if self.touched.meets(&exchanges) {
             self.machine.barrier()?;
@@ -58,9 +63,22 @@ impl<M: Machine> Emit<'_, M> {
         self.reading = exchanges.read;
         let (_, carried) = self.carried(body);
         let before: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
-        let mut limit: usize = nest.iter().map(|n| n.1).product();
-        let (mut turn, inside) = self.machine.threads_begin(limit, &before)?;
+        let limit: usize = nest.iter().map(|n| n.1).product();
+        let (turn, inside) = self.machine.threads_begin(limit, &before)?;
         self.set_cells(&carried, inside);
+        self.number(&nest, turn)?;
+        self.forget();
+        self.block(body)?;
+        let next: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
+        let after = self.machine.threads_end(&next);
+        self.set_cells(&carried, after);
+        self.forget();
+        Ok(())
+    }
+
+    /// Variables of loops one in another, whose turns have that number.
+    fn number(&mut self, nest: &[(Var, usize)], mut turn: M::Int) -> Emitted<()> {
+        let mut limit: usize = nest.iter().map(|n| n.1).product();
         for (i, &(var, extent)) in nest.iter().enumerate().rev() {
             let (rest, own) = match i {
                 0 => (turn.clone(), turn),
@@ -70,11 +88,16 @@ impl<M: Machine> Emit<'_, M> {
             turn = rest;
             limit /= extent;
         }
+        Ok(())
+    }
+
+    /// Loops over groups of threads, each of which does what a block would.
+    fn groups(&mut self, nest: &[(Var, usize)], body: &[Stmt]) -> Emitted<()> {
+        let group = self.machine.groups_begin(nest.iter().map(|n| n.1).product())?;
+        self.number(nest, group)?;
         self.forget();
         self.block(body)?;
-        let next: Vec<M::Value> = carried.iter().map(|k| self.cells[k].0.clone()).collect();
-        let after = self.machine.threads_end(&next);
-        self.set_cells(&carried, after);
+        self.machine.groups_end();
         self.forget();
         Ok(())
     }
