@@ -86,7 +86,7 @@ def grouped():
     op, heads = "GroupQueryAttention", {"num_heads": 4, "kv_num_heads": 2}
     total = lambda n: np.array(n, np.int32)
 
-    def run(name, steps, past, lengths, rotary=False, packed=False, more=(), **attributes):
+    def run(name, steps, past, lengths, rotary=False, packed=False, outputs=3, **attributes):
         batch = len(lengths)
         q, k, v = normal(batch, steps, 64), normal(batch, steps, 32), normal(batch, steps, 32)
         qkv = [np.concatenate([q, k, v], 2), None, None] if packed else [q, k, v]
@@ -96,7 +96,7 @@ def grouped():
         if rotary:
             inputs += tables(40, 8)
             attributes["do_rotary"] = 1
-        case(name, op, inputs + list(more), 3, fixed=["x6"], **heads, **attributes)
+        case(name, op, inputs, outputs, fixed=["x6"], **heads, **attributes)
 
     run("grouped_prompt", 6, 0, [6, 6])
     run("grouped_prompt_short", 6, 0, [6, 4])
@@ -106,7 +106,8 @@ def grouped():
     run("grouped_packed", 1, 9, [10], rotary=True, packed=True)
     run("grouped_window", 6, 0, [6], local_window_size=3)
     run("grouped_cap", 6, 0, [6], softcap=5.0, scale=0.3)
-    run("grouped_ragged", 1, 9, [10, 6], rotary=True)
+    # What lies behind the end of a short batch in a cache is nobody's business.
+    run("grouped_ragged", 1, 9, [10, 6], rotary=True, outputs=1)
 
 
 def bits():

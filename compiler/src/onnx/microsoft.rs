@@ -259,8 +259,9 @@ struct Grouped {
     query: NodeId,
     /// Keys and values of this run, `[b, own, s, d]`.
     new: [NodeId; 2],
-    /// How many keys each batch had before, `[b, 1, 1, 1]`.
+    /// How many keys each batch had before, and the last one that it has, `[b, 1, 1, 1]`.
     before: NodeId,
+    last: NodeId,
 }
 
 /// A cache `[b, own, rows, d]` with new rows written after those that each batch has.
@@ -341,7 +342,7 @@ fn grouped(call: &mut Call) -> Result<Grouped, Diagnostic> {
     }
     let interleaved = call.int_or("rotary_interleaved", 0) != 0;
     if call.int_or("do_rotary", 0) == 0 {
-        return Ok(Grouped { query: q, new: [k, v], before });
+        return Ok(Grouped { query: q, new: [k, v], before, last });
     }
     let tables = [call.input(7)?, call.input(8)?];
     let positions = match call.optional(9) {
@@ -359,7 +360,8 @@ fn grouped(call: &mut Call) -> Result<Grouped, Diagnostic> {
         return Err(not_supported(format!("a rotation of {dim} of {} numbers", call.shape(q)[3])));
     }
     let query = turned(call, q, turns, (dim, interleaved))?;
-    Ok(Grouped { query, new: [turned(call, k, turns, (dim, interleaved))?, v], before })
+    let k = turned(call, k, turns, (dim, interleaved))?;
+    Ok(Grouped { query, new: [k, v], before, last })
 }
 
 pub(super) fn grouped_query_attention(call: &mut Call) -> Outputs {
@@ -372,7 +374,7 @@ pub(super) fn grouped_query_attention(call: &mut Call) -> Outputs {
             return Err(not_supported("a quantised cache"));
         }
     }
-    let Grouped { query, new, before } = grouped(call)?;
+    let Grouped { query, new, before, last } = grouped(call)?;
     for name in
         ["num_heads", "kv_num_heads", "do_rotary", "rotary_interleaved", "kv_cache_bit_width"]
     {
@@ -393,7 +395,9 @@ pub(super) fn grouped_query_attention(call: &mut Call) -> Outputs {
     let row = g.add(Op::Iota(Shape::from_slice(&[1, 1, steps, 1]), 2), &[], o)?;
     let row = g.binary(BinaryFn::Add, row, before, o)?;
     let column = g.add(Op::Iota(Shape::from_slice(&[1, 1, 1, columns]), 3), &[], o)?;
-    let mut allowed = g.binary(BinaryFn::Le, column, row, o)?;
+    // Rows behind the end of a short batch see what there is.
+    let end = g.binary(BinaryFn::Min, row, last, o)?;
+    let mut allowed = g.binary(BinaryFn::Le, column, end, o)?;
     if window > 0 {
         let first = g.binary_number(BinaryFn::Sub, row, window as f64, o)?;
         let near = g.binary(BinaryFn::Lt, first, column, o)?;
