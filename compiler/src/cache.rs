@@ -26,6 +26,7 @@ use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::load::failure;
 use crate::precision::Precision;
+use crate::rules::Budget;
 
 /// Age from which on a temporary file without a living writer is removed.
 const STALE: Duration = Duration::from_secs(3600);
@@ -61,7 +62,7 @@ impl std::fmt::Display for CacheUse {
 /// The name of a compiled graph: equal names, equal code. `made_for` is a processor, or GPUs.
 pub(crate) fn key(
     graph: &Graph,
-    options: [bool; 2],
+    options: (Option<Budget>, bool),
     precision: Precision,
     made_for: &dyn std::fmt::Debug,
 ) -> String {

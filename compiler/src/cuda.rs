@@ -11,7 +11,7 @@ use crate::graph::scalar::Dots;
 use crate::graph::verify::verify;
 use crate::loops::ir::Loops;
 use crate::plan::kernels::{Program, program, program_folded};
-use crate::{CacheUse, Compiler, Form, Kind, Model, Package, cache, compile, package, rules};
+use crate::{CacheUse, Compiler, Form, Kind, Model, Package, cache, compile, package};
 
 /// A model as text for a GPU.
 #[derive(Clone, Debug)]
@@ -59,7 +59,7 @@ impl Compiler {
         let Some(folder) = &self.cache else {
             return Ok((self.compile_cuda_of(graph, gpus)?, CacheUse::Off));
         };
-        let key = cache::key(graph, [self.egraph, self.exact], self.precision, &gpus);
+        let key = cache::key(graph, (self.budget(), self.exact), self.precision, &gpus);
         cache::compile_cuda(folder, &key, |name| {
             let form =
                 Form { kind: Kind::Shared, name: name.to_string(), file: None, weights: None };
@@ -79,7 +79,7 @@ impl Compiler {
         // Bytes and short floats are multiplied as they are, by warps.
         let rounded = Some(self.precision.dtype()).filter(|dtype| dtype.is_rounded());
         let dots = Dots { whole: true, rounded, warps: true };
-        Ok((*rules::optimise(graph, self.egraph, dots)?.graph).clone())
+        self.fused(graph, dots)
     }
 
     /// A graph of kernels for GPUs.

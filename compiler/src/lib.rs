@@ -48,14 +48,17 @@ pub use precision::Precision;
 use std::path::PathBuf;
 
 use backend::cpu::{Cpu, Emitted, emit_all};
-use error::Result;
+use error::{Diagnostic, Error, ErrorKind, Result};
 use graph::Graph;
+use graph::op::Op;
+use graph::scalar::Dots;
 use graph::verify::verify;
 use kiln_runtime::artifact::Constants;
 use kiln_runtime::plan::Plan;
 use loops::lower::Target;
 use manifest::Hash;
 use plan::kernels::{Program, program};
+use rules::Budget;
 
 /// How a model is compiled. Cheap to clone; every method gives a changed copy.
 #[derive(Clone, Debug)]
@@ -222,7 +225,7 @@ impl Compiler {
         };
         let cpu = self.cpu();
         cpu.must_run_here()?;
-        let key = cache::key(graph, [self.egraph, self.exact], self.precision, &cpu);
+        let key = cache::key(graph, (self.budget(), self.exact), self.precision, &cpu);
         cache::compile(folder, &key, self.threads, |name| {
             let form =
                 Form { kind: Kind::Shared, name: name.to_string(), file: None, weights: None };
@@ -265,7 +268,26 @@ impl Compiler {
 
     /// The graph as kernels.
     pub fn optimise(&self, graph: &Graph) -> Result<Graph> {
-        Ok((*rules::optimise(graph, self.egraph, self.cpu().wanted_dots())?.graph).clone())
+        self.fused(graph, self.cpu().wanted_dots())
+    }
+
+    /// What the e-graph may grow to, where there is one.
+    pub fn budget(&self) -> Option<Budget> {
+        self.egraph.then(|| Budget { nodes: self.limits.max_egraph, ..Budget::default() })
+    }
+
+    /// The graph as kernels, where these are not too many.
+    fn fused(&self, graph: &Graph, dots: Dots) -> Result<Graph> {
+        let fused = rules::optimise(graph, self.budget(), dots)?.graph;
+        let kernels = fused.nodes.iter().filter(|node| matches!(node.op, Op::Fused(_))).count();
+        if kernels > self.limits.max_kernels {
+            let diagnostic = Diagnostic::new("K0104", "the model has too many kernels")
+                .expected(format!("at most {}", self.limits.max_kernels))
+                .found(kernels.to_string())
+                .help("--max-kernels raises it");
+            return Err(Error::new(ErrorKind::Limit, diagnostic));
+        }
+        Ok((*fused).clone())
     }
 
     /// The loops of a graph of kernels.

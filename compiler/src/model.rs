@@ -14,6 +14,7 @@ use crate::onnx::proto::tensor_shape_proto::{Dimension, dimension::Value as Dime
 use crate::onnx::proto::{ModelProto, TensorProto, ValueInfoProto};
 use crate::onnx::{self, ImportOptions};
 use crate::ranges;
+use crate::rules::Budget;
 
 /// Limits on a model, checked before memory is taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,11 +23,27 @@ pub struct Limits {
     pub max_nodes: usize,
     /// Bytes of all its tensors.
     pub max_bytes: u64,
+    /// Axes of a tensor.
+    pub max_rank: usize,
+    /// Graphs within each other, as those of `If` and `Loop` are.
+    pub max_depth: usize,
+    /// Nodes of the e-graph: with fewer, less is optimised, and nothing is refused.
+    pub max_egraph: usize,
+    /// Kernels, which all take about as long to compile.
+    pub max_kernels: usize,
 }
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { max_nodes: 1_000_000, max_bytes: 16 << 30 }
+        let onnx::Limits { nodes, bytes, rank, depth } = onnx::Limits::default();
+        Limits {
+            max_nodes: nodes,
+            max_bytes: bytes as u64,
+            max_rank: rank,
+            max_depth: depth,
+            max_egraph: Budget::default().nodes,
+            max_kernels: 100_000,
+        }
     }
 }
 
@@ -306,7 +323,12 @@ impl Model {
     ) -> ImportOptions {
         let bytes = usize::try_from(limits.max_bytes).unwrap_or(usize::MAX);
         ImportOptions {
-            limits: onnx::Limits { nodes: limits.max_nodes, bytes, ..onnx::Limits::default() },
+            limits: onnx::Limits {
+                nodes: limits.max_nodes,
+                bytes,
+                rank: limits.max_rank,
+                depth: limits.max_depth,
+            },
             dims,
             folder: self.folder.clone(),
             values: values.to_vec(),

@@ -209,7 +209,7 @@ fn grouped(groups: usize, [channels, outputs]: [usize; 2], graph: &mut Graph, x:
 
 /// Compiles a graph whose result is stored inside a border, by the kernel that computes it.
 fn bordered(graph: &Graph, tolerance: f64) {
-    let fused = crate::rules::optimise(graph, false, Dots::default()).unwrap().graph;
+    let fused = crate::rules::optimise(graph, None, Dots::default()).unwrap().graph;
     let inside = |n: &Node| match n.op {
         Op::Fused(body) => {
             let nodes = &fused.bodies[body as usize].nodes;
@@ -540,7 +540,10 @@ fn convolutions_by_minimal_filtering() {
     ];
     for (shape, out) in sizes {
         let graph = three_by_three(shape, out);
-        let optimised = crate::rules::optimise(&graph, true, Dots::default()).unwrap().graph;
+        let optimised =
+            crate::rules::optimise(&graph, Some(crate::rules::Budget::default()), Dots::default())
+                .unwrap()
+                .graph;
         check_kernels(&graph, &optimised, 3e-5);
         let kernels = |exact| {
             let target = Target { exact, ..Cpu::host(true).target() };

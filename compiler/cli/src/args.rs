@@ -140,6 +140,18 @@ pub struct ModelArgs {
     /// Nodes that the model may have
     #[arg(long, value_name = "N", help_heading = "Model")]
     pub max_nodes: Option<usize>,
+    /// Axes that a tensor may have
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    pub max_rank: Option<usize>,
+    /// Graphs that may be within each other, as those of If and Loop
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    pub max_depth: Option<usize>,
+    /// Nodes that the e-graph may have; with fewer, less is optimised
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    pub max_egraph: Option<usize>,
+    /// Kernels that the model may become
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    pub max_kernels: Option<usize>,
 }
 
 /// How to compile.

@@ -223,6 +223,13 @@ fn broken_models_limits_and_files_have_codes_of_their_own() {
     expect(3, &["run", &model, "-i", "random"]);
     expect(6, &["check", &model, "--max-nodes", "3"]);
     expect(6, &["check", &model, "--max-memory", "1K"]);
+    let (_, err) = expect(6, &["check", &model, "--max-rank", "3"]);
+    assert!(err.contains("too many axes"), "{err}");
+    let run = ["run", &model, "--dim", "batch=1", "-i", "random"];
+    let (_, err) = expect(6, &[&run[..], &["--max-kernels", "1"]].concat());
+    assert!(err.contains("too many kernels"), "{err}");
+    // Less is optimised; the model runs as it does.
+    expect(0, &[&run[..], &["--max-egraph", "1", "--max-depth", "0"]].concat());
     expect(7, &["check", &folder.path("none.onnx")]);
     expect(7, &["run", &model, "-i", &folder.path("none.npy")]);
     let damaged = folder.write("damaged.npz", b"PK but nothing more");

@@ -15,9 +15,6 @@ use crate::graph::op::{Composite, Op};
 use crate::graph::text::type_text;
 use crate::graph::{NodeId, Origin};
 
-/// Graphs within each other at most.
-const DEEPEST: usize = 16;
-
 /// What a node gives; without a diagnostic where something has been refused before.
 pub(super) type Made = Result<Vec<Held>, Option<Diagnostic>>;
 
@@ -159,11 +156,15 @@ impl Import<'_> {
         inputs: &[NodeId],
     ) -> Result<Vec<NodeId>, Option<Diagnostic>> {
         let (given, wanted) = (inputs.len(), graph.input.len());
-        if given != wanted || self.depth == DEEPEST {
-            let depth = self.depth;
-            return Err(Some(not_supported(format!(
-                "a graph of {wanted} inputs for {given} values, {depth} graphs deep"
-            ))));
+        if given != wanted {
+            let what = format!("a graph of {wanted} inputs for {given} values");
+            return Err(Some(not_supported(what)));
+        }
+        if self.depth >= self.options.limits.depth {
+            let (limit, found) = (self.options.limits.depth, self.depth + 1);
+            let help = "--max-depth raises it";
+            self.limit("graphs within each other", limit.to_string(), found.to_string(), help);
+            return Err(None);
         }
         self.nodes = self.nodes.saturating_add(graph.node.len());
         if self.nodes > self.options.limits.nodes {
@@ -490,12 +491,15 @@ pub(super) mod tests {
 
     #[test]
     fn graphs_within_graphs_have_a_limit() {
-        let mut nested = (0..DEEPEST + 1).fold(graph(&[], &[], &["x"]), |inner, _| {
-            let choice = with(node("If", &["c"], &["x2"]), "then_branch", inner);
-            graph(&[], &[with(choice, "else_branch", graph(&[], &[], &["x"]))], &["x2"])
-        });
+        let mut nested = (0..ImportOptions::default().limits.depth + 1).fold(
+            graph(&[], &[], &["x"]),
+            |inner, _| {
+                let choice = with(node("If", &["c"], &["x2"]), "then_branch", inner);
+                graph(&[], &[with(choice, "else_branch", graph(&[], &[], &["x"]))], &["x2"])
+            },
+        );
         nested.input = vec![port("c", &[], 9), port("x", &[2], 1)];
         let problem = model(nested, false).expect_err("too deep");
-        assert!(problem.contains("16 graphs deep"), "{problem}");
+        assert!(problem.contains("graphs within each other"), "{problem}");
     }
 }

@@ -60,11 +60,13 @@ pub struct Limits {
     pub rank: usize,
     /// Bytes of all tensors of a model together.
     pub bytes: usize,
+    /// Graphs within each other.
+    pub depth: usize,
 }
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { nodes: 1_000_000, rank: 16, bytes: 16 << 30 }
+        Limits { nodes: 1_000_000, rank: 16, bytes: 16 << 30, depth: 16 }
     }
 }
 
@@ -231,9 +233,15 @@ impl Import<'_> {
         let limits = &self.options.limits;
         let size = size_bytes(ty.dtype, &ty.shape).unwrap_or(usize::MAX);
         self.bytes = self.bytes.saturating_add(size);
-        if ty.rank() > limits.rank || self.bytes > limits.bytes {
-            let expected = format!("{} bytes, {} axes", limits.bytes, limits.rank);
-            self.limit("bytes", expected, format!("{ty:?}"), "--max-memory raises it");
+        let found = || crate::graph::text::type_text(ty);
+        if ty.rank() > limits.rank {
+            let (expected, help) = (limits.rank.to_string(), "--max-rank raises it");
+            self.limit("axes", expected, found(), help);
+            return false;
+        }
+        if self.bytes > limits.bytes {
+            let (expected, help) = (limits.bytes.to_string(), "--max-memory raises it");
+            self.limit("bytes", expected, found(), help);
             return false;
         }
         true

@@ -400,7 +400,8 @@ fn check_optimised(graph: &Graph, tolerance: f64, what: &str) -> Graph {
     let mut result = None;
     for (egraph, whole) in [(false, false), (true, false), (true, true)] {
         let dots = Dots { whole, ..Dots::default() };
-        let optimised = optimise(graph, egraph, dots).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let optimised = optimise(graph, egraph.then(Budget::default), dots)
+            .unwrap_or_else(|e| panic!("{what}: {e}"));
         check_shape_of(&optimised.graph);
         assert!(optimised.report.chosen_us <= optimised.report.greedy_us, "{what}");
         for (a, b) in expected.iter().zip(&eval(&optimised.graph, &inputs)) {

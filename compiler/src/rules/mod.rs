@@ -79,21 +79,21 @@ pub struct Optimised {
     pub report: Report,
 }
 
-/// The graph as kernels. Without the e-graph, the greedy fuser works on the graph as it is.
-/// `dots`: the dot products that the target has instructions for.
-pub fn optimise(graph: &Graph, egraph: bool, dots: Dots) -> Result<Optimised> {
+/// The graph as kernels. Without a budget for the e-graph, the greedy fuser works on the graph as it
+/// is. `dots`: the dot products that the target has instructions for.
+pub fn optimise(graph: &Graph, budget: Option<Budget>, dots: Dots) -> Result<Optimised> {
     let plain = fuse::expand(graph)?;
     let greedy = fuse::fuse(&plain);
     let greedy_us = cost::kernels_us(&greedy, dots);
     let mut report = Report { greedy_us, chosen_us: greedy_us, ..Report::default() };
-    if !egraph {
+    let Some(budget) = budget else {
         return Ok(Optimised { graph: verify(greedy)?, report });
-    }
+    };
     // A: algebra and layout.
     let gathered = constants::gather(&plain);
     let mut saturated = lang::build(&gathered);
     saturated.egraph.analysis.dots = dots;
-    report.fired = table::saturate(&mut saturated.egraph, Budget::default());
+    report.fired = table::saturate(&mut saturated.egraph, budget);
     report.nodes = saturated.egraph.total_size();
     report.classes = saturated.egraph.number_of_classes();
     let users = extract::users(&saturated, &gathered);

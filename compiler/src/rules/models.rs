@@ -252,14 +252,14 @@ fn whole_models_take_little_time_and_give_equal_text() {
     }
     for (name, graph) in [("resnet", resnet50()), ("encoder", net.finish(x))] {
         let start = std::time::Instant::now();
-        let first = optimise(&graph, true, Dots::default()).expect("optimises");
+        let first = optimise(&graph, Some(Budget::default()), Dots::default()).expect("optimises");
         println!(
             "{name}: {:?}, {} nodes, {} kernels",
             start.elapsed(),
             graph.nodes.len(),
             kernels(&first.graph)
         );
-        let second = optimise(&graph, true, Dots::default()).expect("optimises");
+        let second = optimise(&graph, Some(Budget::default()), Dots::default()).expect("optimises");
         assert_eq!(text::print(&first.graph), text::print(&second.graph), "{name}");
         assert!(first.report.chosen_us <= first.report.greedy_us, "{name}");
     }

@@ -281,8 +281,12 @@ fn optimised_graphs_mean_the_same() {
         let (graph, input) = random_graph(seed);
         let expected = eval(&graph, std::slice::from_ref(&input));
         for egraph in [false, true] {
-            let optimised =
-                optimise(&graph, egraph, Dots { whole: seed % 2 == 1, ..Dots::default() }).unwrap();
+            let optimised = optimise(
+                &graph,
+                egraph.then(Budget::default),
+                Dots { whole: seed % 2 == 1, ..Dots::default() },
+            )
+            .unwrap();
             let got = eval(&optimised.graph, std::slice::from_ref(&input));
             assert!(close(&got[0], &expected[0]), "seed {seed}, e-graph {egraph}");
             assert!(optimised.report.chosen_us <= optimised.report.greedy_us);
@@ -311,7 +315,7 @@ fn softmax_and_layer_norm_are_one_kernel_each() {
         let x = graph.input("x", Type::new(DType::F32, &[16, 96]));
         let y = graph.composite(f, x, &"norm".into()).unwrap();
         graph.outputs.push(("y".into(), y));
-        let optimised = optimise(&graph, true, Dots::default()).unwrap();
+        let optimised = optimise(&graph, Some(Budget::default()), Dots::default()).unwrap();
         let fused = |n: &&crate::graph::Node| matches!(n.op, Op::Fused(_));
         assert_eq!(optimised.graph.nodes.iter().filter(fused).count(), 1, "{f:?}");
     }
@@ -321,7 +325,11 @@ fn softmax_and_layer_norm_are_one_kernel_each() {
 fn equal_input_gives_equal_text() {
     let (graph, _) = random_graph(7);
     let texts: Vec<String> = (0..2)
-        .map(|_| crate::graph::text::print(&optimise(&graph, true, Dots::default()).unwrap().graph))
+        .map(|_| {
+            crate::graph::text::print(
+                &optimise(&graph, Some(Budget::default()), Dots::default()).unwrap().graph,
+            )
+        })
         .collect();
     assert_eq!(texts[0], texts[1]);
 }

@@ -19,8 +19,8 @@ pub fn run(args: &ExplainArgs, term: &Term) -> Result<(), Failure> {
     let (model, _) = open(&args.model, term)?;
     let compiler = compiler(&args.model, &args.build);
     let graph = compiler.graph(&model)?;
-    let (egraph, dots) = (!args.build.no_egraph, compiler.cpu().wanted_dots());
-    let optimised = term.during("optimise", None, || rules::optimise(&graph, egraph, dots))?;
+    let (budget, dots) = (compiler.budget(), compiler.cpu().wanted_dots());
+    let optimised = term.during("optimise", None, || rules::optimise(&graph, budget, dots))?;
     let fused: &Graph = &optimised.graph;
     let before = touching(&graph, &args.node);
     let after = touching(fused, &args.node);

@@ -34,14 +34,15 @@ use crate::term::Term;
 
 /// The limits that the flags ask for.
 fn limits(args: &ModelArgs) -> Limits {
-    let mut limits = Limits::default();
-    if let Some(max_nodes) = args.max_nodes {
-        limits.max_nodes = max_nodes;
+    let default = Limits::default();
+    Limits {
+        max_nodes: args.max_nodes.unwrap_or(default.max_nodes),
+        max_bytes: args.max_memory.unwrap_or(default.max_bytes),
+        max_rank: args.max_rank.unwrap_or(default.max_rank),
+        max_depth: args.max_depth.unwrap_or(default.max_depth),
+        max_egraph: args.max_egraph.unwrap_or(default.max_egraph),
+        max_kernels: args.max_kernels.unwrap_or(default.max_kernels),
     }
-    if let Some(max_memory) = args.max_memory {
-        limits.max_bytes = max_memory;
-    }
-    limits
 }
 
 /// Reads a model, and says how long that took.

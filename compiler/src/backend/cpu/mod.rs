@@ -81,7 +81,7 @@ mod tests {
     use crate::Compiler;
     use crate::graph::op::Type;
     use crate::graph::scalar::Dots;
-    use crate::rules::optimise;
+    use crate::rules::{Budget, optimise};
     use crate::tests::{check, graph_of};
     use kiln_runtime::tensor::{DType, Tensor};
 
@@ -97,9 +97,11 @@ mod tests {
             assert_eq!(graph.ty(graph.outputs[0].1), &Type::new(DType::F32, &[1, 3, 7, width]));
             check(&graph, 2e-6);
             let v4 = Cpu::named(None, Some("x86-64-v4")).expect("a level of x86-64");
-            let program = Compiler::new()
-                .target(v4)
-                .lower(&optimise(&graph, true, Dots::default()).expect("a sound graph").graph);
+            let program = Compiler::new().target(v4).lower(
+                &optimise(&graph, Some(Budget::default()), Dots::default())
+                    .expect("a sound graph")
+                    .graph,
+            );
             let program = program.expect("kernels");
             let lanes = program.kernels.last().and_then(|k| k.lanes());
             let want = match width {

@@ -15,7 +15,7 @@ use crate::graph::{Graph, NodeId, Origin};
 use crate::loops::ir::{Loops, Scope};
 use crate::loops::lower::Target;
 use crate::plan::kernels::program;
-use crate::rules::optimise;
+use crate::rules::{Budget, optimise};
 
 /// A small deterministic generator (Knuth's MMIX constants).
 struct Random(u64);
@@ -67,7 +67,7 @@ impl Tally {
     }
 
     fn graph(&mut self, graph: &Graph, lanes: usize) {
-        let optimised = optimise(graph, true, Dots::default()).unwrap().graph;
+        let optimised = optimise(graph, Some(Budget::default()), Dots::default()).unwrap().graph;
         let registers = Level::of(lanes).unwrap().registers();
         let program = program(
             &optimised,
@@ -240,7 +240,10 @@ fn innermost(asm: &str) -> Vec<String> {
 fn tiles_fill_the_registers() {
     for (lanes, rows) in [(8, 5), (16, 12)] {
         let registers = Level::of(lanes).unwrap().registers();
-        let optimised = optimise(&product(60, 48, 64, false), true, Dots::default()).unwrap().graph;
+        let optimised =
+            optimise(&product(60, 48, 64, false), Some(Budget::default()), Dots::default())
+                .unwrap()
+                .graph;
         let program = program(
             &optimised,
             Target { lanes, registers, exact: false, halves: false, threads: 0 },
