@@ -243,6 +243,8 @@ mod tests {
                 // Near what short integers hold, with halves, and some that are none.
                 DType::F32 if bits.is_multiple_of(61) => f32::NAN,
                 DType::F32 => (bits >> 16) as f32 * 1.5 - 49_000.0,
+                // What was rounded when it was stored.
+                DType::TF32 => f32::from_bits(bits & 0xbfff_e000),
                 // No bits of a word are those of a NaN.
                 _ => f32::from_bits(bits & 0xbfff_ffff),
             }
