@@ -131,14 +131,14 @@ fn kernels_of_rows_and_moves_do_not_spill() {
     {
         for f in [Composite::Softmax(1), norm] {
             let name = format!("{f:?} of {count} {columns}");
-            problems
-                .extend(line(&rows(f, count, columns)).err().map(|why| format!("{name}: {why}")));
+            let line = line(&rows(f, count, columns), &Compiler::new());
+            problems.extend(line.err().map(|why| format!("{name}: {why}")));
         }
     }
     for dtype in [DType::F32, DType::F16, DType::I8] {
         let moved = permuted(&[2, 70, 100], &[0, 2, 1], dtype);
         let few = reduced(&[300, 70], &[0], ReduceFn::Sum, dtype);
-        let all = [line(&moved), line(&few)];
+        let all = [moved, few].map(|graph| line(&graph, &Compiler::new()));
         problems.extend(all.into_iter().filter_map(|line| line.err()));
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
