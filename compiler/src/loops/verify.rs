@@ -409,3 +409,39 @@ impl Check<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::loops::text::parse;
+
+    /// What is wrong with statements in a block over `i0`, of 64 elements of memory and registers.
+    fn wrong(body: &str) -> Option<String> {
+        let text = format!(
+            "kernel \"k\" {{
+              b0 : f32[64] out
+              b1 : f32[64] register
+              block i0 in 2 {{ {body} }}
+            }}"
+        );
+        verify(&parse(&text).expect("a kernel")[0]).err().map(|why| why.0)
+    }
+
+    #[test]
+    fn groups_of_threads_do_what_blocks_do() {
+        let write = "thread i2 in 8 { b0[32*i0 + 8*i1 + i2] = b1[i2] }";
+        let set = "thread i3 in 8 { b1[i3] = 0.0:f32 }";
+        assert_eq!(wrong(&format!("thread i1 in 4 {{ {set} {write} }}")), None);
+        assert_eq!(wrong(&format!("thread i1 in 4 {{ b1[0] = 0.0:f32 {set} {write} }}")), None);
+        // A group has no groups, its threads do not store together, and nothing is around it.
+        let inner = format!("thread i4 in 1 {{ {set} {write} }}");
+        for (body, why) in [
+            (format!("thread i1 in 4 {{ {set} {inner} }}"), "no place of its own"),
+            (format!("thread i1 in 4 {{ {set} b0[i1] = b1[0] {write} }}"), "stored by all threads"),
+            (format!("thread i1 in 4 {{ for i5 in 2 {{ {set} {write} }} }}"), "no place"),
+        ] {
+            let found = wrong(&body).unwrap_or_default();
+            assert!(found.contains(why), "{body}: {found}");
+        }
+    }
+}

@@ -11,7 +11,7 @@ use kiln::graph::eval::Value as Meaning;
 use kiln::plan::Plan;
 use kiln::tensor::{Tensor, TensorView};
 use kiln::work::Profile;
-use kiln::{ArtifactFile, Compiler};
+use kiln::{ArtifactFile, Compiler, Model};
 use kiln_cuda::driver::Device;
 use kiln_cuda::{CudaError, CudaModel, CudaSession, Gpu, Options};
 
@@ -203,6 +203,19 @@ pub fn ready(
     let inputs = complete(given, &artifact.plan, fallback)?;
     let (model, load) = load(gpu, device, &artifact, term)?;
     Ok(Ready { model, inputs, read, compile, load })
+}
+
+/// Compiles the graph of a model, or finds what was compiled before.
+pub fn compiled(
+    compiler: &Compiler,
+    (model, graph): (&Model, &Graph),
+    isa: Isa,
+    term: &Term,
+) -> Result<GpuArtifact, Failure> {
+    let make = || compiler.compile_cuda_through_cache(model, graph, &[isa]);
+    let (artifact, cache) = term.during("compile", None, make)?;
+    say_cache(&cache, term);
+    Ok(artifact)
 }
 
 /// The model in a file for GPUs.
@@ -534,7 +547,8 @@ mod tests {
             let graph = given.1.graph(&model).expect("a graph");
             let double = Double::new(Behaviour::default());
             let gpu = Gpu::with(double.clone());
-            verify(&args, (&gpu, &given.1, &graph), given.0, &term()).expect("all is well");
+            let of = (&given.1, &model, &graph);
+            verify(&args, &gpu, of, given.0, &term()).expect("all is well");
             drop(gpu);
             assert_eq!(double.problems(), [""; 0]);
         }

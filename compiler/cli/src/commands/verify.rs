@@ -53,7 +53,7 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     let (given, compiler) = gather(&model, &args.inputs, true, &compiler)?;
     let graph = compiler.graph(&model)?;
     let on_device = cuda::on_device(&args.device, &args.model, term, |gpu| {
-        verify_cuda::verify(args, (gpu, &compiler, &graph), given.clone(), term)
+        verify_cuda::verify(args, gpu, (&compiler, &model, &graph), given.clone(), term)
     })?;
     if on_device.is_some() {
         return Ok(());

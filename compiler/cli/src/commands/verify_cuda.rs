@@ -1,8 +1,8 @@
 //! `kiln verify` on a GPU: a model against the reference interpreter and stored outputs.
 
-use kiln::Compiler;
 use kiln::graph::Graph;
 use kiln::graph::eval::{Value as Meaning, eval, eval_nodes};
+use kiln::{Compiler, Model};
 use kiln_cuda::Gpu;
 
 use crate::args::VerifyArgs;
@@ -18,7 +18,8 @@ use crate::term::Term;
 /// wrong, or `--kernels` asks for it, the kernels are looked at one by one.
 pub fn verify(
     args: &VerifyArgs,
-    (gpu, compiler, graph): (&Gpu, &Compiler, &Graph),
+    gpu: &Gpu,
+    (compiler, onnx, graph): (&Compiler, &Model, &Graph),
     given: Given,
     term: &Term,
 ) -> Result<(), Failure> {
@@ -28,7 +29,7 @@ pub fn verify(
     let tolerance = Tolerance::of(args.rtol, args.atol, args.build.precision);
     cuda::refuse_for_gpus(&args.build)?;
     let isa = cuda::isa(gpu)?;
-    let artifact = term.during("compile", None, || compiler.compile_cuda_of(graph, &[isa]))?;
+    let artifact = cuda::compiled(compiler, (onnx, graph), isa, term)?;
     let inputs = given.complete(&artifact.plan.inputs)?;
     let (model, _) = cuda::load(gpu, &args.device, &artifact, term)?;
     let found = cuda::steps(&model, &inputs, (1, args.kernels), term);
