@@ -1,14 +1,24 @@
-//! Numbers from codes and codes from numbers, by operations that every target has: codes of
-//! fractions are looked up in tables, both ways; those of integers are the integers.
+//! Numbers from codes and codes from numbers, by operations that every target has: what codes of
+//! fractions stand for is looked up in a table, and the way back is arithmetic that vectors can do;
+//! those of integers are the integers.
 
-use bytes::Bytes;
 use kiln_runtime::tensor::{DType, Small, Tensor};
 
 use super::call::{Call, not_supported};
+use crate::error::Diagnostic;
 use crate::graph::NodeId;
 use crate::graph::build::Added;
-use crate::graph::op::{BinaryFn, Op, Type, UnaryFn};
-use crate::graph::small::{Rounding, number, ranks};
+use crate::graph::op::{BinaryFn, Op, UnaryFn};
+use crate::graph::small::{format, number};
+
+/// Which power of two a number between two becomes.
+#[derive(Clone, Copy)]
+enum Rounding {
+    /// The nearest one, of two the larger.
+    Nearest,
+    Up,
+    Down,
+}
 
 /// What happens to numbers that a type of codes does not have.
 #[derive(Clone, Copy)]
@@ -27,7 +37,7 @@ impl Manner {
     pub(super) const WRAP: Manner = Manner { rounding: Rounding::Up, saturate: true, clamp: false };
 
     /// As the attributes of a node say.
-    pub(super) fn of(call: &Call, clamp: bool) -> Result<Manner, crate::error::Diagnostic> {
+    pub(super) fn of(call: &Call, clamp: bool) -> Result<Manner, Diagnostic> {
         let saturate = call.int_or("saturate", 1) != 0;
         let rounding = match call.string_or("round_mode", "up").as_str() {
             "up" => Rounding::Up,
@@ -90,49 +100,94 @@ fn integers(call: &mut Call, x: NodeId, small: Small, range: (i8, i8), manner: M
     g.bits(x, dtype, o)
 }
 
-/// Codes of fractions: the rank of a magnitude among the bounds is found by halving.
-fn fractions(call: &mut Call, x: NodeId, small: Small, manner: Manner) -> Added {
+/// A magnitude as `v * 2^(n + least)` with v below 2, and below 1 only where n is 0; gives v and
+/// `n * unit`. The exponent is found by halving.
+fn parted(
+    call: &mut Call,
+    magnitude: NodeId,
+    (least, greatest): (i32, i32),
+    unit: f64,
+) -> Result<(NodeId, NodeId), Diagnostic> {
     let (g, o) = (&mut *call.graph, &call.origin);
-    let work = if g.ty(x).dtype == DType::F64 { DType::F64 } else { DType::F32 };
-    let power = small == Small::F8E8M0;
-    let rounding = if power { manner.rounding } else { Rounding::NearestEven };
-    let ranks = ranks(small, work, rounding, manner.saturate);
-    let ranks = ranks.ok_or_else(|| not_supported("a table of integers"))?;
-    let count = ranks.bounds.len() + 1;
-    let bounds: Vec<f32> = ranks.bounds.iter().map(|&bound| bound as f32).collect();
-    let bounds = match work {
-        DType::F64 => Tensor::from_slice(&[count - 1], &ranks.bounds),
-        _ => Tensor::from_slice(&[count - 1], &bounds),
-    };
-    let bounds = g.tensor(&bounds, o);
-    let x = g.cast(x, work, o)?;
-    let magnitude = g.unary(UnaryFn::Abs, x, o)?;
-    let rank = g.ty(x).rank();
-    let mut place = g.scalar(DType::I32, rank, 0.0, o);
-    let mut step = count / 2;
+    let (dtype, rank) = (g.ty(magnitude).dtype, g.ty(magnitude).rank());
+    // Numbers below 1 are made larger at once, so that none of them loses bits.
+    let below = g.binary_number(BinaryFn::Lt, magnitude, 1.0, o)?;
+    let larger = g.binary_number(BinaryFn::Mul, magnitude, 2f64.powi(-least), o)?;
+    let mut v = g.select(below, larger, magnitude, o)?;
+    let none = g.scalar(dtype, rank, 0.0, o);
+    let one = g.scalar(dtype, rank, f64::from(-least) * unit, o);
+    let mut n = g.select(below, none, one, o)?;
+    let mut step = (greatest.max(-least - 1).max(1) as u32 + 1).next_power_of_two() / 2;
     while step > 0 {
-        let at = g.binary_number(BinaryFn::Add, place, (step - 1) as f64, o)?;
-        let bound = g.add(Op::Gather(0), &[bounds, at], o)?;
-        let reached = g.binary(BinaryFn::Le, bound, magnitude, o)?;
-        let reached = g.cast(reached, DType::I32, o)?;
-        let more = g.binary_number(BinaryFn::Mul, reached, step as f64, o)?;
-        place = g.binary(BinaryFn::Add, place, more, o)?;
+        let power = 2f64.powi(step as i32);
+        let bound = g.scalar(dtype, rank, power, o);
+        let reached = g.binary(BinaryFn::Le, bound, v, o)?;
+        let smaller = g.binary_number(BinaryFn::Mul, v, 1.0 / power, o)?;
+        let more = g.binary_number(BinaryFn::Add, n, f64::from(step) * unit, o)?;
+        v = g.select(reached, smaller, v, o)?;
+        n = g.select(reached, more, n, o)?;
         step /= 2;
     }
-    // Negative zero is below zero here: its reciprocal is, which that of negative infinity is not.
-    let below = g.binary_number(BinaryFn::Lt, x, 0.0, o)?;
-    let reciprocal = g.unary(UnaryFn::Recip, x, o)?;
-    let reciprocal = g.binary_number(BinaryFn::Lt, reciprocal, 0.0, o)?;
-    let negative = g.binary(BinaryFn::Or, below, reciprocal, o)?;
-    let negative = g.cast(negative, DType::I32, o)?;
-    let more = g.binary_number(BinaryFn::Mul, negative, count as f64, o)?;
-    let place = g.binary(BinaryFn::Add, place, more, o)?;
+    Ok((v, n))
+}
+
+/// Codes of fractions. Without their signs they are in the order of their numbers, and as far apart
+/// as these are within one exponent: the code is a sum of both.
+fn fractions(call: &mut Call, x: NodeId, small: Small, manner: Manner) -> Added {
+    let format = format(small).ok_or_else(|| not_supported("fractions of integers"))?;
+    let work = if call.ty(x).dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let x = call.graph.cast(x, work, &call.origin)?;
+    let magnitude = call.graph.unary(UnaryFn::Abs, x, &call.origin)?;
+    let greatest = number(small, format.largest).log2().floor() as i32;
+    let unit = 2f64.powi(format.mantissa);
+    let (v, n) = parted(call, magnitude, (format.least, greatest), unit)?;
+    let rank = call.ty(x).rank();
+    let numbers = [0.0, format.sign.into(), format.largest.into(), format.nan.into()];
+    let [zero, sign, largest, nan] = numbers.map(|v: f64| call.number(work, rank, v));
+    let (g, o) = (&mut *call.graph, &call.origin);
+    let digits = match (small, manner.rounding) {
+        (Small::F8E8M0, Rounding::Up) => g.unary(UnaryFn::Ceil, v, o)?,
+        (Small::F8E8M0, Rounding::Down) => g.unary(UnaryFn::Floor, v, o)?,
+        (Small::F8E8M0, Rounding::Nearest) => {
+            let v = g.binary_number(BinaryFn::Add, v, 0.5, o)?;
+            g.unary(UnaryFn::Floor, v, o)?
+        }
+        _ => {
+            let v = g.binary_number(BinaryFn::Mul, v, unit, o)?;
+            g.unary(UnaryFn::Round, v, o)?
+        }
+    };
+    let mut code = g.binary(BinaryFn::Add, digits, n, o)?;
+    if small == Small::F8E8M0 {
+        // The leading one has no bit; what is too small becomes the least power.
+        code = g.binary_number(BinaryFn::Sub, code, 1.0, o)?;
+        code = g.binary_number(BinaryFn::Max, code, 0.0, o)?;
+    }
+    let saturate = manner.saturate || format.beyond == format.largest;
+    let limit = f64::from(format.largest) + if saturate { 0.0 } else { 1.0 };
+    code = g.binary_number(BinaryFn::Min, code, limit, o)?;
+    if format.sign != 0 {
+        // Negative zero is below zero here: its reciprocal is, and that of infinity is not.
+        let below = g.binary(BinaryFn::Lt, x, zero, o)?;
+        let reciprocal = g.unary(UnaryFn::Recip, x, o)?;
+        let reciprocal = g.binary(BinaryFn::Lt, reciprocal, zero, o)?;
+        let bit = g.select(reciprocal, sign, zero, o)?;
+        let mut bit = g.select(below, sign, bit, o)?;
+        if format.one_zero() {
+            let more = g.binary(BinaryFn::Lt, zero, code, o)?;
+            let none = g.binary(BinaryFn::Lt, largest, code, o)?;
+            bit = g.select(more, bit, zero, o)?;
+            bit = g.select(none, zero, bit, o)?;
+        }
+        code = g.binary(BinaryFn::Add, code, bit, o)?;
+    } else if !saturate {
+        let least = g.scalar(work, rank, number(small, 0), o);
+        let less = g.binary(BinaryFn::Lt, magnitude, least, o)?;
+        code = g.select(less, nan, code, o)?;
+    }
     let is_nan = g.binary(BinaryFn::Ne, x, x, o)?;
-    let last = g.scalar(DType::I32, rank, (2 * count) as f64, o);
-    let place = g.select(is_nan, last, place, o)?;
-    let ty = Type::new(DType::U8, &[ranks.codes.len()]);
-    let codes = g.constant_bytes(ty, Bytes::from(ranks.codes), o);
-    let code = g.add(Op::Gather(0), &[codes, place], o)?;
+    code = g.select(is_nan, nan, code, o)?;
+    let code = g.cast(code, DType::U8, o)?;
     g.bits(code, DType::Small(small), o)
 }
 
