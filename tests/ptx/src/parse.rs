@@ -420,7 +420,7 @@ impl Body {
                 let [to, from] = types.map(|t| Ty::of(t).ok_or("an unknown type"));
                 let (to, from) = (to?, from?);
                 super::arithmetic::convertible(round, to, from)?;
-                let target = self.of(&words[0], to.held(), true)?;
+                let target = self.converted(&words[0], to)?;
                 Ok(Code::Convert(round, [to, from], target, self.operand(&words[1], from.held())?))
             }
             _ => self.operation(name, words),
@@ -436,6 +436,25 @@ impl Body {
             return Err(format!("{} registers, not {count}", regs.len()));
         }
         Ok(regs)
+    }
+
+    /// The register that a conversion gives its result.
+    fn converted(&self, word: &str, to: Ty) -> Parsed<usize> {
+        if to == Ty::TF32 {
+            self.plain(word)?;
+        }
+        self.of(word, to.held(), true)
+    }
+
+    /// Whether registers are of 32 bits without a meaning: where the assembler takes no others.
+    fn plain(&self, word: &str) -> Parsed<()> {
+        for name in word.trim_matches(['{', '}']).split(',') {
+            match self.register(name.trim())?.1 {
+                Ty::B(32) => {}
+                found => return Err(format!("{name} is {found:?} where .b32 is right")),
+            }
+        }
+        Ok(())
     }
 
     fn copy(&self, name: &str, words: &[String]) -> Parsed<Code> {
@@ -483,6 +502,8 @@ impl Body {
         let rest = name.strip_prefix("mma.sync.aligned.").unwrap_or_default();
         let (types, sum) = known(rest).or_else(|| bytes(rest)).ok_or("an unknown product")?;
         let [to, x, y, sums] = words else { return Err("four operands are right".into()) };
+        self.plain(x)?;
+        self.plain(y)?;
         let part = |word, ty, count| self.group(word, ty, count);
         let [to, sums] = [part(to, sum, 4)?, part(sums, sum, 4)?];
         Ok(Code::Multiply(types, [to, part(x, Ty::B(32), 4)?, part(y, Ty::B(32), 2)?, sums]))

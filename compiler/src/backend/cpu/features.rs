@@ -38,7 +38,7 @@ pub struct Feature {
     pub state: u32,
     /// Cranelift's flag, where it makes use of it.
     pub clif: Option<&'static str>,
-    /// The features that it builds on.
+    /// The features that it builds on, or that every CPU has which has it.
     pub needs: &'static [&'static str],
 }
 
@@ -92,7 +92,7 @@ features! {
     "f16c" 1 0 Ecx 29 YMM, None, ["avx"];
     "lzcnt" 0x8000_0001 0 Ecx 5 0, Some("has_lzcnt"), [];
     "bmi1" 7 0 Ebx 3 0, Some("has_bmi1"), [];
-    "avx2" 7 0 Ebx 5 YMM, Some("has_avx2"), ["avx"];
+    "avx2" 7 0 Ebx 5 YMM, Some("has_avx2"), ["avx", "f16c"];
     "bmi2" 7 0 Ebx 8 0, Some("has_bmi2"), [];
     "avx512f" 7 0 Ebx 16 ZMM, None, ["avx2", "fma"];
     "avx512dq" 7 0 Ebx 17 ZMM, None, ["avx512f"];
@@ -105,7 +105,7 @@ features! {
 }
 
 /// What vectors of 256 bits need.
-pub const AVX2: &[&str] = &["avx2", "fma"];
+pub const AVX2: &[&str] = &["avx2", "fma", "f16c"];
 /// What vectors of 512 bits need.
 pub const AVX512: &[&str] = &["avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"];
 

@@ -76,8 +76,8 @@ pub struct Cpu {
     pub features: Vec<&'static Feature>,
     /// Lanes of f32 that loops are made for.
     pub lanes: usize,
-    /// Lanes of f32 in the wide emitter: 16 with AVX-512 F, BW, DQ and VL, 8 with AVX2 and FMA,
-    /// and 0 where only Cranelift emits.
+    /// Lanes of f32 in the wide emitter: 16 with AVX-512 F, BW, DQ and VL, 8 with AVX2, FMA
+    /// and F16C, and 0 where only Cranelift emits.
     pub wide_lanes: usize,
     /// CPUs that can do more, the best first: files hold code for them too, made of the same
     /// loops, and choose when they run.
@@ -91,7 +91,7 @@ impl Cpu {
         let is_512 = AVX512.iter().all(|n| kiln_runtime::cpu::has(n));
         let of_lanes = |name: &str| {
             let dots = name == DOTS[usize::from(is_512)] || is_512 && name == HALVES;
-            AVX512.contains(&name) || dots
+            AVX512.contains(&name) || AVX2.contains(&name) || dots
         };
         let used = |f: &&Feature| f.clif.is_some() || (wide && of_lanes(f.name));
         let features = FEATURES.iter().filter(used).filter(|f| f.here()).collect();

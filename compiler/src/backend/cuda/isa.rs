@@ -125,7 +125,7 @@ pub enum Class {
 pub const CLASSES: [(Class, &str, &str); 6] = [
     (Class::P, "pred", "%p"),
     (Class::H, "b16", "%h"),
-    (Class::R, "u32", "%r"),
+    (Class::R, "b32", "%r"),
     (Class::D, "u64", "%d"),
     (Class::F, "f32", "%f"),
     (Class::G, "f64", "%g"),

@@ -5,7 +5,7 @@ use iced_x86::Code;
 /// An instruction set, with its width of vectors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Level {
-    /// AVX2 and FMA (x86-64-v3): 16 registers of 256 bits, masks lie in vectors.
+    /// AVX2, FMA and F16C (x86-64-v3): 16 registers of 256 bits, masks lie in vectors.
     Avx2,
     /// AVX-512 F, BW, DQ and VL (x86-64-v4): 32 registers of 512 bits, masks have registers.
     Avx512,
@@ -172,6 +172,8 @@ table! { WHOLE "Instructions of integers, of every width.":
     WIDEN_I16: VEX_Vpmovsxwd_xmm_xmmm64, EVEX_Vpmovsxwd_xmm_k1z_xmmm64;
     /// 16-bit numbers without sign as 32-bit ones.
     WIDEN_U16: VEX_Vpmovzxwd_xmm_xmmm64, EVEX_Vpmovzxwd_xmm_k1z_xmmm64;
+    /// f16 as f32.
+    WIDEN_F16: VEX_Vcvtph2ps_xmm_xmmm64, EVEX_Vcvtph2ps_xmm_k1z_xmmm64;
     /// 8-bit integers as 32-bit ones.
     WIDEN_I8: VEX_Vpmovsxbd_xmm_xmmm32, EVEX_Vpmovsxbd_xmm_k1z_xmmm32;
     /// 8-bit integers without sign as 32-bit ones.

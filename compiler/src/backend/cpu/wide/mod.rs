@@ -1,5 +1,5 @@
 //! The wide emitter: kernels of f32 and of integers up to 32 bits on x86-64 in vectors of 256 bits
-//! (AVX2 and FMA) or 512 (AVX-512 F, BW, DQ and VL), which Cranelift has no instructions for.
+//! (AVX2, FMA and F16C) or 512 (AVX-512 F, BW, DQ and VL), which Cranelift has no instructions for.
 //! Kernels that need other types are left to Cranelift.
 //!
 //! The walk over loops becomes SSA (`ssa`), which regalloc2 gives registers and `encode` turns

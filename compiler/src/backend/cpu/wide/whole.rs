@@ -34,19 +34,24 @@ impl Wide {
         access: Access,
     ) -> Emitted<Val> {
         let (widen, one) = match dtype {
-            DType::F16 | DType::BF16 => (isa::WIDEN_U16, Code::Movzx_r32_rm16),
+            DType::F16 => (isa::WIDEN_F16, Code::Movzx_r32_rm16),
+            DType::BF16 => (isa::WIDEN_U16, Code::Movzx_r32_rm16),
             dtype => loads(dtype)?,
         };
         if matches!(access, Access::Lanes(_)) {
             let args = [self.part(0, true), address.operand(1)];
             let value = self.value(widen, true, &args, &address.registers());
-            return self.as_read(dtype, value);
+            return if dtype == DType::BF16 { self.shift(&value, 16) } else { Ok(value) };
         }
         let (block, args) = (self.current, [Arg::Gpr32(0), address.operand(1)]);
         let low = self.code.make(block, RegClass::Int, one, &args, &address.registers());
         let args = [self.part(0, false), Arg::Gpr32(1)];
         let value = self.value(isa::FROM_GENERAL, false, &args, &[low]);
-        let value = self.as_read(dtype, value)?;
+        let value = match dtype {
+            DType::BF16 => self.shift(&value, 16)?,
+            DType::F16 => self.one(isa::WIDEN_F16, &value, None)?,
+            _ => value,
+        };
         match access {
             Access::Splat => {
                 let lane = self.vector(&value)?;
@@ -54,15 +59,6 @@ impl Wide {
             }
             Access::One | Access::Lanes(_) => Ok(value),
         }
-    }
-
-    /// What was read of a dtype as its number.
-    fn as_read(&mut self, dtype: DType, x: Val) -> Emitted<Val> {
-        if !dtype.is_rounded() {
-            return Ok(x);
-        }
-        let upper = self.shift(&x, 16)?;
-        rounded::widened(self, dtype, upper, upper.is_wide())
     }
 
     pub(super) fn store_whole(

@@ -281,6 +281,23 @@ impl Processor<'_> {
         self.set_vector(i, value, width(i).unwrap_or(4))
     }
 
+    /// f16 of memory or of a register, a lane each.
+    fn widened_floats(&mut self, i: &Instruction, lanes: usize) -> Result<(), Fault> {
+        let bytes: Vec<u8> = match is_memory(i, 1) {
+            true => self.read(self.address(i)?, 2 * lanes)?.to_vec(),
+            false => {
+                let words = self.vector_register(i.op_register(1))?;
+                words.iter().flat_map(|word| word.to_le_bytes()).collect()
+            }
+        };
+        let mut value = [0u32; 16];
+        for (lane, short) in value[..lanes].iter_mut().zip(bytes.chunks_exact(2)) {
+            let bits = u16::from_le_bytes([short[0], short[1]]);
+            *lane = half::f16::from_bits(bits).to_f32().to_bits();
+        }
+        self.set_vector(i, value, lanes)
+    }
+
     /// Short integers of memory, a lane each.
     fn widened(&mut self, i: &Instruction, lanes: usize) -> Result<(), Fault> {
         let (bytes, signed) = match i.mnemonic() {
@@ -369,6 +386,7 @@ impl Processor<'_> {
                 let lane = self.lanes(i, 1, 1)?[0];
                 self.set_vector(i, [lane; 16], lanes)?;
             }
+            Mnemonic::Vcvtph2ps => self.widened_floats(i, lanes)?,
             Mnemonic::Vpmovsxwd
             | Mnemonic::Vpmovzxwd
             | Mnemonic::Vpmovsxbd
