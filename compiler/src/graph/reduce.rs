@@ -160,11 +160,8 @@ fn smaller(
         let same = node.args.iter().filter(|a| graph.ty(**a) == &node.ty).copied();
         same.map(move |operand| (id, operand)).collect::<Vec<_>>()
     };
-    let found = computed
-        .iter()
-        .flat_map(bypass)
-        .find_map(|(id, operand)| failing(replaced(graph, inputs, id, operand)));
-    found
+    let mut pairs = computed.iter().flat_map(bypass);
+    pairs.find_map(|(id, operand)| failing(replaced(graph, inputs, id, operand)))
 }
 
 /// The graph with one value as its only output.

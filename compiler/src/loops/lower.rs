@@ -19,7 +19,7 @@ use super::{moves, nest};
 use crate::graph::eval::{Data, Value, reduce_identity};
 use crate::graph::op::{Affine, BinaryFn, Op, ReduceFn, Type};
 use crate::graph::used::{Span, span};
-use crate::graph::{Body, Constant};
+use crate::graph::{Body, Constant, Node};
 use crate::rules::attention;
 
 pub use super::target::Target;
@@ -117,15 +117,15 @@ pub fn lower(
 ) -> Lowering<Lowered> {
     let mut lower = Lower::new(body, constants, args, target);
     let root = lower.peel();
-    if let Op::Pad(borders) = &body.nodes[root].op
-        && body.nodes[root].ty.numel() > 0
-        && let inside = body.nodes[root].args[0].index()
+    let Node { op, args: operands, ty, .. } = &body.nodes[root];
+    if let (Op::Pad(borders), 1..) = (op, ty.numel())
+        && let inside = operands[0].index()
         && !matches!(body.nodes[inside].op, Op::Input(_))
     {
         let border = lower.fresh().border(root, borders)?;
         let border = Loops { name: format!("{name}.border"), ..border };
         let start = borders.iter().map(|b| Place::affine(Affine::constant(b.0 as i64)));
-        lower.store_inside(&body.nodes[root].ty, start.collect());
+        lower.store_inside(ty, start.collect());
         let mut lowered = kernels(lower, inside, name)?;
         lowered.kernels.push(border);
         return Ok(shared(body, args, target.threads, lowered));
@@ -549,11 +549,8 @@ impl<'a> Lower<'a> {
             Op::Window(axes) => {
                 let lead = source.len() - axes.len();
                 let windowed = axes.iter().enumerate().map(|(d, a)| {
-                    let tap = &index[lead + axes.len() + d];
-                    super::index::add(
-                        &scale(&index[lead + d], a.1 as i64, 0),
-                        &scale(tap, a.2 as i64, 0),
-                    )
+                    let (at, tap) = (&index[lead + d], &index[lead + axes.len() + d]);
+                    add(&scale(at, a.1 as i64, 0), &scale(tap, a.2 as i64, 0))
                 });
                 index[..lead].iter().cloned().chain(windowed).collect()
             }

@@ -173,9 +173,15 @@ impl Bodies {
         let (body, order) = copy.finish();
         let moves_again = body.nodes.iter().any(|n| repeats_a_move(&body.nodes, n));
         let fits = order.len() <= MAX_ARGS && !moves_again;
-        let is_attention = fits && classify(&body.nodes) == Some(Kind::Attention);
-        let runs = self.dots.warps || !attention::is_short(&body.nodes);
-        (is_attention && runs).then(|| (self.number(body), order))
+        (fits && self.kind_of(&body) == Some(Kind::Attention)).then(|| (self.number(body), order))
+    }
+
+    /// The kind of a body, where the target has loops for it.
+    fn kind_of(&self, body: &Body) -> Option<Kind> {
+        let runs = |kind: &Kind| {
+            *kind != Kind::Attention || self.dots.warps || !attention::is_short(&body.nodes)
+        };
+        classify(&body.nodes).filter(runs)
     }
 
     fn compose(
@@ -201,7 +207,7 @@ impl Bodies {
         if body.nodes.iter().any(|n| repeats_a_move(&body.nodes, n)) {
             return None;
         }
-        classify(&body.nodes)?;
+        self.kind_of(&body)?;
         Some((self.number(body), order))
     }
 }

@@ -3,8 +3,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use super::attention::is_short;
 use super::bodies::Bodies;
-use super::kind::{MAX_OPS, classify};
+use super::kind::{Kind, MAX_OPS, classify};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::op::Op;
 use crate::graph::{Args, Body, Graph, Node, NodeId, Origin, composite};
@@ -68,9 +69,13 @@ impl Cluster<'_> {
         body_of(self.graph, &self.nodes, &self.arguments())
     }
 
-    /// Whether the body has loops.
+    /// Whether the body has loops, whatever the target is.
     fn fits(&self) -> bool {
-        self.nodes.len() <= MAX_OPS && classify(&self.body().nodes).is_some()
+        if self.nodes.len() > MAX_OPS {
+            return false;
+        }
+        let body = self.body();
+        classify(&body.nodes).is_some_and(|k| k != Kind::Attention || !is_short(&body.nodes))
     }
 }
 

@@ -79,8 +79,8 @@ pub struct Optimised {
     pub report: Report,
 }
 
-/// The graph as kernels. Without a budget for the e-graph, the greedy fuser works on the graph as it
-/// is. `dots`: the dot products that the target has instructions for.
+/// The graph as kernels. Without a budget for the e-graph, the greedy fuser works on the graph as
+/// it is. `dots`: the dot products that the target has instructions for.
 pub fn optimise(graph: &Graph, budget: Option<Budget>, dots: Dots) -> Result<Optimised> {
     let plain = fuse::expand(graph)?;
     let greedy = fuse::fuse(&plain);

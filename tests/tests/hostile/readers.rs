@@ -23,7 +23,10 @@ const CASES: u64 = 25_000;
 const TIMES: usize = 64;
 const MORE: usize = 1 << 20;
 
-const READERS: [(&str, Reader, fn() -> Vec<Vec<u8>>); 7] = [
+/// Makes sound files.
+type Seeds = fn() -> Vec<Vec<u8>>;
+
+const READERS: [(&str, Reader, Seeds); 7] = [
     ("npy", readers::npy, npy_files),
     ("npz", readers::npz, npz_files),
     ("pb", readers::pb, pb_files),

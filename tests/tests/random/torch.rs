@@ -259,7 +259,7 @@ fn product(contract: &Contract, args: &[&Tensor]) -> Tensor {
                 let mut along = vec![1; extents.len()];
                 along[axis as usize] = extents[axis as usize];
                 let steps = Tensor::arange(extents[axis as usize], (Kind::Int64, tch::Device::Cpu));
-                at = at + (steps * coefficient).view(&along[..]);
+                at += (steps * coefficient).view(&along[..]);
             }
             flat = flat * extent + at;
         }
