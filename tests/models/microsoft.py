@@ -1,8 +1,11 @@
 """Cases of onnxruntime's own operators, with what it says of them."""
+import os
+import shutil
+
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from common import save
+from common import MODELS, save
 
 RANDOM = np.random.default_rng(20261127)
 
@@ -11,9 +14,9 @@ def normal(*shape):
     return RANDOM.standard_normal(shape, dtype=np.float32)
 
 
-def case(name, op, inputs, outputs=1, fixed=(), **attributes):
+def case(name, op, inputs, outputs=1, fixed=(), first=False, **attributes):
     """One node: operands by position (None is absent), of which those named in `fixed` are
-    constants of the model."""
+    constants of the model. Only the first output is kept where that is asked for."""
     names = ["" if array is None else f"x{k}" for k, array in enumerate(inputs)]
     given = {n: a for n, a in zip(names, inputs) if n}
     results = [f"y{k}" if keep else "" for k, keep in enumerate(outputs)] \
@@ -26,8 +29,12 @@ def case(name, op, inputs, outputs=1, fixed=(), **attributes):
     weights = [numpy_helper.from_array(given[n], n) for n in fixed]
     graph = helper.make_graph([node], name, ports, ends, weights)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    shutil.rmtree(os.path.join(MODELS, name), ignore_errors=True)
     model = helper.make_model(graph, ir_version=10, opset_imports=opsets)
     save(name, model, {n: a for n, a in given.items() if n not in fixed})
+    if first:
+        for k in range(1, len(results)):
+            os.remove(os.path.join(MODELS, name, f"output_{k}.pb"))
 
 
 def functions():
@@ -86,7 +93,7 @@ def grouped():
     op, heads = "GroupQueryAttention", {"num_heads": 4, "kv_num_heads": 2}
     total = lambda n: np.array(n, np.int32)
 
-    def run(name, steps, past, lengths, rotary=False, packed=False, outputs=3, **attributes):
+    def run(name, steps, past, lengths, rotary=False, packed=False, **attributes):
         batch = len(lengths)
         q, k, v = normal(batch, steps, 64), normal(batch, steps, 32), normal(batch, steps, 32)
         qkv = [np.concatenate([q, k, v], 2), None, None] if packed else [q, k, v]
@@ -96,7 +103,7 @@ def grouped():
         if rotary:
             inputs += tables(40, 8)
             attributes["do_rotary"] = 1
-        case(name, op, inputs, outputs, fixed=["x6"], **heads, **attributes)
+        case(name, op, inputs, 3, fixed=["x6"], **heads, **attributes)
 
     run("grouped_prompt", 6, 0, [6, 6])
     run("grouped_prompt_short", 6, 0, [6, 4])
@@ -107,7 +114,7 @@ def grouped():
     run("grouped_window", 6, 0, [6], local_window_size=3)
     run("grouped_cap", 6, 0, [6], softcap=5.0, scale=0.3)
     # What lies behind the end of a short batch in a cache is nobody's business.
-    run("grouped_ragged", 1, 9, [10, 6], rotary=True, outputs=1)
+    run("grouped_ragged", 1, 9, [10, 6], rotary=True, first=True)
 
 
 def bits():

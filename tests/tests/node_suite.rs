@@ -178,9 +178,10 @@ fn table(results: &BTreeMap<String, String>, operators: &BTreeMap<String, String
     sums.values_mut().for_each(|sum| sum.why.clear());
     let mut text = String::from(
         "# The node cases of ONNX 1.22.0\n\n\
-         Written by `BLESS=1 cargo test -p kiln-tests --test node_suite`; `ledger.txt` has each case.\n\
-         A case that passes does so in the interpreter, in code with and without the e-graph, and in\n\
-         a shared library. Some need an input that decides a shape to be a constant.\n\n\
+         Written by `BLESS=1 cargo test -p kiln-tests --test node_suite`; each case is in\n\
+         `ledger.txt`. A case that passes does so in the interpreter, in code with and without\n\
+         the e-graph, and in a shared library. Some need an input that decides a shape to be\n\
+         a constant.\n\n\
          | cases | all | pass | with constants | |\n|---|---|---|---|---|\n",
     );
     sums.iter().for_each(|(name, sum)| text += &sum.text(name));
