@@ -396,7 +396,7 @@ mod tests {
         for ((key, tensor), (old_key, old)) in back.iter().zip(tensors()) {
             assert_eq!(*key, old_key);
             assert!(tensor.bytes() == old.bytes() && tensor.shape() == old.shape(), "{key}");
-            assert_eq!(tensor.dtype(), old.dtype().stored(), "{key}");
+            assert_eq!(tensor.dtype(), old.dtype().stored().storage(), "{key}");
         }
     }
 

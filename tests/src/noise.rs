@@ -167,7 +167,7 @@ fn run(graph: &Graph, inputs: &[Value], random: Option<&mut Random>, exact: &[bo
         if let Some(random) = random.as_mut().filter(|_| rough) {
             // Sums lose places of what they sum, not only of what comes out; the more, the more
             // they sum, as roundings of like numbers are alike.
-            let times = 1.0 + (summed(&node.op, &args) as f64).sqrt() / 8.0;
+            let times = 1.0 + (summed(&node.op, &args) as f64).sqrt() / 4.0;
             args.iter_mut().for_each(|value| disturb(value, times, random));
         }
         let mut value = match &node.op {

@@ -575,7 +575,8 @@ fn eval_contract(contract: &Contract, args: &[&Value]) -> Data {
                     (0..inner as i64).fold(sum, |sum, k| {
                         let p = start[0] + offset[0] + k * step[0];
                         let q = start[1] + offset[1] + k * step[1];
-                        wrap(dtype, sum + x[p as usize].wrapping_mul(y[q as usize]))
+                        let product = x[p as usize].wrapping_mul(y[q as usize]);
+                        wrap(dtype, sum.wrapping_add(product))
                     })
                 })
             };

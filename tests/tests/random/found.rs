@@ -87,6 +87,16 @@ const FOUND: &[(&str, &str, &[&[f64]])] = &[
         &[&[7.0; 44]],
     ),
     (
+        "sums of the largest integers overflowed in the interpreter",
+        "constant 0 : u64[2,1] = 1 9223372036854775808
+         %0 = input 0 : u64[1,2] \"x\"
+         %1 = not %0 : u64[1,2] \"n\"
+         %2 = const 0 : u64[2,1] \"n\"
+         %3 = contract [1,1,2] 2 [+1*0,+1*2] [+1*2,+1*1] %1 %2 : u64[1,1] \"n\"
+         output \"y\" %3",
+        &[&[0.0, 0.0]],
+    ),
+    (
         "PTX did not wrap the complement of a byte",
         "%0 = input 0 : u8[3] \"x\"
          %1 = not %0 : u8[3] \"n\"
