@@ -165,9 +165,10 @@ fn run(graph: &Graph, inputs: &[Value], random: Option<&mut Random>, exact: &[bo
         let rough = random.is_some() && !exact[i];
         let mut args: Vec<Value> = node.args.iter().map(|a| values[a.index()].clone()).collect();
         if let Some(random) = random.as_mut().filter(|_| rough) {
-            // Sums lose places of what they sum, not only of what comes out; the more, the more
-            // they sum, as roundings of like numbers are alike.
-            let times = 1.0 + (summed(&node.op, &args) as f64).sqrt() / 4.0;
+            // Sums lose places of what they sum, not only of what comes out. Roundings of like
+            // numbers are alike: so many of them lose a part of the worst case, which is as many
+            // roundings of the sum.
+            let times = 1.0 + (summed(&node.op, &args) as f64).powf(1.5) / 128.0;
             args.iter_mut().for_each(|value| disturb(value, times, random));
         }
         let mut value = match &node.op {

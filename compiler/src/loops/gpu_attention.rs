@@ -187,7 +187,7 @@ impl Work {
         let (block, [scores, mixed]) = (&self.block, &self.tiles);
         let sums = Columns::new(lower, block, mixed)?;
         let mut body = block.first();
-        body.extend(sums.first(lower, (block, mixed)));
+        body.extend(sums.first((block, mixed)));
         body.extend(self.all_keys(lower, |lower, start, count| {
             let mut body = block.scores(lower, scores, (start, count))?;
             body.extend(block.powers(lower, count)?);
@@ -490,10 +490,11 @@ impl Columns {
         threads(&self.threads, unroll(self.own[0], body))
     }
 
-    /// Before the first block of keys.
-    fn first(&self, lower: &Lower, (block, mixed): (&Block, &Tiles)) -> Vec<Stmt> {
+    /// Before the first block of keys. Sums of columns that are not there begin as well: what is
+    /// set in a branch only is nothing after it.
+    fn first(&self, (block, mixed): (&Block, &Tiles)) -> Vec<Stmt> {
         let first = store(mixed.cell, Affine::default(), zero(DType::F32));
-        self.columns(lower, mixed, &self.lines((block, mixed), &[first]))
+        threads(&self.threads, unroll(self.own[0], self.lines((block, mixed), &[first])))
     }
 
     /// Adds the values of a block of keys, times their powers.

@@ -450,6 +450,9 @@ pub(super) fn matmul_of_bits(call: &mut Call) -> Outputs {
     let bits = bits as u32;
     let (x, packed, scales) = (call.input(0)?, call.input(1)?, call.input(2)?);
     let dtype = call.ty(x).dtype;
+    if !dtype.is_float() {
+        return Err(not_supported(format!("a product of {dtype} with weights of {bits} bits")));
+    }
     let blocks = k.div_ceil(block);
     let found = (call.ty(packed).numel(), call.ty(scales).numel());
     let bytes = block.saturating_mul(bits as usize) / 8;

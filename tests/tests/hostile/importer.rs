@@ -131,6 +131,9 @@ fn seeds(data: &Path) -> Vec<Bytes> {
     for kind in ["node", "pytorch-operator", "pytorch-converted", "simple"] {
         files.extend(folders(&data.join(kind)).iter().map(|f| f.join("model.onnx")));
     }
+    if let Some(data) = oracle("microsoft") {
+        files.extend(folders(&data).iter().map(|f| f.join("model.onnx")));
+    }
     let small = |f: &std::path::PathBuf| f.metadata().is_ok_and(|m| m.len() <= LARGEST);
     files.iter().filter(|f| small(f)).map(|f| read(f)).filter(|b| !b.is_empty()).collect()
 }

@@ -97,6 +97,17 @@ const FOUND: &[(&str, &str, &[&[f64]])] = &[
         &[&[0.0, 0.0]],
     ),
     (
+        "PTX had no attention of few keys whose values are wide",
+        "%0 = input 0 : f32[2,43] \"x\"
+         %1 = input 1 : f32[43,4] \"k\"
+         %2 = input 2 : f32[4,43] \"v\"
+         %3 = contract [2,4,43] 2 [+1*0,+1*2] [+1*2,+1*1] %0 %1 : f32[2,4] \"n\"
+         %4 = softmax 1 %3 : f32[2,4] \"n\"
+         %5 = contract [2,43,4] 2 [+1*0,+1*2] [+1*2,+1*1] %4 %2 : f32[2,43] \"n\"
+         output \"y\" %5",
+        &[&[0.25; 86], &[-0.5; 172], &[1.5; 172]],
+    ),
+    (
         "PTX did not wrap the complement of a byte",
         "%0 = input 0 : u8[3] \"x\"
          %1 = not %0 : u8[3] \"n\"
