@@ -211,7 +211,7 @@ fn parse_constant(graph: &mut Graph, rest: &str) -> Parsed<()> {
     let (number, rest) = rest.split_once(" : ").ok_or("a constant has a number and a type")?;
     let (ty, values) = rest.split_once(" =").ok_or("a constant has a value")?;
     let (number, ty) = (parse_number::<usize>(number)?, parse_type(ty)?);
-    if number > 1 << 20 || ty.size_bytes() > 1 << 32 {
+    if number > 1 << 16 || ty.size_bytes() > 1 << 32 {
         return Err("the constant is too large for text".into());
     }
     let known = graph.constants.get(number).is_some_and(|c| c.ty == ty);

@@ -182,7 +182,10 @@ fn per(call: &mut Call, v: NodeId, rank: usize, axis: usize) -> Added {
         return Ok(v);
     }
     let mut shape = Shape::from_elem(1, rank);
-    shape[axis] = n;
+    match shape.get_mut(axis) {
+        Some(extent) => *extent = n,
+        None => return Err(not_supported(format!("axis {axis} of a product of rank {rank}"))),
+    }
     call.graph.reshape(v, &shape, &call.origin)
 }
 

@@ -117,7 +117,8 @@ pub(super) fn roi_align(call: &mut Call) -> Outputs {
     let ratio = whole(call, "sampling_ratio", 0)?;
     let (x, regions, owner) = (call.input(0)?, call.input(1)?, call.input(2)?);
     let ([xs, rs], os) = ([x, regions].map(|v| call.shape(v)), call.shape(owner));
-    let ([images, c, h, w], [n, 4], true) = (&xs[..], &rs[..], os[..] == rs[..1]) else {
+    let same = os.len() == 1 && os.first() == rs.first();
+    let ([images, c, h, w], [n, 4], true) = (&xs[..], &rs[..], same) else {
         return Err(not_supported(format!("regions {rs:?} of images {xs:?}, which are {os:?}")));
     };
     let (images, c, h, w, n) = (*images, *c, *h, *w, *n);

@@ -21,7 +21,7 @@ const CASES: u64 = 25_000;
 /// What a reader may take for a file: so many times its size, and so much more. Elements take up
 /// to 16 bytes where they are written with one.
 const TIMES: usize = 64;
-const MORE: usize = 1 << 20;
+const MORE: usize = 8 << 20;
 
 /// Makes sound files.
 type Seeds = fn() -> Vec<Vec<u8>>;
