@@ -376,6 +376,8 @@ mod tests {
             ("RoiAlign", vec![image, boxes, (&[2], 7)], sampled(2), "[3, 4]"),
             ("RoiAlign", vec![(&[1, 2, 5], 1), boxes, (&[3], 7)], sampled(2), "[1, 2, 5]"),
             ("RoiAlign", vec![image, (&[3, 5], 1), (&[3], 7)], sampled(2), "[3, 5]"),
+            ("RoiAlign", vec![image, (&[], 1), (&[3], 7)], sampled(2), "regions []"),
+            ("RoiAlign", vec![image, boxes, (&[], 7)], sampled(2), "[3, 4]"),
             ("RoiAlign", vec![image, boxes, (&[3], 7)], sampled(0), "sampling_ratio of 0"),
             ("RoiAlign", vec![image, boxes, (&[3], 7)], sampled(most), "sampling_ratio of"),
             ("MaxUnpool", vec![image, boxes], vec![list("kernel_shape", &[2, 2])], "[2, 2]"),
