@@ -125,8 +125,8 @@ fn smaller(
     inputs: &[Value],
     fails: &mut dyn FnMut(&Graph, &[Value]) -> bool,
 ) -> Option<(Graph, Vec<Value>)> {
-    let mut failing = |candidate: Option<(Graph, Vec<Value>)>| {
-        candidate.filter(|(graph, inputs)| fails(graph, inputs))
+    let mut failing = |candidate: (Graph, Vec<Value>)| {
+        Some(candidate).filter(|(graph, inputs)| fails(graph, inputs))
     };
     let computed: Vec<NodeId> = computed(graph).collect();
     // One output instead of several.
@@ -165,19 +165,14 @@ fn smaller(
 }
 
 /// The graph with one value as its only output.
-fn with_output(graph: &Graph, inputs: &[Value], id: NodeId) -> Option<(Graph, Vec<Value>)> {
+fn with_output(graph: &Graph, inputs: &[Value], id: NodeId) -> (Graph, Vec<Value>) {
     let mut graph = graph.clone();
     graph.outputs = vec![("y".into(), id)];
-    Some(trimmed(&graph, inputs))
+    trimmed(&graph, inputs)
 }
 
 /// The graph with an input in place of a value.
-fn with_input(
-    graph: &Graph,
-    inputs: &[Value],
-    id: NodeId,
-    value: Value,
-) -> Option<(Graph, Vec<Value>)> {
+fn with_input(graph: &Graph, inputs: &[Value], id: NodeId, value: Value) -> (Graph, Vec<Value>) {
     let mut out = Graph::empty_like(graph);
     out.bodies = graph.bodies.clone();
     let mut place: Vec<NodeId> = Vec::with_capacity(graph.nodes.len());
@@ -193,16 +188,11 @@ fn with_input(
     let mut inputs = inputs.to_vec();
     inputs.push(value);
     let (graph, inputs) = trimmed(&out, &inputs);
-    Some((named_apart(graph), inputs))
+    (named_apart(graph), inputs)
 }
 
 /// The graph with another node in place of one.
-fn replaced(
-    graph: &Graph,
-    inputs: &[Value],
-    id: NodeId,
-    by: NodeId,
-) -> Option<(Graph, Vec<Value>)> {
+fn replaced(graph: &Graph, inputs: &[Value], id: NodeId, by: NodeId) -> (Graph, Vec<Value>) {
     let mut graph = graph.clone();
     let other = |a: &mut NodeId| {
         if *a == id {
@@ -211,7 +201,7 @@ fn replaced(
     };
     graph.nodes.iter_mut().flat_map(|node| &mut node.args).for_each(other);
     graph.outputs.iter_mut().map(|output| &mut output.1).for_each(other);
-    Some(trimmed(&graph, inputs))
+    trimmed(&graph, inputs)
 }
 
 fn trimmed(graph: &Graph, inputs: &[Value]) -> (Graph, Vec<Value>) {

@@ -10,7 +10,7 @@ use crate::error::Diagnostic;
 use crate::graph::op::Op;
 use crate::graph::scalar::Number;
 
-/// Pairs of boxes that the importer compares at most.
+/// Pairs of boxes that the importer compares at most, and classes of images that it goes through.
 const MOST: usize = 1 << 28;
 
 /// The ends of a box along y and x.
@@ -54,7 +54,10 @@ pub(super) fn non_max_suppression(call: &mut Call) -> Outputs {
     let ([images, count, 4], [batch, classes, of_each]) = (&bs[..], &ss[..]) else {
         return Err(not_supported(format!("boxes {bs:?} with scores {ss:?}")));
     };
-    let pairs = count.min(&most).checked_mul(*count).and_then(|n| n.checked_mul(images * classes));
+    // Without boxes there still is something to do for each class.
+    let each = count.min(&most).checked_mul(*count).and_then(|n| n.checked_add(1));
+    let rounds = images.checked_mul(*classes);
+    let pairs = each.zip(rounds).and_then(|(each, rounds)| each.checked_mul(rounds));
     if images != batch || count != of_each || pairs.is_none_or(|n| n > MOST) {
         return Err(not_supported(format!("boxes {bs:?} with scores {ss:?}, {most} of a class")));
     }
@@ -112,6 +115,12 @@ pub(super) fn unique(call: &mut Call) -> Outputs {
             0
         }
     };
+    // Other axes may be as long as they like there.
+    if value.ty.numel() == 0 && shape.len() > 1 {
+        return Err(not_supported(format!(
+            "slices without elements, along axis {axis} of {shape:?}"
+        )));
+    }
     let (count, inner) = (shape[axis], shape[axis + 1..].iter().product::<usize>());
     let outer: usize = shape[..axis].iter().product();
     // The elements of a slice, in order.
@@ -202,6 +211,17 @@ mod tests {
         {
             let problem = boxes(&shape, &scores, 2.0).expect_err("shapes that do not fit");
             assert!(problem.contains(&format!("{shape:?}")), "{problem}");
+        }
+        // Images without boxes, as many as there is no memory for.
+        let none = boxes(&[1 << 40, 0, 4], &[1 << 40, 1, 0], 1.0).expect_err("too many");
+        assert!(none.contains("NonMaxSuppression"), "{none}");
+        for dims in [[1 << 40, 0], [0, 1 << 40]] {
+            let mut unique = node("Unique", &["c"], &["y"]);
+            unique.attribute.push(ints("axis", &[0]));
+            let mut made = graph(&[], &[unique], &["y"]);
+            made.initializer.push(constant("c", &dims, &[]));
+            let empty = model(made, false).expect_err("slices of nothing");
+            assert!(empty.contains("slices without elements"), "{empty}");
         }
         let many = boxes(&[1, 20_000, 4], &[1, 1, 20_000], 1e9).expect_err("too many pairs");
         assert!(many.contains("20000"), "{many}");

@@ -123,7 +123,7 @@ fn shift(egraph: &mut Egg, node: &ENode) -> Option<Id> {
             borders[uneven] = (borders[uneven].1, borders[uneven].0);
             Op::Pad(borders)
         }
-        // The sum of an axis begins at its second element, and ends where it did.
+        // The last element of a sum is forgotten.
         Op::Contract(contract) => {
             let mut wrong = contract.clone();
             let axis = (wrong.n_out..wrong.extents.len()).find(|&a| wrong.extents[a] > 1)?;

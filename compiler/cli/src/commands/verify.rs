@@ -83,10 +83,15 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
         // Compiled code and interpreter agree with each other, not with the stored outputs.
         wrong.then_some(Place::stage("import"))
     };
-    if let (Some(folder), true) = (&args.reduce, wrong_code) {
-        let build = |graph: &Graph| compiler.build(&compiler.optimise(graph)?);
-        let small = term.during("reduce", None, || smallest(&build, &graph, &values, tolerance));
-        write_reduced(folder, &small, term)?;
+    match &args.reduce {
+        Some(folder) if wrong_code => {
+            let build = |graph: &Graph| compiler.build(&compiler.optimise(graph)?);
+            let small =
+                term.during("reduce", None, || smallest(&build, &graph, &values, tolerance));
+            write_reduced(folder, &small, term)?;
+        }
+        Some(_) => term.note("code gives what the interpreter gives: there is nothing to reduce"),
+        None => {}
     }
     if args.kernels && !wrong {
         let fused = compiler.optimise(&graph)?;
