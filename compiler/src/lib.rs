@@ -28,6 +28,7 @@ pub mod plan;
 mod precision;
 mod ranges;
 pub mod rules;
+mod stages;
 mod states;
 
 #[cfg(test)]
@@ -46,6 +47,7 @@ pub use package::{Form, Kind, Package, identifier};
 pub use precision::Precision;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use backend::cpu::{Cpu, Emitted, emit_all};
 use error::{Diagnostic, Error, ErrorKind, Result};
@@ -57,6 +59,7 @@ use kiln_runtime::artifact::Constants;
 use kiln_runtime::plan::Plan;
 use loops::lower::Target;
 use manifest::Hash;
+use onnx::{Known, Later};
 use plan::kernels::{Program, program};
 use rules::Budget;
 
@@ -77,6 +80,10 @@ pub struct Compiler {
     values: Vec<(String, tensor::Tensor)>,
     states: Vec<(String, String)>,
     cache: Option<PathBuf>,
+    /// What earlier stages of the model have made, where it is compiled in stages.
+    known: Option<Arc<Known>>,
+    /// Whether the tensors that this is a compiler for need stages.
+    staged: bool,
 }
 
 impl Default for Compiler {
@@ -103,6 +110,8 @@ impl Compiler {
             values: Vec::new(),
             states: Vec::new(),
             cache: None,
+            known: None,
+            staged: false,
         }
     }
 
@@ -255,9 +264,16 @@ impl Compiler {
 
     /// The graph of a model, rounded as `precision` says.
     pub fn graph(&self, model: &Model) -> Result<Graph> {
+        Ok(self.stage(model)?.0)
+    }
+
+    /// The same, with what follows where it is one of several stages.
+    fn stage(&self, model: &Model) -> Result<(Graph, Option<Later>)> {
         let dims = model.settle(&self.shapes, &self.dims)?;
-        let graph = model.import(&self.limits, dims, &self.shapes, &self.values)?;
-        Ok(self.rounded(states::keep(graph, &self.states)?))
+        let known = self.known.clone();
+        let (graph, later) =
+            model.import(&self.limits, dims, &self.shapes, &self.values, known)?;
+        Ok((self.rounded(states::keep(graph, &self.states)?), later))
     }
 
     /// A graph with the operands of its products rounded as [`precision`](Self::precision) says:

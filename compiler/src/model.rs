@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use kiln_runtime::plan::{DIMS, PlanDim};
@@ -12,7 +13,7 @@ use crate::error::{Diagnostic, Error, ErrorKind, Result, sanitize};
 use crate::graph::Graph;
 use crate::onnx::proto::tensor_shape_proto::{Dimension, dimension::Value as DimensionValue};
 use crate::onnx::proto::{ModelProto, TensorProto, ValueInfoProto};
-use crate::onnx::{self, ImportOptions};
+use crate::onnx::{self, ImportOptions, Known, Later};
 use crate::ranges;
 use crate::rules::Budget;
 
@@ -302,16 +303,18 @@ impl Model {
         }
     }
 
-    /// The graph of the model.
+    /// The graph of the model, or of a stage of it after what is known; with what follows.
     pub(crate) fn import(
         &self,
         limits: &Limits,
         dims: Vec<(String, usize)>,
         shapes: &[(String, Vec<usize>)],
         values: &[(String, Tensor)],
-    ) -> Result<Graph> {
+        known: Option<Arc<Known>>,
+    ) -> Result<(Graph, Option<Later>)> {
         let options = self.options(limits, dims, values);
-        onnx::import(self.bytes.clone(), &ImportOptions { shapes: shapes.to_vec(), ..options })
+        let options = ImportOptions { shapes: shapes.to_vec(), known, ..options };
+        onnx::import_stage(self.bytes.clone(), &options)
     }
 
     /// How the model is imported, where nothing is said of shapes and ranges.

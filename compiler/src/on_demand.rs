@@ -1,15 +1,17 @@
 //! Specialisation on demand: machine code is for numbers, models are for symbols. A model whose
 //! axes have names, or whose shapes depend on the values of inputs, is compiled for those that it
-//! meets, which takes milliseconds, and what was compiled is kept.
+//! meets, which takes milliseconds, and what was compiled is kept. One whose shapes depend on data
+//! that it computes is compiled in stages.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use kiln_runtime::session::Executable;
 use kiln_runtime::tensor::{DType, Tensor, TensorView};
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::model::Model;
-use crate::{Compiler, onnx};
+use crate::onnx::{Known, Later};
+use crate::stages::through;
+use crate::{Compiler, Executable};
 
 /// Elements of an input whose values may decide shapes.
 const SHAPE_ELEMENTS: usize = 1024;
@@ -43,17 +45,34 @@ struct Shared<E> {
     model: Model,
     compile: Box<Compile<E>>,
     bytes: fn(&E) -> usize,
-    /// Inputs whose values decide shapes, once tensors were seen.
-    deciding: OnceLock<Vec<String>>,
+    /// What decides shapes, once tensors were seen.
+    deciding: OnceLock<Deciding>,
     /// The latest used last.
-    kept: Mutex<Vec<(Key, E)>>,
+    kept: Mutex<Vec<(Key, Kept<E>)>>,
 }
 
 /// Compiles a model for shapes that the compiler knows.
 type Compile<E> = dyn Fn(&Compiler, &Model) -> Result<E> + Send + Sync;
 
 /// Shape of each input, and its value where that decides shapes.
-type Key = Vec<(Vec<usize>, Option<Vec<u8>>)>;
+type Shapes = Vec<(Vec<usize>, Option<Vec<u8>>)>;
+
+/// Shapes, and what earlier stages have made.
+type Key = (Shapes, Option<Arc<Known>>);
+
+/// What was compiled, and what follows where it is a stage of the model.
+type Kept<E> = (E, Option<Arc<Later>>);
+
+/// Tensors with the names of ports.
+type Named = Vec<(String, Tensor)>;
+
+/// What shapes hang on beside the shapes of inputs.
+struct Deciding {
+    /// Inputs whose values decide shapes.
+    inputs: Vec<String>,
+    /// Whether there is more: data that the model computes.
+    staged: bool,
+}
 
 impl OnDemand {
     /// Runs the model on tensors given by name, compiled for their shapes.
@@ -61,12 +80,10 @@ impl OnDemand {
     /// # Errors
     /// When an input is missing, unknown or does not fit, and where the model cannot be compiled
     /// for these shapes.
-    pub fn run(&self, inputs: &[(&str, TensorView<'_>)]) -> Result<Vec<(String, Tensor)>> {
-        let executable = self.executable(inputs)?;
-        // Inputs that became constants are not inputs of what was compiled.
-        let own = |name: &str| executable.inputs().iter().any(|port| port.name == name);
-        let inputs: Vec<_> = inputs.iter().filter(|(name, _)| own(name)).copied().collect();
-        executable.run(&inputs).map_err(|e| usage(Diagnostic::new("K0701", e.to_string())))
+    pub fn run(&self, inputs: &[(&str, TensorView<'_>)]) -> Result<Named> {
+        self.run_with(inputs, |executable, inputs| {
+            executable.run(inputs).map_err(|e| usage(Diagnostic::new("K0701", e.to_string())))
+        })
     }
 }
 
@@ -76,34 +93,82 @@ impl<E: Clone> OnDemand<E> {
         &self.0.model
     }
 
+    /// Runs the model where `run` runs what was compiled on tensors given by name, and gives its
+    /// outputs in order. That is more than once where shapes hang on data that the model computes.
+    ///
+    /// # Errors
+    /// When an input is missing or unknown, where the model cannot be compiled for these shapes,
+    /// and those of `run`.
+    pub fn run_with<X: From<Error>>(
+        &self,
+        inputs: &[(&str, TensorView<'_>)],
+        run: impl Fn(&E, &[(&str, TensorView<'_>)]) -> std::result::Result<Named, X>,
+    ) -> std::result::Result<Named, X> {
+        let ordered = self.ordered(inputs)?;
+        let (compiler, deciding) = self.compiler_for(&ordered)?;
+        // Inputs that became constants are not inputs of what was compiled.
+        let is_own = |name: &str| !deciding.inputs.iter().any(|constant| constant == name);
+        let own: Vec<_> = ordered.iter().filter(|(name, _)| is_own(name)).copied().collect();
+        if !deciding.staged {
+            return run(&self.stage(&compiler, &ordered, deciding)?.0, &own);
+        }
+        let stage = |compiler: Compiler| Ok(self.stage(&compiler, &ordered, deciding)?);
+        let outputs = through(&compiler, &own, stage, |executable, tensors| {
+            let outputs: std::result::Result<Named, X> = run(&executable, tensors);
+            Ok::<_, X>(outputs?.into_iter().map(|(_, tensor)| tensor).collect())
+        })?;
+        let names = self.0.model.outputs().iter().map(|port| port.name.clone());
+        Ok(names.zip(outputs).collect())
+    }
+
     /// The executable for tensors like these; compiled where there is none yet. Values of inputs
     /// that decide shapes are constants in it, and not inputs.
     ///
     /// # Errors
     /// When an input is missing or unknown, and where the model cannot be compiled for these
-    /// shapes.
+    /// shapes: where they hang on data that it computes, [`run_with`](Self::run_with) runs it.
     pub fn executable(&self, inputs: &[(&str, TensorView<'_>)]) -> Result<E> {
         let ordered = self.ordered(inputs)?;
-        let shaped = with_shapes(&self.0.compiler, &ordered);
+        let (compiler, deciding) = self.compiler_for(&ordered)?;
+        Ok(self.stage(&compiler, &ordered, deciding)?.0)
+    }
+
+    /// The compiler for tensors like these, and what decides shapes.
+    fn compiler_for(&self, ordered: &[(&str, TensorView<'_>)]) -> Result<(Compiler, &Deciding)> {
+        let shaped = with_shapes(&self.0.compiler, ordered);
         let deciding = match self.0.deciding.get() {
             Some(deciding) => deciding,
             None => {
-                let found = deciding(&shaped, &self.0.model, &ordered)?;
+                let found = deciding(&shaped, &self.0.model, ordered)?;
                 self.0.deciding.get_or_init(|| found)
             }
         };
-        let key = key(&ordered, deciding);
+        Ok((with_values(&shaped, ordered, &deciding.inputs), deciding))
+    }
+
+    /// What is compiled for tensors like these after what the compiler knows.
+    fn stage(
+        &self,
+        compiler: &Compiler,
+        ordered: &[(&str, TensorView<'_>)],
+        deciding: &Deciding,
+    ) -> Result<Kept<E>> {
+        let key = (key(ordered, &deciding.inputs), compiler.known.clone());
         if let Some(known) = self.known(&key) {
             return Ok(known);
         }
-        let compiler = with_values(&shaped, &ordered, deciding);
-        Ok(self.keep(key, (self.0.compile)(&compiler, &self.0.model)?))
+        let model = &self.0.model;
+        let later = match compiler.known {
+            Some(_) => compiler.stage(model)?.1.map(Arc::new),
+            None => None,
+        };
+        Ok(self.keep(key, ((self.0.compile)(compiler, model)?, later)))
     }
 
     /// Bytes that the specialisations that are kept take together.
     pub fn kept_bytes(&self) -> usize {
         let kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.iter().map(|(_, known)| (self.0.bytes)(known)).sum()
+        kept.iter().map(|(_, known)| (self.0.bytes)(&known.0)).sum()
     }
 
     /// How many specialisations are kept.
@@ -143,26 +208,26 @@ impl<E: Clone> OnDemand<E> {
         }
     }
 
-    fn known(&self, key: &Key) -> Option<E> {
+    fn known(&self, key: &Key) -> Option<Kept<E>> {
         let mut kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let at = kept.iter().position(|(known, _)| known == key)?;
         let entry = kept.remove(at);
-        let executable = entry.1.clone();
+        let found = entry.1.clone();
         kept.push(entry);
-        Some(executable)
+        Some(found)
     }
 
-    fn keep(&self, key: Key, executable: E) -> E {
+    fn keep(&self, key: Key, made: Kept<E>) -> Kept<E> {
         let mut kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
         // Another thread may have compiled the same meanwhile.
         kept.retain(|(known, _)| *known != key);
-        kept.push((key, executable.clone()));
+        kept.push((key, made.clone()));
         // The one unused for longest goes first; the new one stays whatever its size.
-        let mut bytes: usize = kept.iter().map(|(_, known)| (self.0.bytes)(known)).sum();
+        let mut bytes: usize = kept.iter().map(|(_, known)| (self.0.bytes)(&known.0)).sum();
         while bytes > self.0.compiler.kept_bytes && kept.len() > 1 {
-            bytes -= (self.0.bytes)(&kept.remove(0).1);
+            bytes -= (self.0.bytes)(&kept.remove(0).1.0);
         }
-        executable
+        made
     }
 }
 
@@ -191,14 +256,15 @@ impl Compiler {
     }
 
     /// The compiler for tensors like these: their shapes settle dims, and the values that decide
-    /// other shapes become constants.
+    /// other shapes become constants. It knows whether the model then
+    /// [needs stages](Self::needs_stages).
     ///
     /// # Errors
     /// When a shape does not fit the model, or the model cannot be read.
     pub fn for_inputs(&self, model: &Model, inputs: &[(&str, TensorView<'_>)]) -> Result<Compiler> {
         let shaped = with_shapes(self, inputs);
-        let deciding = deciding(&shaped, model, inputs)?;
-        Ok(with_values(&shaped, inputs, &deciding))
+        let Deciding { inputs: names, staged } = deciding(&shaped, model, inputs)?;
+        Ok(Compiler { staged, ..with_values(&shaped, inputs, &names) })
     }
 }
 
@@ -220,32 +286,32 @@ fn with_values(
     })
 }
 
-/// The inputs whose values must be known to know all shapes: few, since every new value of theirs
-/// is a new compilation.
+/// The inputs whose values must be known to know all shapes that hang on inputs alone: few, since
+/// every new value of theirs is a new compilation.
 fn deciding(
     compiler: &Compiler,
     model: &Model,
     inputs: &[(&str, TensorView<'_>)],
-) -> Result<Vec<String>> {
+) -> Result<Deciding> {
+    // What a compiler has to ask for before it can go on.
+    let asks = |compiler: &Compiler| -> Result<_> {
+        let (_, later) = compiler.after(Known::default()).stage(model)?;
+        Ok(later.map_or(Vec::new(), |later| later.keys()))
+    };
     let may = inputs.iter().filter(|(_, view)| may_decide_shapes(view));
     let mut names: Vec<String> = may.map(|(name, _)| name.to_string()).collect();
-    if names.is_empty() {
-        return Ok(names);
+    let without = asks(compiler)?;
+    if without.is_empty() || names.is_empty() {
+        return Ok(Deciding { inputs: Vec::new(), staged: !without.is_empty() });
     }
-    let needs_value = |e: &Error| e.diagnostics.iter().any(|d| d.code == onnx::NEEDS_VALUE);
-    match compiler.graph(model) {
-        Ok(_) => return Ok(Vec::new()),
-        Err(error) if !needs_value(&error) => return Err(error),
-        Err(_) => {}
-    }
-    with_values(compiler, inputs, &names).graph(model)?;
+    let fewest = asks(&with_values(compiler, inputs, &names))?;
     for name in names.clone() {
         let fewer: Vec<String> = names.iter().filter(|n| **n != name).cloned().collect();
-        if with_values(compiler, inputs, &fewer).graph(model).is_ok() {
+        if asks(&with_values(compiler, inputs, &fewer)).is_ok_and(|asked| asked == fewest) {
             names = fewer;
         }
     }
-    Ok(names)
+    Ok(Deciding { inputs: names, staged: !fewest.is_empty() })
 }
 
 fn usage(diagnostic: Diagnostic) -> Error {
@@ -258,7 +324,7 @@ fn may_decide_shapes(view: &TensorView<'_>) -> bool {
     whole && view.shape.iter().product::<usize>() <= SHAPE_ELEMENTS
 }
 
-fn key(inputs: &[(&str, TensorView<'_>)], deciding: &[String]) -> Key {
+fn key(inputs: &[(&str, TensorView<'_>)], deciding: &[String]) -> Shapes {
     let entry = |(name, view): &(&str, TensorView<'_>)| {
         let decides = deciding.iter().any(|n| n == name);
         (view.shape.to_vec(), decides.then(|| view.bytes.to_vec()))

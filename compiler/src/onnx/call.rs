@@ -2,9 +2,11 @@
 //! An attribute that nobody reads is an error, so that none is ignored in silence.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
-use kiln_runtime::tensor::DType;
+use kiln_runtime::tensor::{DType, Tensor};
 
+use super::asks::Asks;
 use super::proto::{AttributeProto, NodeProto};
 use super::tensor::Files;
 use crate::error::Diagnostic;
@@ -25,6 +27,7 @@ pub struct Call<'a> {
     /// Origin of all nodes that are added.
     pub origin: Origin,
     files: &'a mut Files,
+    asks: RefCell<&'a mut Asks>,
     node: &'a NodeProto,
     inputs: Vec<Option<NodeId>>,
     read: RefCell<Vec<bool>>,
@@ -33,15 +36,15 @@ pub struct Call<'a> {
 impl<'a> Call<'a> {
     /// A call of a node.
     pub fn new(
-        graph: &'a mut Graph,
-        files: &'a mut Files,
+        (graph, files, asks): (&'a mut Graph, &'a mut Files, &'a mut Asks),
         node: &'a NodeProto,
         inputs: Vec<Option<NodeId>>,
         opset: i64,
         name: &str,
     ) -> Call<'a> {
         let read = RefCell::new(vec![false; node.attribute.len()]);
-        Call { graph, opset, origin: Origin::from(name), files, node, inputs, read }
+        let asks = RefCell::new(asks);
+        Call { graph, opset, origin: Origin::from(name), files, asks, node, inputs, read }
     }
 
     /// Operator type.
@@ -83,14 +86,39 @@ impl<'a> Call<'a> {
     /// The integers of an operand that decides shapes; absent is `None`.
     pub fn ints_input(&self, index: usize) -> Result<Option<Vec<i64>>, Diagnostic> {
         let Some(id) = self.optional(index) else { return Ok(None) };
-        let known = self.graph.value(id).and_then(|v| v.as_i64s());
+        let known = self.asked(id).and_then(|v| v.as_i64s());
         known.map(Some).ok_or_else(|| self.not_known(index, id))
     }
 
     /// The value of an operand that decides shapes.
     pub fn known_input(&self, index: usize) -> Result<Value, Diagnostic> {
         let id = self.input(index)?;
-        self.graph.value(id).ok_or_else(|| self.not_known(index, id))
+        self.asked(id).ok_or_else(|| self.not_known(index, id))
+    }
+
+    /// A value that decides shapes. Where it is not known, the model asks for it.
+    fn asked(&self, id: NodeId) -> Option<Value> {
+        self.asks.borrow_mut().value(self.graph, id)
+    }
+
+    /// The results of a function of operands: computed now where these are known, else between the
+    /// stages of the model.
+    pub fn computed(
+        &mut self,
+        operands: &[usize],
+        compute: impl Fn(&[Value]) -> Result<Vec<Tensor>, Diagnostic> + Send + Sync + 'static,
+    ) -> Result<Vec<NodeId>, Diagnostic> {
+        let ids: Vec<NodeId> = operands.iter().map(|&i| self.input(i)).collect::<Result<_, _>>()?;
+        let known: Option<Vec<Value>> = ids.iter().map(|&id| self.graph.value(id)).collect();
+        if let Some(values) = known {
+            let results = compute(&values)?;
+            return Ok(results.iter().map(|r| self.graph.tensor(r, &self.origin)).collect());
+        }
+        let (node, op, opset) = (self.origin.clone(), self.op().to_string(), self.opset);
+        let named = move |d: Diagnostic| d.node(node.as_ref()).op(op.clone(), opset);
+        let compute = Arc::new(move |values: &[Value]| compute(values).map_err(&named));
+        let results = self.asks.borrow_mut().results(&ids, compute);
+        results.ok_or_else(|| self.not_known(operands[0], ids[0]))
     }
 
     fn not_known(&self, index: usize, id: NodeId) -> Diagnostic {
@@ -99,7 +127,10 @@ impl<'a> Call<'a> {
             format!("operand {index} decides a shape and is not known"),
         )
         .found(format!("a value that the model computes ({})", self.graph.node(id).origin))
-        .help("shapes must follow from the model's input shapes: export with static shapes")
+        .help(
+            "`kiln run`, and `on_demand` in process, compile such a model in stages; for one file \
+             shapes must follow from the shapes of inputs",
+        )
     }
 
     fn attribute(&self, name: &str) -> Option<&'a AttributeProto> {

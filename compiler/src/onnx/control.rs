@@ -144,9 +144,9 @@ impl Import<'_> {
         if self.room(&ty) { Ok(id) } else { Err(None) }
     }
 
-    /// A number that is known.
-    fn number(&self, id: NodeId) -> Option<f64> {
-        self.graph.value(id).and_then(|v| v.as_f64s().first().copied())
+    /// A number that decides what there is to compute. Where it is not known, it is asked for.
+    fn number(&mut self, id: NodeId) -> Option<f64> {
+        self.asks.value(&self.graph, id).and_then(|v| v.as_f64s().first().copied())
     }
 
     /// The outputs of a graph within a node, for these inputs. Its names are its own.
@@ -239,8 +239,8 @@ impl Import<'_> {
 fn choice(import: &mut Import, site: &Site) -> Made {
     let condition = site.input(0)?;
     let (yes, no) = (site.graph("then_branch")?, site.graph("else_branch")?);
-    let known = import.number(condition).map(|c| c != 0.0);
-    if let Some(holds) = known {
+    let known = import.graph.value(condition).and_then(|v| v.as_f64s().first().copied());
+    if let Some(holds) = known.map(|c| c != 0.0) {
         let outputs = import.within(if holds { yes } else { no }, &[])?;
         return Ok(outputs.into_iter().map(Held::Tensor).collect());
     }
@@ -248,7 +248,10 @@ fn choice(import: &mut Import, site: &Site) -> Made {
     let same =
         |import: &Import, (x, y): (&NodeId, &NodeId)| import.graph.ty(*x) == import.graph.ty(*y);
     if yes.len() != no.len() || !yes.iter().zip(&no).all(|pair| same(import, pair)) {
-        return Err(not_known("which of two graphs with results of other types is meant"));
+        let what = "which of two graphs with results of other types is meant";
+        let holds = import.number(condition).ok_or_else(|| not_known(what))? != 0.0;
+        let outputs = if holds { yes } else { no };
+        return Ok(outputs.into_iter().map(Held::Tensor).collect());
     }
     let mut outputs = Vec::new();
     for (&x, &y) in yes.iter().zip(&no) {
@@ -308,8 +311,8 @@ fn repetition(import: &mut Import, site: &Site) -> Made {
 fn flex_attention(import: &mut Import, site: &Site) -> Made {
     let before = import.graph.nodes.len();
     let (inputs, origin) = (site.inputs.clone(), &site.origin);
-    let mut call =
-        Call::new(&mut import.graph, &mut import.files, site.node, inputs, 1, origin.as_ref());
+    let state = (&mut import.graph, &mut import.files, &mut import.asks);
+    let mut call = Call::new(state, site.node, inputs, 1, origin.as_ref());
     let (scores, values, dtype) = flexible(&mut call).map_err(Some)?;
     import.all_fit(before)?;
     let scores = changed(import, site, "score_mod", scores)?;

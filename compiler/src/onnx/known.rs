@@ -1,5 +1,5 @@
-//! Operators whose results are as large as data say: they are computed where the data are known
-//! when the model is imported.
+//! Operators whose results are as large as data say. They are computed by the importer where the
+//! data are known, else between two stages of the model.
 
 use std::cmp::Ordering;
 
@@ -7,7 +7,8 @@ use kiln_runtime::tensor::Tensor;
 
 use super::call::{Call, Outputs, not_supported, one};
 use crate::error::Diagnostic;
-use crate::graph::op::Op;
+use crate::graph::eval::Value;
+use crate::graph::op::{Op, Shape};
 use crate::graph::scalar::Number;
 
 /// Pairs of boxes that the importer compares at most, and classes of images that it goes through.
@@ -36,20 +37,44 @@ fn shared(a: &Box2, b: &Box2) -> f32 {
     down * across / (area(a) + area(b) - down * across)
 }
 
-/// The number that an operand is known to be; none where it is absent or empty.
-fn known_number(call: &Call, index: usize) -> Result<Option<f64>, Diagnostic> {
-    match call.optional(index) {
-        Some(_) => Ok(call.known_input(index)?.as_f64s().first().copied()),
-        None => Ok(None),
-    }
+/// What `NonMaxSuppression` is told.
+#[derive(Clone, Copy)]
+struct Suppression {
+    /// Whether boxes are middles and sizes.
+    centred: bool,
+    /// Boxes of a class at most.
+    most: usize,
+    /// How much a box may share with one taken before.
+    limit: f32,
+    /// Scores must be above that.
+    least: Option<f64>,
+}
+
+/// The number that an operand is; none where it is absent or empty.
+fn number(values: &[Value], at: Option<usize>) -> Option<f64> {
+    values[at?].as_f64s().first().copied()
 }
 
 /// The boxes of each class from the highest score down that share little with those taken before.
 pub(super) fn non_max_suppression(call: &mut Call) -> Outputs {
     let centred = call.int_or("center_point_box", 0) != 0;
-    let (boxes, scores) = (call.known_input(0)?, call.known_input(1)?);
-    let most = known_number(call, 2)?.unwrap_or(0.0).max(0.0) as usize;
-    let (limit, least) = (known_number(call, 3)?.unwrap_or(0.0), known_number(call, 4)?);
+    let operands: Vec<usize> = (0..5).filter(|&i| i < 2 || call.optional(i).is_some()).collect();
+    let at = [2, 3, 4].map(|i| operands.iter().position(|&operand| operand == i));
+    let found = call.computed(&operands, move |values| {
+        let told = Suppression {
+            centred,
+            most: number(values, at[0]).unwrap_or(0.0).max(0.0) as usize,
+            limit: number(values, at[1]).unwrap_or(0.0) as f32,
+            least: number(values, at[2]),
+        };
+        suppressed(&values[0], &values[1], told)
+    })?;
+    one(found[0])
+}
+
+/// Image, class and box of all that are taken, as `[count, 3]`.
+fn suppressed(boxes: &Value, scores: &Value, told: Suppression) -> Result<Vec<Tensor>, Diagnostic> {
+    let Suppression { centred, most, limit, least } = told;
     let (bs, ss) = (&boxes.ty.shape, &scores.ty.shape);
     let ([images, count, 4], [batch, classes, of_each]) = (&bs[..], &ss[..]) else {
         return Err(not_supported(format!("boxes {bs:?} with scores {ss:?}")));
@@ -76,7 +101,7 @@ pub(super) fn non_max_suppression(call: &mut Call) -> Outputs {
                 if taken.len() == most {
                     break;
                 }
-                let apart = |&j: &usize| shared(&boxes[i], &boxes[j]) <= limit as f32;
+                let apart = |&j: &usize| shared(&boxes[i], &boxes[j]) <= limit;
                 if taken.iter().all(apart) {
                     taken.push(i);
                     found.extend([image as i64, class as i64, i as i64]);
@@ -84,7 +109,48 @@ pub(super) fn non_max_suppression(call: &mut Call) -> Outputs {
             }
         }
     }
-    one(call.graph.i64s(&[found.len() / 3, 3], &found, &call.origin))
+    Ok(vec![Tensor::from_slice(&[found.len() / 3, 3], &found)])
+}
+
+/// Where elements are not 0, as `[rank, count]`.
+pub(super) fn non_zero(call: &mut Call) -> Outputs {
+    let places = |values: &[Value]| {
+        let (shape, numbers) = (&values[0].ty.shape, values[0].as_f64s());
+        let found: Vec<usize> = (0..numbers.len()).filter(|&i| numbers[i] != 0.0).collect();
+        let mut places = Vec::with_capacity(shape.len() * found.len());
+        for axis in 0..shape.len() {
+            let step: usize = shape[axis + 1..].iter().product();
+            places.extend(found.iter().map(|&i| (i / step % shape[axis]) as i64));
+        }
+        Ok(vec![Tensor::from_slice(&[shape.len(), found.len()], &places)])
+    };
+    one(call.computed(&[0], places)?[0])
+}
+
+/// The elements along an axis for which a condition holds.
+pub(super) fn compress(call: &mut Call) -> Outputs {
+    let mut x = call.input(0)?;
+    let mut shape = call.shape(x);
+    let axis = match call.int("axis") {
+        Some(axis) => call.axis(axis, shape.len())?,
+        None => {
+            shape = Shape::from_elem(shape.iter().product(), 1);
+            x = call.graph.reshape(x, &shape, &call.origin)?;
+            0
+        }
+    };
+    let extent = shape[axis];
+    let chosen = move |values: &[Value]| {
+        let holds = values[0].as_f64s();
+        let chosen = (0..holds.len().min(extent)).filter(|&i| holds[i] != 0.0);
+        let chosen: Vec<i64> = chosen.map(|i| i as i64).collect();
+        Ok(vec![Tensor::from_slice(&[chosen.len()], &chosen)])
+    };
+    let index = call.computed(&[1], chosen)?[0];
+    if call.shape(index)[0] == 0 {
+        return one(call.cut(x, axis, (0, 1, 0))?);
+    }
+    one(call.graph.add(Op::Gather(axis as u8), &[x, index], &call.origin)?)
 }
 
 /// The order of numbers of one dtype; what is no number comes last, and is the same as another.
@@ -104,30 +170,42 @@ fn order(a: Number, b: Number) -> Ordering {
 /// each, which of them each slice is, and how often each is there.
 pub(super) fn unique(call: &mut Call) -> Outputs {
     let sorted = call.int_or("sorted", 1) != 0;
-    let value = call.known_input(0)?;
     let mut x = call.input(0)?;
-    let mut shape = value.ty.shape.to_vec();
+    let mut shape = call.shape(x);
     let axis = match call.int("axis") {
         Some(axis) => call.axis(axis, shape.len())?,
         None => {
-            shape = vec![value.ty.numel()];
+            shape = Shape::from_elem(shape.iter().product(), 1);
             x = call.graph.reshape(x, &shape, &call.origin)?;
             0
         }
     };
     // Other axes may be as long as they like there.
-    if value.ty.numel() == 0 && shape.len() > 1 {
+    if call.ty(x).numel() == 0 && shape.len() > 1 {
         return Err(not_supported(format!(
             "slices without elements, along axis {axis} of {shape:?}"
         )));
     }
+    let found =
+        call.computed(&[0], move |values| Ok(groups(&values[0], &shape, axis, sorted)))?;
+    let index = found[0];
+    let y = match call.shape(index)[0] {
+        0 => call.cut(x, axis, (0, 1, 0))?,
+        _ => call.graph.add(Op::Gather(axis as u8), &[x, index], &call.origin)?,
+    };
+    Ok([y].into_iter().chain(found).map(Some).collect())
+}
+
+/// Groups of equal slices along an axis of a value of that shape: the first place of each, which of
+/// them each slice is in, and how many slices each has.
+fn groups(value: &Value, shape: &[usize], axis: usize, sorted: bool) -> Vec<Tensor> {
     let (count, inner) = (shape[axis], shape[axis + 1..].iter().product::<usize>());
     let outer: usize = shape[..axis].iter().product();
     // The elements of a slice, in order.
     let at = |i: usize, k: usize| value.data.get((k / inner * count + i) * inner + k % inner);
     let compare = |a: usize, b: usize| {
-        let parts = (0..outer * inner).map(|k| order(at(a, k), at(b, k)));
-        parts.fold(Ordering::Equal, Ordering::then)
+        let mut parts = (0..outer * inner).map(|k| order(at(a, k), at(b, k)));
+        parts.find(|part| part.is_ne()).unwrap_or(Ordering::Equal)
     };
     let mut places: Vec<usize> = (0..count).collect();
     places.sort_by(|&a, &b| compare(a, b));
@@ -148,16 +226,7 @@ pub(super) fn unique(call: &mut Call) -> Outputs {
         group.iter().for_each(|&place| inverse[place] = number as i64);
     }
     let counts: Vec<i64> = groups.iter().map(|group| group.len() as i64).collect();
-    let (g, o) = (&mut *call.graph, &call.origin);
-    let y = match first.is_empty() {
-        true => x,
-        false => {
-            let index = g.i64s(&[first.len()], &first, o);
-            g.add(Op::Gather(axis as u8), &[x, index], o)?
-        }
-    };
-    let mut list = |values: &[i64]| Some(g.tensor(&Tensor::from_slice(&[values.len()], values), o));
-    Ok(vec![Some(y), list(&first), list(&inverse), list(&counts)])
+    [first, inverse, counts].map(|list| Tensor::from_slice(&[list.len()], &list)).to_vec()
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! ONNX models into graphs. Every operator is a function over graph operations; `table` has one
 //! line for each. All problems of a model are reported at once.
 
+mod asks;
 pub mod attention;
 pub mod call;
 pub mod contraction;
@@ -33,6 +34,7 @@ mod trees;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use kiln_runtime::plan::PlanDim;
@@ -43,6 +45,8 @@ use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::graph::op::{Shape, Type};
 use crate::graph::{Graph, NodeId, Origin};
 use crate::ranges::in_use;
+use asks::Asks;
+pub use asks::{Known, Later};
 use call::Call;
 use proto::tensor_shape_proto::{Dimension, dimension::Value as DimensionValue};
 use proto::{ModelProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
@@ -85,10 +89,24 @@ pub struct ImportOptions {
     pub values: Vec<(String, kiln_runtime::tensor::Tensor)>,
     /// Dims that `dims` gives the greatest length of: runs decide theirs.
     pub ranges: Vec<PlanDim>,
+    /// What earlier stages have made, where the model may be compiled in stages.
+    pub known: Option<Arc<Known>>,
 }
 
 /// Reads a model. Weights stay slices of `bytes`.
+///
+/// # Errors
+/// All problems of the model, at once.
 pub fn import(bytes: Bytes, options: &ImportOptions) -> Result<Graph> {
+    Ok(import_stage(bytes, options)?.0)
+}
+
+/// The same of what can be compiled without data that the model computes: with what follows, where
+/// that is not all, and options allow for stages.
+///
+/// # Errors
+/// All problems of the model, at once.
+pub fn import_stage(bytes: Bytes, options: &ImportOptions) -> Result<(Graph, Option<Later>)> {
     let model = ModelProto::decode(bytes).map_err(|e| {
         let diagnostic = Diagnostic::new("K0101", "the file is not an ONNX model")
             .found(e.to_string())
@@ -108,10 +126,11 @@ pub fn import(bytes: Bytes, options: &ImportOptions) -> Result<Graph> {
         depth: 0,
         options,
         files: Files::new(options.folder.as_deref()),
+        asks: Asks::new(options.known.clone()),
     };
-    import.model(&model);
+    let later = import.model(&model);
     if import.problems.is_empty() {
-        return Ok(import.graph);
+        return Ok((import.graph, later));
     }
     let kind = if import.limited { ErrorKind::Limit } else { ErrorKind::Model };
     Err(Error { kind, diagnostics: import.problems })
@@ -146,10 +165,12 @@ struct Import<'a> {
     depth: usize,
     options: &'a ImportOptions,
     files: Files,
+    asks: Asks,
 }
 
 impl Import<'_> {
-    fn model(&mut self, model: &ModelProto) {
+    /// The whole model, or what of it can be compiled now and what follows.
+    fn model(&mut self, model: &ModelProto) -> Option<Later> {
         for opset in &model.opset_import {
             let domain = normal_domain(opset.domain.as_deref().unwrap_or(""));
             self.opsets.insert(domain.to_string(), opset.version.unwrap_or(1));
@@ -159,16 +180,16 @@ impl Import<'_> {
                 Diagnostic::new("K0102", "the model has no graph")
                     .help("a .onnx file, complete: was a download cut off?"),
             );
-            return;
+            return None;
         };
         if self.opsets.is_empty() {
             self.problems.push(Diagnostic::new("K0102", "the model names no opset"));
-            return;
+            return None;
         }
         if graph.node.len() > self.options.limits.nodes {
             let limit = self.options.limits.nodes.to_string();
             self.limit("nodes", limit, graph.node.len().to_string(), "--max-nodes raises it");
-            return;
+            return None;
         }
         self.nodes = graph.node.len();
         self.constants(&graph.initializer);
@@ -179,11 +200,16 @@ impl Import<'_> {
                 self.values.insert(name, value.into());
             }
         }
-        for node in &graph.node {
-            self.node(node);
+        self.shelves();
+        for (number, node) in graph.node.iter().enumerate() {
+            self.node_in_stage(number, node);
             if self.limited {
-                return;
+                return None;
             }
+        }
+        let later = self.later(graph);
+        if later.is_some() {
+            return later;
         }
         for output in &graph.output {
             let name = output.name.clone().unwrap_or_default();
@@ -201,6 +227,7 @@ impl Import<'_> {
                 ),
             }
         }
+        None
     }
 
     fn constants(&mut self, tensors: &[TensorProto]) {
@@ -368,6 +395,9 @@ impl Import<'_> {
             if output.is_empty() {
                 continue;
             }
+            if self.is_made(output) && self.depth == 0 {
+                continue;
+            }
             let value = results.get(i).cloned().unwrap_or(Held::Refused);
             if !results.is_empty() && matches!(value, Held::Refused) {
                 self.problems.push(
@@ -429,7 +459,8 @@ impl Import<'_> {
             return made.map_err(|problem| problem.map(|d| d.node(name).op(op, opset)));
         };
         let before = self.graph.nodes.len();
-        let mut call = Call::new(&mut self.graph, &mut self.files, node, inputs, opset, name);
+        let state = (&mut self.graph, &mut self.files, &mut self.asks);
+        let mut call = Call::new(state, node, inputs, opset, name);
         let outputs = (entry.import)(&mut call);
         let unread = call.unread();
         let outputs = outputs.map_err(|d| Some(d.node(name).op(op, opset)))?;

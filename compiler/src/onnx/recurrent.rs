@@ -318,11 +318,9 @@ fn layer(call: &mut Call, kind: Kind) -> Outputs {
     }
     let sizes = sizes(call, kind, &call.shape(x))?;
     let Sizes { steps, batch, hidden, directions, .. } = sizes;
-    if let Some(lengths) = call.optional(4) {
-        let known = call.graph.value(lengths).and_then(|v| v.as_i64s());
-        if known.is_none_or(|v| v.iter().any(|&n| n != steps as i64)) {
-            return Err(not_supported("sequences of different lengths"));
-        }
+    let lengths = call.ints_input(4)?;
+    if lengths.is_some_and(|lengths| lengths.iter().any(|&n| n != steps as i64)) {
+        return Err(not_supported("sequences of different lengths"));
     }
     let mut rows = vec![Vec::new(); steps];
     let mut states: Vec<Vec<NodeId>> = vec![Vec::new(); 2];

@@ -185,13 +185,7 @@ fn floats(call: &Call, index: usize) -> Result<Option<Vec<f64>>, Diagnostic> {
     if call.ty(id).numel() == 0 {
         return Ok(None);
     }
-    let value = call.graph.value(id).ok_or_else(|| {
-        Diagnostic::new(
-            super::NEEDS_VALUE,
-            format!("operand {index} decides a shape and is not known"),
-        )
-        .help("shapes must follow from the model's input shapes: export with static shapes")
-    })?;
+    let value = call.known_input(index)?;
     Ok(Some(value.as_f64s()))
 }
 

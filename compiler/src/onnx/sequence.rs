@@ -45,12 +45,12 @@ fn all(values: Vec<NodeId>) -> Made {
 }
 
 /// The numbers of an operand, which decide how long sequences are.
-fn numbers(import: &Import, id: NodeId, what: &str) -> Refusable<Vec<i64>> {
-    import.graph.value(id).and_then(|v| v.as_i64s()).ok_or_else(|| not_known(what))
+fn numbers(import: &mut Import, id: NodeId, what: &str) -> Refusable<Vec<i64>> {
+    import.asks.value(&import.graph, id).and_then(|v| v.as_i64s()).ok_or_else(|| not_known(what))
 }
 
 /// A place in a sequence of so many, where the operand says one; it may count from the end.
-fn place(import: &Import, site: &Site, operand: usize, count: usize) -> Refusable<Option<usize>> {
+fn place(import: &mut Import, site: &Site, operand: usize, count: usize) -> Refusable<Option<usize>> {
     let Some(id) = site.inputs.get(operand).copied().flatten() else { return Ok(None) };
     let given = numbers(import, id, "a place in a sequence")?;
     let [given] = given[..] else {
@@ -161,7 +161,7 @@ fn split(import: &mut Import, site: &Site) -> Made {
 }
 
 /// The lengths of pieces: a list, or one number, which the last piece may fall short of.
-fn lengths(import: &Import, by: NodeId, extent: usize) -> Refusable<Vec<usize>> {
+fn lengths(import: &mut Import, by: NodeId, extent: usize) -> Refusable<Vec<usize>> {
     let given = numbers(import, by, "how an axis is cut")?;
     let list: Option<Vec<usize>> = given.iter().map(|&n| usize::try_from(n).ok()).collect();
     let misfit = || Some(not_supported(format!("pieces of {given:?} of {extent}")));

@@ -495,9 +495,8 @@ pub(super) fn constant_of_shape(call: &mut Call) -> Outputs {
 pub(super) fn range(call: &mut Call) -> Outputs {
     let values: Vec<f64> = (0..3)
         .map(|i| {
-            let id = call.input(i)?;
-            let known = call.graph.value(id).and_then(|v| v.as_f64s().first().copied());
-            known.ok_or_else(|| not_supported("a range with bounds that the model computes"))
+            let first = call.known_input(i)?.as_f64s().first().copied();
+            first.ok_or_else(|| not_supported("a range with bounds that are no numbers"))
         })
         .collect::<Result<_, _>>()?;
     let first = call.input(0)?;

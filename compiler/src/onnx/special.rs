@@ -293,50 +293,13 @@ pub(super) fn det(call: &mut Call) -> Outputs {
     one(call.graph.reshape(product, &ty.shape[..lead], &call.origin)?)
 }
 
-/// Where elements of a known value are not 0, as `[rank, count]`.
-pub(super) fn non_zero(call: &mut Call) -> Outputs {
-    let value = call.known_input(0)?;
-    let (shape, numbers) = (value.ty.shape.clone(), value.as_f64s());
-    let found: Vec<usize> = (0..numbers.len()).filter(|&i| numbers[i] != 0.0).collect();
-    let mut places = Vec::with_capacity(shape.len() * found.len());
-    for axis in 0..shape.len() {
-        let step: usize = shape[axis + 1..].iter().product();
-        places.extend(found.iter().map(|&i| (i / step % shape[axis]) as i64));
-    }
-    one(call.graph.i64s(&[shape.len(), found.len()], &places, &call.origin))
-}
-
-/// The elements along an axis for which a known condition holds.
-pub(super) fn compress(call: &mut Call) -> Outputs {
-    let x = call.input(0)?;
-    let condition = call.known_input(1)?.as_f64s();
-    let mut shape = call.shape(x);
-    let (mut x, axis) = match call.int("axis") {
-        Some(axis) => (x, call.axis(axis, shape.len())?),
-        None => {
-            shape = Shape::from_elem(shape.iter().product(), 1);
-            (call.graph.reshape(x, &shape, &call.origin)?, 0)
-        }
-    };
-    let chosen = (0..condition.len().min(shape[axis])).filter(|&i| condition[i] != 0.0);
-    let chosen: Vec<i64> = chosen.map(|i| i as i64).collect();
-    if chosen.is_empty() {
-        return one(call.cut(x, axis, (0, 1, 0))?);
-    }
-    let (g, o) = (&mut *call.graph, &call.origin);
-    let index = g.i64s(&[chosen.len()], &chosen, o);
-    x = g.add(Op::Gather(axis as u8), &[x, index], o)?;
-    one(x)
-}
-
 /// One value at the place that an index names along a new axis, another elsewhere.
 pub(super) fn one_hot(call: &mut Call) -> Outputs {
     let (index, values) = (call.input(0)?, call.input(2)?);
-    let depth = call.input(1)?;
-    let depth = call.graph.value(depth).and_then(|v| v.as_f64s().first().copied());
+    let depth = call.known_input(1)?.as_f64s().first().copied();
     let depth = depth
         .filter(|d| (0.0..2f64.powi(31)).contains(d))
-        .ok_or_else(|| not_supported("a depth that is not known or no extent"))?;
+        .ok_or_else(|| not_supported("a depth that is no extent"))?;
     let mut shape = call.shape(index);
     let axis = call.axis(call.int_or("axis", -1), shape.len() + 1)?;
     shape.insert(axis, 1);

@@ -12,6 +12,7 @@ use kiln::onnx::proto::{GraphProto, ModelProto, ValueInfoProto};
 use kiln::onnx::tensor_type;
 use kiln::onnx::{ImportOptions, import};
 use kiln::tensor::Tensor;
+use kiln::{Limits, Model};
 use prost::Message;
 
 use crate::cases::{Case, folders, name_of, read, read_case};
@@ -78,6 +79,10 @@ pub struct Given {
     pub outputs: Vec<Tensor>,
     /// Names of all inputs of the model, of which some may be constants of the graph.
     pub names: Vec<String>,
+    /// The model.
+    pub model: Model,
+    /// Tensors for all of its inputs.
+    pub all: Vec<Tensor>,
 }
 
 /// Reads the case of a folder, or says why it cannot be run.
@@ -98,7 +103,8 @@ pub fn given(folder: &Path) -> Result<Given, String> {
     if !fits {
         return Err("the data does not have the shape of the input".into());
     }
-    Ok(Given { graph, inputs, outputs: case.outputs, names })
+    let model = Model::from_bytes(case.model, &Limits::default()).map_err(|e| reason(&e))?;
+    Ok(Given { graph, inputs, outputs: case.outputs, names, model, all: case.inputs })
 }
 
 /// The folders of all cases, by name.

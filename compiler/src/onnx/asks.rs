@@ -1,0 +1,303 @@
+//! What the importer asks for where shapes hang on data that the model computes.
+//!
+//! A node that needs such data is put off, with all that hangs on it. What is left is a graph, the
+//! first stage: its outputs are the data that were asked for, and the values that later nodes read.
+//! Once it has run, the model is imported again with the answers, and so on until nothing is asked.
+//! An answer is a value where it decides a shape by itself; where it is a result of data, such as
+//! the indices of what is not zero, only its type is needed, and it is an input of the next stage.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::sync::Arc;
+
+use kiln_runtime::tensor::Tensor;
+
+use super::proto::{GraphProto, NodeProto};
+use super::{Held, Import};
+use crate::error::Diagnostic;
+use crate::graph::eval::Value;
+use crate::graph::op::{Op, Type};
+use crate::graph::{Graph, NodeId};
+
+/// Elements of a value that may decide a shape.
+const MOST: usize = 1 << 16;
+
+/// A node of the model, by its place in the list, and how often it has asked before.
+type Key = (usize, usize);
+
+/// A function of data, computed between two stages.
+pub type Compute = Arc<dyn Fn(&[Value]) -> Result<Vec<Tensor>, Diagnostic> + Send + Sync>;
+
+/// What earlier stages have made, as far as code hangs on it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Known {
+    /// Values of the model: several types are those of a sequence's elements.
+    made: Vec<(String, Shelf)>,
+    answers: Vec<(Key, Answer)>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Shelf {
+    Tensor(Type),
+    Sequence(Vec<Type>),
+}
+
+impl Shelf {
+    fn types(&self) -> &[Type] {
+        match self {
+            Shelf::Tensor(ty) => std::slice::from_ref(ty),
+            Shelf::Sequence(types) => types,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Answer {
+    /// The value that was asked for.
+    Value(Tensor),
+    /// Types of the results of a function.
+    Results(Vec<Type>),
+}
+
+/// A question that the first outputs of a stage answer.
+#[derive(Clone)]
+struct Asked {
+    key: Key,
+    operands: Vec<NodeId>,
+    compute: Option<Compute>,
+}
+
+/// What follows a stage: the questions that its outputs answer, in order, and the values of the
+/// model that are its other outputs.
+#[derive(Clone)]
+pub struct Later {
+    asked: Vec<Asked>,
+    crossing: Vec<(String, Shelf)>,
+}
+
+impl fmt::Debug for Later {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.keys()).finish()
+    }
+}
+
+impl Later {
+    /// Which questions are asked.
+    pub fn keys(&self) -> Vec<(usize, usize)> {
+        self.asked.iter().map(|asked| asked.key).collect()
+    }
+
+    /// What is known after the stage has given `outputs`, and the tensors that are new inputs of
+    /// the stages that follow.
+    ///
+    /// # Errors
+    /// Where a function refuses its data.
+    pub fn after(
+        &self,
+        known: &Known,
+        outputs: Vec<Tensor>,
+    ) -> Result<(Known, Vec<(String, Tensor)>), Diagnostic> {
+        let (mut known, mut tensors) = (known.clone(), Vec::new());
+        let mut outputs = outputs.into_iter();
+        for Asked { key, operands, compute } in &self.asked {
+            let given: Vec<Tensor> = outputs.by_ref().take(operands.len()).collect();
+            let answer = match compute {
+                None => Answer::Value(given.into_iter().next().unwrap_or_else(nothing)),
+                Some(compute) => {
+                    let values: Vec<Value> = given.iter().map(Value::from_tensor).collect();
+                    let results = compute(&values)?;
+                    let types = results.iter().map(|t| Type::new(t.dtype(), t.shape())).collect();
+                    let named = results.into_iter().enumerate();
+                    tensors.extend(named.map(|(i, tensor)| (result_name(*key, i), tensor)));
+                    Answer::Results(types)
+                }
+            };
+            known.answers.push((*key, answer));
+        }
+        for (name, shelf) in &self.crossing {
+            let names = port_names(name, shelf);
+            tensors.extend(names.into_iter().zip(outputs.by_ref()));
+            known.made.push((name.clone(), shelf.clone()));
+        }
+        Ok((known, tensors))
+    }
+}
+
+fn nothing() -> Tensor {
+    Tensor::from_slice::<i64>(&[0], &[])
+}
+
+/// The name of an input that is a result.
+fn result_name((node, count): Key, result: usize) -> String {
+    format!("result {node}.{count}.{result}")
+}
+
+/// Names of the inputs that hold a value of the model.
+fn port_names(name: &str, shelf: &Shelf) -> Vec<String> {
+    match shelf {
+        Shelf::Tensor(_) => vec![name.to_string()],
+        Shelf::Sequence(types) => (0..types.len()).map(|i| format!("{name}[{i}]")).collect(),
+    }
+}
+
+/// The questions of an import. Without earlier stages to know of, nothing can be asked.
+pub struct Asks {
+    known: Option<Arc<Known>>,
+    /// Inputs of the graph that hold results.
+    results: HashMap<Key, Vec<NodeId>>,
+    /// The node that is imported, and how often it has asked.
+    now: Key,
+    asked: Vec<Asked>,
+}
+
+impl Asks {
+    pub fn new(known: Option<Arc<Known>>) -> Asks {
+        Asks { known, results: HashMap::new(), now: (0, 0), asked: Vec::new() }
+    }
+
+    /// Whether the node has a question that is not answered. It has one at a time, so that its
+    /// questions have the same order in every stage.
+    fn waits(&self) -> bool {
+        self.asked.last().is_some_and(|asked| asked.key.0 == self.now.0)
+    }
+
+    fn ask(&mut self, operands: Vec<NodeId>, compute: Option<Compute>) {
+        self.asked.push(Asked { key: self.now, operands, compute });
+    }
+
+    /// A value that follows from constants or from an answer; else it is asked for.
+    pub fn value(&mut self, graph: &Graph, id: NodeId) -> Option<Value> {
+        if let Some(value) = graph.value(id) {
+            return Some(value);
+        }
+        let known = self.known.as_ref()?;
+        if self.waits() || graph.ty(id).numel() > MOST {
+            return None;
+        }
+        let answer = known.answers.iter().find(|(key, _)| *key == self.now);
+        match answer {
+            Some((_, Answer::Value(tensor))) => {
+                self.now.1 += 1;
+                Some(Value::from_tensor(tensor))
+            }
+            Some((_, Answer::Results(_))) => None,
+            None => {
+                self.ask(vec![id], None);
+                None
+            }
+        }
+    }
+
+    /// The results of a function of values that are not known, as inputs of the graph; else they
+    /// are asked for.
+    pub fn results(&mut self, operands: &[NodeId], compute: Compute) -> Option<Vec<NodeId>> {
+        self.known.as_ref()?;
+        if self.waits() {
+            return None;
+        }
+        if let Some(results) = self.results.get(&self.now) {
+            self.now.1 += 1;
+            return Some(results.clone());
+        }
+        self.ask(operands.to_vec(), Some(compute));
+        None
+    }
+}
+
+/// Names that nodes read, those of graphs within them too.
+fn names_read<'n>(node: &'n NodeProto, names: &mut HashSet<&'n str>) {
+    names.extend(node.input.iter().map(String::as_str));
+    let graphs = node.attribute.iter().flat_map(|a| a.g.as_deref().into_iter().chain(&a.graphs));
+    for graph in graphs {
+        graph.node.iter().for_each(|node| names_read(node, names));
+        names.extend(graph.output.iter().filter_map(|output| output.name.as_deref()));
+    }
+}
+
+impl Import<'_> {
+    /// Makes inputs of what earlier stages have made.
+    pub(super) fn shelves(&mut self) {
+        let Some(known) = self.asks.known.clone() else { return };
+        for (name, shelf) in &known.made {
+            let names = port_names(name, shelf);
+            let types = shelf.types().iter();
+            let ids = names.iter().zip(types).map(|(n, ty)| self.graph.input(n, ty.clone()));
+            let ids: Vec<NodeId> = ids.collect();
+            let held = match shelf {
+                Shelf::Tensor(_) => Held::Tensor(ids[0]),
+                Shelf::Sequence(_) => Held::Sequence(ids),
+            };
+            self.values.insert(name.clone(), held);
+        }
+        for (key, answer) in &known.answers {
+            let Answer::Results(types) = answer else { continue };
+            let named = types.iter().enumerate();
+            let ids = named.map(|(i, ty)| self.graph.input(&result_name(*key, i), ty.clone()));
+            let ids = ids.collect();
+            self.asks.results.insert(*key, ids);
+        }
+    }
+
+    /// Whether an earlier stage has made a value.
+    pub(super) fn is_made(&self, name: &str) -> bool {
+        let known = self.asks.known.as_ref();
+        known.is_some_and(|known| known.made.iter().any(|(made, _)| made == name))
+    }
+
+    /// A node of the model's own graph, unless its outputs are made already. It is put off where
+    /// all that is wrong is that it waits for an answer.
+    pub(super) fn node_in_stage(&mut self, number: usize, node: &NodeProto) {
+        let mut outputs = node.output.iter().filter(|name| !name.is_empty()).peekable();
+        if outputs.peek().is_some() && outputs.all(|name| self.is_made(name)) {
+            return;
+        }
+        self.asks.now = (number, 0);
+        let problems = self.problems.len();
+        self.node(node);
+        let new = &self.problems[problems..];
+        if self.asks.waits() && new.iter().all(|problem| problem.code == super::NEEDS_VALUE) {
+            self.problems.truncate(problems);
+        }
+    }
+
+    /// What follows this stage, whose outputs become what is asked for and what is read later;
+    /// none where everything is known.
+    pub(super) fn later(&mut self, model: &GraphProto) -> Option<Later> {
+        if self.asks.asked.is_empty() || !self.problems.is_empty() {
+            return None;
+        }
+        let put_off = |node: &&NodeProto| {
+            let held = |name: &String| matches!(self.values.get(name), Some(Held::Refused));
+            node.output.iter().any(held)
+        };
+        let mut read = HashSet::new();
+        model.node.iter().filter(put_off).for_each(|node| names_read(node, &mut read));
+        read.extend(model.output.iter().filter_map(|output| output.name.as_deref()));
+        let mut read: Vec<&str> = read.into_iter().collect();
+        read.sort_unstable();
+        let given = |id: NodeId| matches!(self.graph.node(id).op, Op::Input(_));
+        let (mut crossing, mut ids) = (Vec::new(), Vec::new());
+        for name in read {
+            let ty = |id: NodeId| self.graph.ty(id).clone();
+            match self.values.get(name) {
+                // What is known, and inputs, are there in every stage.
+                Some(Held::Tensor(id)) if given(*id) || self.graph.value(*id).is_some() => {}
+                Some(Held::Tensor(id)) => {
+                    crossing.push((name.to_string(), Shelf::Tensor(ty(*id))));
+                    ids.push(*id);
+                }
+                Some(Held::Sequence(all)) if !self.is_made(name) => {
+                    let types = all.iter().map(|&id| ty(id)).collect();
+                    crossing.push((name.to_string(), Shelf::Sequence(types)));
+                    ids.extend(all);
+                }
+                Some(Held::Sequence(_) | Held::Refused) | None => {}
+            }
+        }
+        let asked = std::mem::take(&mut self.asks.asked);
+        let operands = asked.iter().flat_map(|asked| asked.operands.clone());
+        let outputs = operands.chain(ids).enumerate();
+        self.graph.outputs = outputs.map(|(i, id)| (format!("value {i}"), id)).collect();
+        Some(Later { asked, crossing })
+    }
+}
