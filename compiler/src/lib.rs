@@ -271,8 +271,7 @@ impl Compiler {
     fn stage(&self, model: &Model) -> Result<(Graph, Option<Later>)> {
         let dims = model.settle(&self.shapes, &self.dims)?;
         let known = self.known.clone();
-        let (graph, later) =
-            model.import(&self.limits, dims, &self.shapes, &self.values, known)?;
+        let (graph, later) = model.import(&self.limits, dims, &self.shapes, &self.values, known)?;
         Ok((self.rounded(states::keep(graph, &self.states)?), later))
     }
 

@@ -312,9 +312,19 @@ impl Model {
         values: &[(String, Tensor)],
         known: Option<Arc<Known>>,
     ) -> Result<(Graph, Option<Later>)> {
-        let options = self.options(limits, dims, values);
-        let options = ImportOptions { shapes: shapes.to_vec(), known, ..options };
-        onnx::import_stage(self.bytes.clone(), &options)
+        let import = |known| {
+            let options = self.options(limits, dims.clone(), values);
+            let options = ImportOptions { shapes: shapes.to_vec(), known, ..options };
+            onnx::import_stage(self.bytes.clone(), &options)
+        };
+        let (graph, later) = import(known.clone())?;
+        let Some(known) = known.filter(|known| !known.dims().is_empty()) else {
+            return Ok((graph, later));
+        };
+        let longer = ranges::longer(known.dims());
+        let lengths: Vec<usize> = longer.iter().map(|(_, length)| *length).collect();
+        let longer = import(Some(Arc::new(known.lengthened(&lengths))))?.0;
+        Ok((ranges::prove(graph, &longer)?, later))
     }
 
     /// How the model is imported, where nothing is said of shapes and ranges.

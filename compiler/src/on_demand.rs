@@ -49,7 +49,12 @@ struct Shared<E> {
     deciding: OnceLock<Deciding>,
     /// The latest used last.
     kept: Mutex<Vec<(Key, Kept<E>)>>,
+    /// What cannot be compiled for any number of results of earlier stages, and why.
+    refused: Mutex<Vec<(Key, Error)>>,
 }
+
+/// How many of these are remembered.
+const REFUSED: usize = 256;
 
 /// Compiles a model for shapes that the compiler knows.
 type Compile<E> = dyn Fn(&Compiler, &Model) -> Result<E> + Send + Sync;
@@ -113,7 +118,7 @@ impl<E: Clone> OnDemand<E> {
             return run(&self.stage(&compiler, &ordered, deciding)?.0, &own);
         }
         let stage = |compiler: Compiler| Ok(self.stage(&compiler, &ordered, deciding)?);
-        let outputs = through(&compiler, &own, stage, |executable, tensors| {
+        let outputs = through((&compiler, false), &own, stage, |executable, tensors| {
             let outputs: std::result::Result<Named, X> = run(&executable, tensors);
             Ok::<_, X>(outputs?.into_iter().map(|(_, tensor)| tensor).collect())
         })?;
@@ -157,12 +162,33 @@ impl<E: Clone> OnDemand<E> {
         if let Some(known) = self.known(&key) {
             return Ok(known);
         }
+        let mut refused = self.0.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, why)) = refused.iter().find(|(known, _)| *known == key) {
+            return Err(why.clone());
+        }
+        drop(refused);
+        let made = self.compile(compiler);
+        let is_range = compiler.known.as_ref().is_some_and(|known| !known.dims().is_empty());
+        if let Err(why) = &made
+            && is_range
+        {
+            refused = self.0.refused.lock().unwrap_or_else(PoisonError::into_inner);
+            if refused.len() == REFUSED {
+                refused.remove(0);
+            }
+            refused.push((key, why.clone()));
+            return made;
+        }
+        Ok(self.keep(key, made?))
+    }
+
+    fn compile(&self, compiler: &Compiler) -> Result<Kept<E>> {
         let model = &self.0.model;
         let later = match compiler.known {
             Some(_) => compiler.stage(model)?.1.map(Arc::new),
             None => None,
         };
-        Ok(self.keep(key, ((self.0.compile)(compiler, model)?, later)))
+        Ok(((self.0.compile)(compiler, model)?, later))
     }
 
     /// Bytes that the specialisations that are kept take together.
@@ -252,6 +278,7 @@ impl Compiler {
             bytes,
             deciding: OnceLock::new(),
             kept: Mutex::default(),
+            refused: Mutex::default(),
         }))
     }
 

@@ -1,6 +1,7 @@
 //! Models for ranges of dims. A model is imported twice, for the most that its dims may be and for
 //! a little more: whatever number differs then hangs on a dim. Shapes may; a number that is
-//! computed with may not, because it would be that of the longest run in every run.
+//! computed with may not, because it would be that of the longest run in every run. That shapes
+//! hang on dims in proportion is looked after while the model is imported (`graph/lengths.rs`).
 
 use kiln_runtime::plan::PlanDim;
 
@@ -13,6 +14,10 @@ use crate::graph::{Constant, Graph, Node, NodeId};
 
 /// How much longer each dim is in the second import: no two alike.
 const STEPS: [usize; 16] = [7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67];
+
+/// What helps where a node needs the length of a dim as a number.
+pub const ONE_LENGTH: &str = "compile for one length (--dim NAME=N); `kiln run`, and `on_demand` in \
+                              process, compile for the lengths that they meet";
 
 /// Lengths of the second import.
 pub fn longer(dims: &[PlanDim]) -> Vec<(String, usize)> {
@@ -27,21 +32,22 @@ pub fn longer(dims: &[PlanDim]) -> Vec<(String, usize)> {
 /// # Errors
 /// All nodes that need a number where there is a range, at once.
 pub fn prove(graph: Graph, longer: &Graph) -> Result<Graph> {
-    let beyond = bounds(&graph, longer);
+    let (beyond, hanging) = (bounds(&graph, longer), hanging(&graph));
     let written = |graph: &Graph| apart(&graph.live()).live();
     let (graph, longer) = (written(&graph), written(longer));
     let proof = Proof { graph: &graph, longer: &longer };
-    let problems = match (beyond, graph.nodes.len() == longer.nodes.len()) {
+    let mut problems = match (beyond, graph.nodes.len() == longer.nodes.len()) {
         (Some(problem), _) => vec![problem],
         (None, true) => proof.problems(),
         (None, false) => vec![proof.parting()],
     };
     if problems.is_empty() {
+        problems = hanging;
+    }
+    if problems.is_empty() {
         return Ok(graph);
     }
-    let help = "compile for one length (--dim NAME=N); `kiln run`, and `on_demand` in process, \
-                compile for the lengths that they meet";
-    let problems = problems.into_iter().map(|problem| problem.help(help));
+    let problems = problems.into_iter().map(|problem| problem.help(ONE_LENGTH));
     Err(Error { kind: ErrorKind::Model, diagnostics: problems.collect() })
 }
 
@@ -54,6 +60,19 @@ fn bounds(graph: &Graph, longer: &Graph) -> Option<Diagnostic> {
     let problem = Diagnostic::new("K0110", "which of two lengths is shorter decides a slice");
     let found = format!("a bound of {bound} for the longest dims, beyond the axis");
     Some(problem.node(origin.as_ref()).found(found))
+}
+
+/// Constants that are read, and are others for other lengths.
+fn hanging(graph: &Graph) -> Vec<Diagnostic> {
+    let live = graph.live();
+    let hangs = |op: &Op| matches!(op, Op::Const(constant) if graph.lengths.hangs(*constant));
+    let nodes = live.nodes.iter().filter(|node| hangs(&node.op));
+    let problem = |node: &Node| {
+        let problem = Diagnostic::new("K0110", "the length of a dim is computed with");
+        let found = "a constant that is another one for another length";
+        problem.node(node.origin.as_ref()).found(found)
+    };
+    nodes.map(problem).collect()
 }
 
 /// An operation in a message; the number of a constant would say nothing.

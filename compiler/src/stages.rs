@@ -42,21 +42,33 @@ impl Compiler {
             let (graph, later) = compiler.stage(model)?;
             Ok((graph, later.map(Arc::new)))
         };
-        through(self, inputs, stage, |graph, tensors| run(&graph, tensors))
+        through((self, true), inputs, stage, |graph, tensors| run(&graph, tensors))
     }
 }
 
 /// Runs stages, each of which `stage` makes ready, until nothing follows; gives what the last one
-/// gives. `run` gets all inputs and what earlier stages have made.
+/// gives. `run` gets all inputs and what earlier stages have made. Unless stages are to be for the
+/// exact numbers of earlier results, they are for a range of them where that can be.
 pub fn through<T, E: From<Error>>(
-    compiler: &Compiler,
+    (compiler, exact): (&Compiler, bool),
     inputs: &[(&str, TensorView<'_>)],
     stage: impl Fn(Compiler) -> Result<(T, Option<Arc<Later>>), E>,
     mut run: impl FnMut(T, &[(&str, TensorView<'_>)]) -> Result<Vec<Tensor>, E>,
 ) -> Result<Vec<Tensor>, E> {
     let (mut known, mut made) = (Known::default(), Vec::<(String, Tensor)>::new());
     for _ in 0..MOST {
-        let (ready, later) = stage(compiler.after(known.clone()))?;
+        if exact {
+            known = known.exactly(&made);
+        }
+        let attempt = stage(compiler.after(known.clone()));
+        let (ready, later) = match attempt {
+            // Something needs to know how many results there are.
+            Err(_) if !known.dims().is_empty() => {
+                known = known.exactly(&made);
+                stage(compiler.after(known.clone()))?
+            }
+            attempt => attempt?,
+        };
         let views = made.iter().map(|(name, tensor)| (name.as_str(), tensor.view()));
         let tensors: Vec<(&str, TensorView<'_>)> = inputs.iter().copied().chain(views).collect();
         let outputs = run(ready, &tensors)?;

@@ -104,7 +104,10 @@ fn check_stages(given: &Given) -> Result<(), String> {
             run(graph, &wanted.collect::<Vec<_>>()).map_err(Stopped)
         };
         let found = compiler.run_in_stages(model, &inputs, run);
-        found.map_err(|e| e.0).and_then(|found| compare(&found, outputs)).map_err(|e| format!("{name}: {e}"))?;
+        found
+            .map_err(|e| e.0)
+            .and_then(|found| compare(&found, outputs))
+            .map_err(|e| format!("{name}: {e}"))?;
     }
     Ok(())
 }

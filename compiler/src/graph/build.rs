@@ -32,7 +32,9 @@ impl Graph {
         assert_eq!(ty.size_bytes(), bytes.len(), "bytes of constant {origin}");
         const COMPARE_BYTES: usize = 256;
         if bytes.len() <= COMPARE_BYTES {
-            let same = self.constants.iter().position(|c| c.ty == ty && c.bytes == bytes);
+            let mut constants = self.constants.iter().enumerate();
+            let same = constants
+                .position(|(i, c)| c.ty == ty && c.bytes == bytes && !self.lengths.hangs(i as u32));
             if let Some(index) = same {
                 return self.push(Op::Const(index as u32), Args::new(), ty, origin);
             }
@@ -60,9 +62,9 @@ impl Graph {
         self.tensor(&Tensor::from_slice(shape, values), origin)
     }
 
-    /// The value of a node that is a constant.
+    /// The value of a node that is a constant; of one that hangs on dims where it grows as they do.
     pub fn value(&self, id: NodeId) -> Option<Value> {
-        self.constant(id).map(Value::from_constant)
+        self.constant(id).filter(|_| !self.is_bent(id)).map(Value::from_constant)
     }
 
     /// Adds an operation over earlier nodes.
@@ -88,7 +90,8 @@ impl Graph {
             return Ok(self.constant_bytes(ty, bytes, origin));
         }
         if let Some(value) = self.fold(&op, args, &ty) {
-            return Ok(self.tensor(&value.to_tensor(), origin));
+            let others = self.fold_elsewhere(&op, args, (&ty, &value));
+            return Ok(self.constant_for(&value, others, origin));
         }
         Ok(self.push(op, Args::from_slice(args), ty, origin))
     }
@@ -133,9 +136,9 @@ impl Graph {
             return None;
         }
         // A small piece of a large constant is worth reading; a large reduction is not.
-        let values: Option<Vec<Value>> =
-            args.iter().map(|&a| small(self.ty(a)).then(|| self.value(a)).flatten()).collect();
-        let values = values?;
+        let value =
+            |&a: &NodeId| self.constant(a).filter(|c| small(&c.ty)).map(Value::from_constant);
+        let values: Vec<Value> = args.iter().map(value).collect::<Option<_>>()?;
         Some(eval_op(op, &values.iter().collect::<Vec<_>>(), ty))
     }
 

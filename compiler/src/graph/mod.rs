@@ -5,6 +5,7 @@ pub mod build;
 pub mod composite;
 pub mod eval;
 pub mod infer;
+pub mod lengths;
 pub mod op;
 pub mod reduce;
 pub mod scalar;
@@ -20,6 +21,7 @@ use bytes::Bytes;
 use kiln_runtime::plan::{PlanDim, PlanState};
 use smallvec::SmallVec;
 
+use lengths::Lengths;
 use op::{Op, Type};
 
 /// Number of a node within its graph.
@@ -95,6 +97,8 @@ pub struct Graph {
     /// Bounds of slices that lay beyond their axis while a model was imported for ranges of dims:
     /// a bound that hangs on a dim lies within it for other lengths.
     pub beyond: Vec<(Origin, i64)>,
+    /// Constants that hang on dims, while a model is imported.
+    pub lengths: Lengths,
     known: HashMap<(Op, Args), NodeId>,
 }
 
@@ -141,10 +145,10 @@ impl Graph {
     /// Everything that the graph says, as text, but for the elements of constants: graphs with
     /// equal texts and equal constants are equal.
     pub fn describe(&self) -> String {
-        // All fields, so that none is forgotten. What is known again follows from the nodes, and
-        // what lay beyond its axis is settled when a graph has been proved.
-        let Graph { nodes, dims, inputs, outputs, states, constants, bodies, beyond: _, known: _ } =
-            self;
+        // All fields, so that none is forgotten. What is known again follows from the nodes; what
+        // lay beyond its axis and what hangs on dims is settled when a graph has been proved.
+        let Graph { nodes, dims, inputs, outputs, states, constants, bodies, .. } = self;
+        let Graph { beyond: _, lengths: _, known: _, .. } = self;
         let types: Vec<&Type> = constants.iter().map(|constant| &constant.ty).collect();
         format!("{dims:?}\n{inputs:?}\n{outputs:?}\n{states:?}\n{types:?}\n{bodies:?}\n{nodes:?}")
     }

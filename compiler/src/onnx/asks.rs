@@ -5,11 +5,14 @@
 //! Once it has run, the model is imported again with the answers, and so on until nothing is asked.
 //! An answer is a value where it decides a shape by itself; where it is a result of data, such as
 //! the indices of what is not zero, only its type is needed, and it is an input of the next stage.
+//! How many results there are is a dim of that stage with a range, as long as a power of two, so
+//! that it is compiled for other numbers too; if nothing in it needs the number itself.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
+use kiln_runtime::plan::{DIMS, PlanDim};
 use kiln_runtime::tensor::Tensor;
 
 use super::proto::{GraphProto, NodeProto};
@@ -17,20 +20,31 @@ use super::{Held, Import};
 use crate::error::Diagnostic;
 use crate::graph::eval::Value;
 use crate::graph::op::{Op, Type};
+use crate::graph::used::{Span, Used};
 use crate::graph::{Graph, NodeId};
 
 /// Elements of a value that may decide a shape.
 const MOST: usize = 1 << 16;
+/// Results that there is room for at least.
+const LEAST_ROOM: usize = 16;
 
 /// A node of the model, by its place in the list, and how often it has asked before.
 type Key = (usize, usize);
 
 /// A function of data, computed between two stages.
-pub type Compute = Arc<dyn Fn(&[Value]) -> Result<Vec<Tensor>, Diagnostic> + Send + Sync>;
+#[derive(Clone)]
+pub struct Compute {
+    /// The axis of each result, in order, that is as long as data say; all are equally long.
+    pub counted: &'static [Option<u8>],
+    /// The results.
+    pub results: Arc<dyn Fn(&[Value]) -> Result<Vec<Tensor>, Diagnostic> + Send + Sync>,
+}
 
 /// What earlier stages have made, as far as code hangs on it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Known {
+    /// Numbers of results, which types hang on.
+    dims: Vec<PlanDim>,
     /// Values of the model: several types are those of a sequence's elements.
     made: Vec<(String, Shelf)>,
     answers: Vec<(Key, Answer)>,
@@ -49,6 +63,13 @@ impl Shelf {
             Shelf::Sequence(types) => types,
         }
     }
+
+    fn types_mut(&mut self) -> &mut [Type] {
+        match self {
+            Shelf::Tensor(ty) => std::slice::from_mut(ty),
+            Shelf::Sequence(types) => types,
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -57,6 +78,76 @@ enum Answer {
     Value(Tensor),
     /// Types of the results of a function.
     Results(Vec<Type>),
+}
+
+impl Known {
+    /// Numbers of results that are dims with a range.
+    pub fn dims(&self) -> &[PlanDim] {
+        &self.dims
+    }
+
+    /// Types of all inputs that hold what is known, with their names.
+    fn ports_mut(&mut self) -> impl Iterator<Item = (String, &mut Type)> {
+        let made = self.made.iter_mut().flat_map(|(name, shelf)| {
+            let names = port_names(name, shelf);
+            names.into_iter().zip(shelf.types_mut())
+        });
+        let results = self.answers.iter_mut().flat_map(|(key, answer)| {
+            let types = match answer {
+                Answer::Results(types) => &mut types[..],
+                Answer::Value(_) => &mut [],
+            };
+            types.iter_mut().enumerate().map(|(i, ty)| (result_name(*key, i), ty))
+        });
+        made.chain(results)
+    }
+
+    /// The same with dims that are longer, by lengths in the order of the dims.
+    pub fn lengthened(&self, lengths: &[usize]) -> Known {
+        let mut known = self.clone();
+        for (_, ty) in known.ports_mut() {
+            for (axis, span) in ty.used.clone() {
+                if let Span::Dim { dim, more } = span {
+                    let length = lengths[usize::from(dim)] as i64 + i64::from(more);
+                    ty.shape[usize::from(axis)] = usize::try_from(length).unwrap_or(0);
+                }
+            }
+        }
+        known
+    }
+
+    /// The same for these tensors and no others.
+    pub fn exactly(&self, tensors: &[(String, Tensor)]) -> Known {
+        let mut known = self.clone();
+        for (name, ty) in known.ports_mut() {
+            if let Some((_, tensor)) = tensors.iter().find(|(made, _)| *made == name) {
+                *ty = Type::new(tensor.dtype(), tensor.shape());
+            }
+        }
+        known.dims.clear();
+        known
+    }
+
+    /// Types of results of so many elements along an axis each, which is that of a new dim.
+    fn counted(&mut self, key: Key, results: &[Tensor], axes: &[Option<u8>]) -> Vec<Type> {
+        let mut types: Vec<Type> =
+            results.iter().map(|result| Type::new(result.dtype(), result.shape())).collect();
+        let axes = types.iter_mut().zip(axes);
+        let mut axes: Vec<(&mut Type, u8)> =
+            axes.filter_map(|(ty, axis)| Some((ty, (*axis)?))).collect();
+        let Some((first, axis)) = axes.first() else { return types };
+        let most = first.shape[usize::from(*axis)].max(LEAST_ROOM).next_power_of_two();
+        if self.dims.len() < DIMS {
+            let dim = self.dims.len() as u8;
+            for (ty, axis) in &mut axes {
+                ty.shape[usize::from(*axis)] = most;
+                ty.used = Used::from_slice(&[(*axis, Span::Dim { dim, more: 0 })]);
+            }
+            let name = format!("results {}.{}", key.0, key.1);
+            self.dims.push(PlanDim { name, least: 0, most });
+        }
+        types
+    }
 }
 
 /// A question that the first outputs of a stage answer.
@@ -105,8 +196,8 @@ impl Later {
                 None => Answer::Value(given.into_iter().next().unwrap_or_else(nothing)),
                 Some(compute) => {
                     let values: Vec<Value> = given.iter().map(Value::from_tensor).collect();
-                    let results = compute(&values)?;
-                    let types = results.iter().map(|t| Type::new(t.dtype(), t.shape())).collect();
+                    let results = (compute.results)(&values)?;
+                    let types = known.counted(*key, &results, compute.counted);
                     let named = results.into_iter().enumerate();
                     tensors.extend(named.map(|(i, tensor)| (result_name(*key, i), tensor)));
                     Answer::Results(types)
@@ -171,7 +262,8 @@ impl Asks {
             return Some(value);
         }
         let known = self.known.as_ref()?;
-        if self.waits() || graph.ty(id).numel() > MOST {
+        // Of a constant that hangs on dims, there is none to ask for.
+        if self.waits() || graph.constant(id).is_some() || graph.ty(id).numel() > MOST {
             return None;
         }
         let answer = known.answers.iter().find(|(key, _)| *key == self.now);
@@ -218,6 +310,7 @@ impl Import<'_> {
     /// Makes inputs of what earlier stages have made.
     pub(super) fn shelves(&mut self) {
         let Some(known) = self.asks.known.clone() else { return };
+        self.graph.dims.extend_from_slice(&known.dims);
         for (name, shelf) in &known.made {
             let names = port_names(name, shelf);
             let types = shelf.types().iter();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::{DType, Tensor};
 
-use super::asks::Asks;
+use super::asks::{Asks, Compute};
 use super::proto::{AttributeProto, NodeProto};
 use super::tensor::Files;
 use crate::error::Diagnostic;
@@ -14,6 +14,7 @@ use crate::graph::build::Added;
 use crate::graph::eval::Value;
 use crate::graph::op::{Op, Shape, Type};
 use crate::graph::{Constant, Graph, NodeId, Origin};
+use crate::ranges::ONE_LENGTH;
 
 /// What an importer function gives: a value for each output, `None` for those that it cannot make.
 pub type Outputs = Result<Vec<Option<NodeId>>, Diagnostic>;
@@ -102,10 +103,11 @@ impl<'a> Call<'a> {
     }
 
     /// The results of a function of operands: computed now where these are known, else between the
-    /// stages of the model.
+    /// stages of the model. `counted` is the axis of each result that is as long as data say.
     pub fn computed(
         &mut self,
         operands: &[usize],
+        counted: &'static [Option<u8>],
         compute: impl Fn(&[Value]) -> Result<Vec<Tensor>, Diagnostic> + Send + Sync + 'static,
     ) -> Result<Vec<NodeId>, Diagnostic> {
         let ids: Vec<NodeId> = operands.iter().map(|&i| self.input(i)).collect::<Result<_, _>>()?;
@@ -116,12 +118,16 @@ impl<'a> Call<'a> {
         }
         let (node, op, opset) = (self.origin.clone(), self.op().to_string(), self.opset);
         let named = move |d: Diagnostic| d.node(node.as_ref()).op(op.clone(), opset);
-        let compute = Arc::new(move |values: &[Value]| compute(values).map_err(&named));
-        let results = self.asks.borrow_mut().results(&ids, compute);
+        let results = Arc::new(move |values: &[Value]| compute(values).map_err(&named));
+        let results = self.asks.borrow_mut().results(&ids, Compute { counted, results });
         results.ok_or_else(|| self.not_known(operands[0], ids[0]))
     }
 
     fn not_known(&self, index: usize, id: NodeId) -> Diagnostic {
+        if self.graph.constant(id).is_some() {
+            let what = format!("operand {index} is not in proportion to the length of a dim");
+            return Diagnostic::new("K0110", what).help(ONE_LENGTH);
+        }
         Diagnostic::new(
             super::NEEDS_VALUE,
             format!("operand {index} decides a shape and is not known"),

@@ -60,7 +60,7 @@ pub(super) fn non_max_suppression(call: &mut Call) -> Outputs {
     let centred = call.int_or("center_point_box", 0) != 0;
     let operands: Vec<usize> = (0..5).filter(|&i| i < 2 || call.optional(i).is_some()).collect();
     let at = [2, 3, 4].map(|i| operands.iter().position(|&operand| operand == i));
-    let found = call.computed(&operands, move |values| {
+    let found = call.computed(&operands, &[Some(0)], move |values| {
         let told = Suppression {
             centred,
             most: number(values, at[0]).unwrap_or(0.0).max(0.0) as usize,
@@ -124,7 +124,7 @@ pub(super) fn non_zero(call: &mut Call) -> Outputs {
         }
         Ok(vec![Tensor::from_slice(&[shape.len(), found.len()], &places)])
     };
-    one(call.computed(&[0], places)?[0])
+    one(call.computed(&[0], &[Some(1)], places)?[0])
 }
 
 /// The elements along an axis for which a condition holds.
@@ -146,7 +146,7 @@ pub(super) fn compress(call: &mut Call) -> Outputs {
         let chosen: Vec<i64> = chosen.map(|i| i as i64).collect();
         Ok(vec![Tensor::from_slice(&[chosen.len()], &chosen)])
     };
-    let index = call.computed(&[1], chosen)?[0];
+    let index = call.computed(&[1], &[Some(0)], chosen)?[0];
     if call.shape(index)[0] == 0 {
         return one(call.cut(x, axis, (0, 1, 0))?);
     }
@@ -186,8 +186,9 @@ pub(super) fn unique(call: &mut Call) -> Outputs {
             "slices without elements, along axis {axis} of {shape:?}"
         )));
     }
+    let counted = &[Some(0), None, Some(0)];
     let found =
-        call.computed(&[0], move |values| Ok(groups(&values[0], &shape, axis, sorted)))?;
+        call.computed(&[0], counted, move |values| Ok(groups(&values[0], &shape, axis, sorted)))?;
     let index = found[0];
     let y = match call.shape(index)[0] {
         0 => call.cut(x, axis, (0, 1, 0))?,

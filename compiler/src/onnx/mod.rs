@@ -42,6 +42,7 @@ use kiln_runtime::tensor::size_bytes;
 use prost::Message;
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
+use crate::graph::lengths::Lengths;
 use crate::graph::op::{Shape, Type};
 use crate::graph::{Graph, NodeId, Origin};
 use crate::ranges::in_use;
@@ -201,6 +202,7 @@ impl Import<'_> {
             }
         }
         self.shelves();
+        self.graph.lengths = Lengths::new(&self.graph.dims);
         for (number, node) in graph.node.iter().enumerate() {
             self.node_in_stage(number, node);
             if self.limited {

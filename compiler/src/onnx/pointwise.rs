@@ -411,12 +411,12 @@ pub(super) fn dropout(call: &mut Call) -> Outputs {
     for name in ["ratio", "is_test", "seed", "consumed_inputs"] {
         call.ignore(name);
     }
-    if let Some(training) = call.optional(2) {
-        let is_zero = |call: &Call, id: NodeId| {
-            call.graph.value(id).is_some_and(|v| v.as_f64s().first() == Some(&0.0))
-        };
-        let kept = call.optional(1).is_some_and(|ratio| is_zero(call, ratio));
-        if !kept && !is_zero(call, training) {
+    let is_zero = |call: &Call, operand: usize| {
+        Ok(call.known_input(operand)?.as_f64s().first() == Some(&0.0))
+    };
+    if call.optional(2).is_some() && !is_zero(call, 2)? {
+        let kept = call.optional(1).is_some() && is_zero(call, 1)?;
+        if !kept {
             return Err(not_supported("dropout in training mode, which is random"));
         }
     }

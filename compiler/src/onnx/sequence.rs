@@ -50,7 +50,12 @@ fn numbers(import: &mut Import, id: NodeId, what: &str) -> Refusable<Vec<i64>> {
 }
 
 /// A place in a sequence of so many, where the operand says one; it may count from the end.
-fn place(import: &mut Import, site: &Site, operand: usize, count: usize) -> Refusable<Option<usize>> {
+fn place(
+    import: &mut Import,
+    site: &Site,
+    operand: usize,
+    count: usize,
+) -> Refusable<Option<usize>> {
     let Some(id) = site.inputs.get(operand).copied().flatten() else { return Ok(None) };
     let given = numbers(import, id, "a place in a sequence")?;
     let [given] = given[..] else {

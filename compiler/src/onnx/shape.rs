@@ -444,18 +444,18 @@ pub(super) fn scatter_elements(call: &mut Call) -> Outputs {
 
 pub(super) fn shape(call: &mut Call) -> Outputs {
     let x = call.input(0)?;
-    let shape = call.shape(x);
-    let rank = shape.len() as i64;
+    let rank = call.shape(x).len() as i64;
     let at = |v: i64| (if v < 0 { v + rank } else { v }).clamp(0, rank) as usize;
     let (start, end) = (at(call.int_or("start", 0)), at(call.int_or("end", rank)));
-    let values: Vec<i64> = shape[start.min(end)..end].iter().map(|&e| e as i64).collect();
-    one(call.graph.i64s(&[values.len()], &values, &call.origin))
+    let (from, to) = (start.min(end), end);
+    let some = |extents: &[i64]| extents[from..to].to_vec();
+    one(call.graph.of_extents(x, &[to - from], some, &call.origin))
 }
 
 pub(super) fn size(call: &mut Call) -> Outputs {
     let x = call.input(0)?;
-    let n = call.ty(x).numel() as i64;
-    one(call.graph.i64s(&[], &[n], &call.origin))
+    let product = |extents: &[i64]| vec![extents.iter().product()];
+    one(call.graph.of_extents(x, &[], product, &call.origin))
 }
 
 pub(super) fn constant(call: &mut Call) -> Outputs {

@@ -1,0 +1,131 @@
+//! Models whose shapes hang on data that they compute, against onnxruntime.
+
+use kiln::error::Error;
+use kiln::graph::Graph;
+use kiln::tensor::{Tensor, TensorView};
+use kiln::{Compiler, Limits, Model};
+use kiln_tests::cases::{Case, folders, name_of, read_case};
+use kiln_tests::{
+    Run, Tolerance, difference, interpret, oracle, ptx, run_compiled, run_library, run_loops,
+};
+
+/// Sums of f32 in another order than onnxruntime's.
+const TOLERANCE: Tolerance = Tolerance { rtol: 1e-4, atol: 1e-5 };
+
+const WAYS: [(&str, Run); 6] = [
+    ("interpreted", |graph, inputs| Ok(interpret(graph, inputs))),
+    ("compiled", |graph, inputs| code(graph, inputs, &Compiler::new())),
+    ("compiled without the e-graph", |graph, inputs| {
+        code(graph, inputs, &Compiler::new().egraph(false))
+    }),
+    ("as loops", run_loops),
+    ("as a library", run_library),
+    ("as PTX", |graph, inputs| ptx::run(graph, inputs, &Compiler::new())),
+];
+
+fn code(graph: &Graph, inputs: &[Tensor], compiler: &Compiler) -> Result<Vec<Tensor>, String> {
+    run_compiled(graph, inputs, compiler).map_err(|e| e.to_string())
+}
+
+/// A model and its cases.
+struct Subject {
+    name: String,
+    model: Model,
+    cases: Vec<Case>,
+}
+
+impl Subject {
+    fn named<'a>(&'a self, case: &'a Case) -> Vec<(&'a str, TensorView<'a>)> {
+        let names = self.model.inputs().iter().map(|port| port.name.as_str());
+        names.zip(case.inputs.iter().map(Tensor::view)).collect()
+    }
+}
+
+fn subjects() -> Option<Vec<Subject>> {
+    let subject = |folder: std::path::PathBuf| {
+        let model = folder.join("model.onnx");
+        let sets = folders(&folder);
+        let case = |set: &std::path::PathBuf| read_case(&folder, set).expect("a case");
+        Subject {
+            name: name_of(&folder),
+            cases: sets.iter().map(case).collect(),
+            model: Model::open(model, &Limits::default()).expect("a model"),
+        }
+    };
+    Some(folders(&oracle("stages")?).into_iter().map(subject).collect())
+}
+
+fn compare(found: &[Tensor], case: &Case) -> Option<String> {
+    if found.len() != case.outputs.len() {
+        return Some(format!("{} outputs, expected {}", found.len(), case.outputs.len()));
+    }
+    found.iter().zip(&case.outputs).find_map(|(a, b)| difference(a, b, TOLERANCE))
+}
+
+struct Stopped(String);
+
+impl From<Error> for Stopped {
+    fn from(error: Error) -> Stopped {
+        Stopped(error.to_string())
+    }
+}
+
+#[test]
+fn every_way_gives_what_onnxruntime_gives() {
+    let Some(subjects) = subjects() else { return };
+    let mut problems = Vec::new();
+    for subject in &subjects {
+        for (number, case) in subject.cases.iter().enumerate() {
+            let inputs = subject.named(case);
+            let compiler = Compiler::new().for_inputs(&subject.model, &inputs).expect("a compiler");
+            assert!(compiler.needs_stages(), "{}", subject.name);
+            for (way, run) in WAYS {
+                let run = |graph: &Graph, tensors: &[(&str, TensorView)]| {
+                    let wanted = graph.inputs.iter().map(|(port, _)| {
+                        let (_, x) = tensors.iter().find(|(n, _)| n == port).expect("an input");
+                        Tensor::from_bytes(x.dtype, x.shape, x.bytes).expect("a tensor")
+                    });
+                    run(graph, &wanted.collect::<Vec<_>>()).map_err(Stopped)
+                };
+                let found = compiler.run_in_stages(&subject.model, &inputs, run);
+                let why = match found {
+                    Ok(found) => compare(&found, case),
+                    Err(Stopped(why)) => Some(why),
+                };
+                problems.extend(why.map(|why| format!("{} {number} {way}: {why}", subject.name)));
+            }
+        }
+    }
+    assert!(subjects.len() >= 9, "{} models", subjects.len());
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+#[test]
+fn what_was_compiled_serves_other_numbers_of_results() {
+    let Some(subjects) = subjects() else { return };
+    for subject in &subjects {
+        let on_demand = Compiler::new().on_demand(&subject.model);
+        let mut kept = Vec::new();
+        for case in subject.cases.iter().chain(&subject.cases) {
+            let found = on_demand.run(&subject.named(case));
+            let found = found.unwrap_or_else(|e| panic!("{}: {e}", subject.name));
+            let names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+            let wanted: Vec<&str> =
+                subject.model.outputs().iter().map(|port| port.name.as_str()).collect();
+            assert_eq!(names, wanted);
+            let found: Vec<Tensor> = found.into_iter().map(|(_, tensor)| tensor).collect();
+            assert_eq!(compare(&found, case), None, "{}", subject.name);
+            kept.push(on_demand.kept());
+        }
+        println!("{}: {kept:?}", subject.name);
+        // The second time, everything is there.
+        let half = kept.len() / 2;
+        assert!(kept[half..].iter().all(|&n| n == kept[half - 1]), "{}: {kept:?}", subject.name);
+        // The same code for any number up to 16, and for the next power of two.
+        let expected = match subject.name.as_str() {
+            "detector" => 3,
+            _ => continue,
+        };
+        assert_eq!(kept[half], expected, "{}: {kept:?}", subject.name);
+    }
+}
