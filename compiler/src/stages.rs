@@ -22,6 +22,12 @@ impl Compiler {
         self.staged
     }
 
+    /// The graph of what can be compiled before data are known that the model computes: all of it,
+    /// unless it [needs stages](Self::needs_stages). Inputs have the types that the model's have.
+    pub fn first_stage(&self, model: &Model) -> Result<Graph, Error> {
+        Ok(self.after(Known::default()).stage(model)?.0)
+    }
+
     /// The compiler of a stage after what is known.
     pub(crate) fn after(&self, known: Known) -> Compiler {
         Compiler { known: Some(Arc::new(known)), ..self.clone() }

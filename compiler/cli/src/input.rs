@@ -71,6 +71,12 @@ impl Given {
         self.slots.tensors[index].as_ref()
     }
 
+    /// All tensors that were given.
+    pub fn all(&self) -> Vec<(&str, TensorView<'_>)> {
+        let named = self.slots.names.iter().zip(&self.slots.tensors);
+        named.filter_map(|(name, tensor)| Some((name.as_str(), tensor.as_ref()?.view()))).collect()
+    }
+
     /// Checks tensors against the inputs of the compiled model, and makes up those that may be.
     pub fn complete(mut self, ports: &[Port]) -> Result<Inputs, Failure> {
         let mut tensors = Vec::new();

@@ -3,24 +3,9 @@
 
 mod common;
 
-use common::{Folder, expect};
+use common::{Folder, expect, field, number, port};
 use kiln::npz::{read_npz, write_npy};
 use kiln::tensor::{DType, Tensor};
-
-fn field(number: u8, content: &[u8]) -> Vec<u8> {
-    assert!(content.len() < 128, "one byte holds the length");
-    [&[number << 3 | 2, content.len() as u8], content].concat()
-}
-
-fn number(number: u8, value: u8) -> Vec<u8> {
-    vec![number << 3, value]
-}
-
-fn port(name: &str, dtype: u8, extent: u8) -> Vec<u8> {
-    let shape = field(1, &number(1, extent));
-    let tensor = [number(1, dtype), field(2, &shape)].concat();
-    [field(1, name.as_bytes()), field(2, &field(1, &tensor))].concat()
-}
 
 /// A model that casts x, of so many elements, to y.
 fn cast(from: u8, to: u8, extent: u8) -> Vec<u8> {

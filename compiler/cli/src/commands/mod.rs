@@ -19,6 +19,7 @@ pub mod shell;
 pub mod verify;
 pub mod verify_artifact;
 pub mod verify_cuda;
+pub mod verify_stages;
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -1,10 +1,11 @@
-//! What is run: a model that is compiled here, or a compiled one from a file.
+//! What is run: a model that is compiled here, or a compiled one from a file. One whose shapes hang
+//! on data that it computes is compiled while it runs.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kiln::plan::Plan;
-use kiln::{ArtifactFile, Executable, Precision};
+use kiln::{ArtifactFile, Executable, OnDemand, Precision};
 
 use crate::args::{BuildArgs, CacheArgs, GivenArgs, InputArgs, ModelArgs, StateArgs};
 use crate::commands::{
@@ -26,21 +27,48 @@ pub struct Ready {
     pub compile: Option<Duration>,
 }
 
+/// A model that is run.
+pub enum Found {
+    /// It is compiled.
+    Whole(Ready),
+    /// It is compiled in stages as it runs, on these tensors.
+    Staged(OnDemand, Given),
+}
+
 /// Makes a model ready to run. `fallback` says whether inputs that are not given may be random.
 pub fn ready(given: &GivenArgs, fallback: bool, term: &Term) -> Result<Ready, Failure> {
+    match find(given, fallback, term)? {
+        Found::Whole(ready) => Ok(ready),
+        Found::Staged(..) => Err(staged(&given.model)),
+    }
+}
+
+/// A refusal of a model that runs in stages.
+pub fn staged(model: &ModelArgs) -> Failure {
+    let name = model_name(&model.model);
+    let text = format!("{name} has shapes that hang on data that it computes: it runs in stages");
+    Failure::usage(text).help("`kiln run` runs it, `kiln verify` checks it, both on the CPU")
+}
+
+/// What is run, compiled as far as it can be before.
+pub fn find(given: &GivenArgs, fallback: bool, term: &Term) -> Result<Found, Failure> {
     let GivenArgs { model, build, cache, inputs, states } = given;
     if kiln::is_artifact(&model.model) {
         refuse_flags(model, build, cache)?;
         refuse_states(model, states)?;
         let begin = Instant::now();
         let file = opened(&model.model, term)?;
-        return loaded(file, &model.model, build, inputs, fallback, begin);
+        return Ok(Found::Whole(loaded(file, &model.model, build, inputs, fallback, begin)?));
     }
     let (onnx, read) = open(model, term)?;
     let compiler = with_states(with_cache(compiler(model, build), cache), states);
     let (given, executable, compile) = match states.state.is_empty() {
         true => {
-            let (given, compiler) = gather(&onnx, inputs, fallback, &compiler)?;
+            let (given, settled) = gather(&onnx, inputs, fallback, &compiler)?;
+            if settled.needs_stages() {
+                return Ok(Found::Staged(compiler.on_demand(&onnx), given));
+            }
+            let compiler = settled;
             let (executable, compile) = compile(&onnx, &compiler, term)?;
             (given, executable, compile)
         }
@@ -54,7 +82,7 @@ pub fn ready(given: &GivenArgs, fallback: bool, term: &Term) -> Result<Ready, Fa
         }
     };
     let inputs = complete(given, executable.plan(), fallback)?;
-    Ok(Ready { executable, inputs, read, compile: Some(compile) })
+    Ok(Found::Whole(Ready { executable, inputs, read, compile: Some(compile) }))
 }
 
 /// Opens a compiled model; nothing of it runs.

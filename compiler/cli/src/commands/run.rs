@@ -6,16 +6,16 @@ use std::time::Instant;
 use kiln::error::sanitize;
 use kiln::plan::Port;
 use kiln::tensor::{Tensor, TensorView};
-use kiln::{Executable, RunError};
+use kiln::{Executable, OnDemand, RunError};
 use serde_json::{Value, json};
 
 use crate::args::RunArgs;
 use crate::commands::again::{Split, split};
-use crate::commands::ready::ready;
+use crate::commands::ready::{Found, find};
 use crate::commands::{cuda, model_name};
 use crate::failure::Failure;
 use crate::files;
-use crate::input::Inputs;
+use crate::input::{Given, Inputs};
 use crate::stats::values;
 use crate::term::{Term, milliseconds};
 
@@ -29,11 +29,13 @@ pub fn run(args: &RunArgs, term: &Term) -> Result<(), Failure> {
     })?;
     let outputs = match on_device {
         Some(outputs) => outputs,
-        None => {
-            let ready = ready(given, false, term)?;
-            let outputs = steps(&ready.executable, &ready.inputs, args.steps, term);
-            outputs.map_err(|error| Failure::usage(error.to_string()))?
-        }
+        None => match find(given, false, term)? {
+            Found::Whole(ready) => {
+                let outputs = steps(&ready.executable, &ready.inputs, args.steps, term);
+                outputs.map_err(|error| Failure::usage(error.to_string()))?
+            }
+            Found::Staged(on_demand, given) => stages(&on_demand, &given, args.steps, term)?,
+        },
     };
     let Some(path) = &args.output else {
         let name = model_name(&args.given.model.model);
@@ -74,6 +76,23 @@ pub fn steps(
     }
     let place = |name: &str| plan.outputs.iter().position(|port| port.name == name);
     outputs.sort_by_key(|(name, _)| place(name));
+    Ok(outputs)
+}
+
+/// Runs so many times a model that is compiled in stages; the first run compiles.
+fn stages(
+    on_demand: &OnDemand,
+    given: &Given,
+    count: u32,
+    term: &Term,
+) -> Result<Vec<(String, Tensor)>, Failure> {
+    let inputs = given.all();
+    let mut outputs = Vec::new();
+    for step in 0..count {
+        let begin = Instant::now();
+        outputs = on_demand.run(&inputs)?;
+        term.detail(format_args!("run {} in stages: {}", step + 1, milliseconds(begin.elapsed())));
+    }
     Ok(outputs)
 }
 

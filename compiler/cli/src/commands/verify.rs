@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 use crate::args::VerifyArgs;
 use crate::commands::locate::{Place, Probe, locate, probe, smallest};
 use crate::commands::{
-    compile, compiler, cuda, gather, model_name, open, verify_artifact, verify_cuda, with_cache,
+    compile, compiler, cuda, gather, model_name, open, verify_artifact, verify_cuda, verify_stages,
+    with_cache,
 };
 use crate::failure::{Exit, Failure};
 use crate::files;
@@ -51,6 +52,9 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
     let (model, _) = open(&args.model, term)?;
     let compiler = with_cache(compiler(&args.model, &args.build), &args.cache);
     let (given, compiler) = gather(&model, &args.inputs, true, &compiler)?;
+    if compiler.needs_stages() {
+        return verify_stages::run(args, (&model, &compiler), given, term);
+    }
     let graph = compiler.graph(&model)?;
     let on_device = cuda::on_device(&args.device, &args.model, term, |gpu| {
         verify_cuda::verify(args, gpu, (&compiler, &model, &graph), given.clone(), term)
@@ -108,7 +112,7 @@ pub fn run(args: &VerifyArgs, term: &Term) -> Result<(), Failure> {
 
 /// Writes the smallest graph with a fault: its text, and the values of its inputs and of constants
 /// that the text names by hash only.
-fn write_reduced(
+pub fn write_reduced(
     folder: &Path,
     (graph, inputs): &(Graph, Vec<Meaning>),
     term: &Term,

@@ -80,3 +80,21 @@ pub fn pb(shape: &[u8], values: &[f32]) -> Vec<u8> {
     bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
     bytes
 }
+
+/// A field of a message of protobuf that holds bytes.
+pub fn field(number: u8, content: &[u8]) -> Vec<u8> {
+    assert!(content.len() < 128, "one byte holds the length");
+    [&[number << 3 | 2, content.len() as u8], content].concat()
+}
+
+/// A field that is a small number.
+pub fn number(number: u8, value: u8) -> Vec<u8> {
+    vec![number << 3, value]
+}
+
+/// A `ValueInfoProto` of one axis.
+pub fn port(name: &str, dtype: u8, extent: u8) -> Vec<u8> {
+    let shape = field(1, &number(1, extent));
+    let tensor = [number(1, dtype), field(2, &shape)].concat();
+    [field(1, name.as_bytes()), field(2, &field(1, &tensor))].concat()
+}
