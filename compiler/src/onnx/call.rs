@@ -130,7 +130,7 @@ impl<'a> Call<'a> {
         }
         Diagnostic::new(
             super::NEEDS_VALUE,
-            format!("operand {index} decides a shape and is not known"),
+            format!("operand {index} decides what is computed and is not known"),
         )
         .found(format!("a value that the model computes ({})", self.graph.node(id).origin))
         .help(
