@@ -154,6 +154,12 @@ impl Model {
         Ok(model)
     }
 
+    /// A model in memory that is part of this one: its external data lie beside.
+    pub(crate) fn part(&self, bytes: Bytes, limits: &Limits) -> Result<Model> {
+        let folder = self.folder.clone();
+        Ok(Model { folder, ..Model::from_bytes(bytes, limits)? })
+    }
+
     /// A model in memory; it has no folder, so no external data.
     pub fn from_bytes(bytes: Bytes, limits: &Limits) -> Result<Model> {
         let fail = |d| Error::new(ErrorKind::Model, d);

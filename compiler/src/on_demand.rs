@@ -9,8 +9,8 @@ use kiln_runtime::tensor::{DType, Tensor, TensorView};
 
 use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::model::Model;
-use crate::onnx::{Known, Later};
-use crate::stages::through;
+use crate::onnx::{Body, Known, Later};
+use crate::stages::{Step, through};
 use crate::{Compiler, Executable};
 
 /// Elements of an input whose values may decide shapes.
@@ -43,7 +43,7 @@ impl<E> Clone for OnDemand<E> {
 struct Shared<E> {
     compiler: Compiler,
     model: Model,
-    compile: Box<Compile<E>>,
+    compile: Arc<Compile<E>>,
     bytes: fn(&E) -> usize,
     /// What decides shapes, once tensors were seen.
     deciding: OnceLock<Deciding>,
@@ -51,10 +51,13 @@ struct Shared<E> {
     kept: Mutex<Vec<(Key, Kept<E>)>>,
     /// What cannot be compiled for any number of results of earlier stages, and why.
     refused: Mutex<Vec<(Key, Error)>>,
+    /// Models that loops repeat, the latest last.
+    bodies: Mutex<Vec<(Arc<Body>, OnDemand<E>)>>,
 }
 
-/// How many of these are remembered.
+/// How many of these are remembered, and of models that loops repeat.
 const REFUSED: usize = 256;
+const BODIES: usize = 64;
 
 /// Compiles a model for shapes that the compiler knows.
 type Compile<E> = dyn Fn(&Compiler, &Model) -> Result<E> + Send + Sync;
@@ -86,9 +89,29 @@ impl OnDemand {
     /// When an input is missing, unknown or does not fit, and where the model cannot be compiled
     /// for these shapes.
     pub fn run(&self, inputs: &[(&str, TensorView<'_>)]) -> Result<Named> {
-        self.run_with(inputs, |executable, inputs| {
+        self.run_with(inputs, &|executable, inputs| {
             executable.run(inputs).map_err(|e| usage(Diagnostic::new("K0701", e.to_string())))
         })
+    }
+}
+
+impl<E> OnDemand<E> {
+    fn new(
+        compiler: Compiler,
+        model: Model,
+        compile: Arc<Compile<E>>,
+        bytes: fn(&E) -> usize,
+    ) -> OnDemand<E> {
+        OnDemand(Arc::new(Shared {
+            compiler,
+            model,
+            compile,
+            bytes,
+            deciding: OnceLock::new(),
+            kept: Mutex::default(),
+            refused: Mutex::default(),
+            bodies: Mutex::default(),
+        }))
     }
 }
 
@@ -107,7 +130,7 @@ impl<E: Clone> OnDemand<E> {
     pub fn run_with<X: From<Error>>(
         &self,
         inputs: &[(&str, TensorView<'_>)],
-        run: impl Fn(&E, &[(&str, TensorView<'_>)]) -> std::result::Result<Named, X>,
+        run: &dyn Fn(&E, &[(&str, TensorView<'_>)]) -> std::result::Result<Named, X>,
     ) -> std::result::Result<Named, X> {
         let ordered = self.ordered(inputs)?;
         let (compiler, deciding) = self.compiler_for(&ordered)?;
@@ -118,8 +141,11 @@ impl<E: Clone> OnDemand<E> {
             return run(&self.stage(&compiler, &ordered, deciding)?.0, &own);
         }
         let stage = |compiler: Compiler| Ok(self.stage(&compiler, &ordered, deciding)?);
-        let outputs = through((&compiler, false), &own, stage, |executable, tensors| {
-            let outputs: std::result::Result<Named, X> = run(&executable, tensors);
+        let outputs = through((&compiler, false), &own, stage, |step| {
+            let outputs: std::result::Result<Named, X> = match step {
+                Step::Stage(executable, tensors) => run(&executable, tensors),
+                Step::Turn(body, tensors) => self.body(body)?.run_with(tensors, run),
+            };
             Ok::<_, X>(outputs?.into_iter().map(|(_, tensor)| tensor).collect())
         })?;
         let names = self.0.model.outputs().iter().map(|port| port.name.clone());
@@ -189,6 +215,22 @@ impl<E: Clone> OnDemand<E> {
             None => None,
         };
         Ok(((self.0.compile)(compiler, model)?, later))
+    }
+
+    /// The model that a loop repeats.
+    fn body(&self, body: &Arc<Body>) -> Result<OnDemand<E>> {
+        let mut bodies = self.0.bodies.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, known)) = bodies.iter().find(|(known, _)| Arc::ptr_eq(known, body)) {
+            return Ok(known.clone());
+        }
+        let Shared { compiler, model, compile, bytes, .. } = &*self.0;
+        let part = model.part(body.model.clone(), &compiler.limits)?;
+        let made = OnDemand::new(compiler.of_part(), part, compile.clone(), *bytes);
+        if bodies.len() == BODIES {
+            bodies.remove(0);
+        }
+        bodies.push((body.clone(), made.clone()));
+        Ok(made)
     }
 
     /// Bytes that the specialisations that are kept take together.
@@ -271,15 +313,7 @@ impl Compiler {
         compile: impl Fn(&Compiler, &Model) -> Result<E> + Send + Sync + 'static,
         bytes: fn(&E) -> usize,
     ) -> OnDemand<E> {
-        OnDemand(Arc::new(Shared {
-            compiler: self.clone(),
-            model: model.clone(),
-            compile: Box::new(compile),
-            bytes,
-            deciding: OnceLock::new(),
-            kept: Mutex::default(),
-            refused: Mutex::default(),
-        }))
+        OnDemand::new(self.clone(), model.clone(), Arc::new(compile), bytes)
     }
 
     /// The compiler for tensors like these: their shapes settle dims, and the values that decide

@@ -185,6 +185,56 @@ def turns():
             last=(last, FLOAT), rows=(all_of_them, FLOAT))
 
 
+VALUE = helper.make_tensor_value_info
+
+
+def steps():
+    """As many turns as data say, over a weight and a value from outside."""
+    b = Staged("steps")
+    x = b.take("x", 3, 8)
+    count = b.op("ReduceSum", b.op("Cast", b.op("Greater", x, b.number(0.0)), to=INT), keepdims=0)
+    weight, bias = b.weight(8, 8, scale=0.3), b.op("Tanh", x)
+    nodes = [
+        helper.make_node("MatMul", ["h", weight], ["product"]),
+        helper.make_node("Add", ["product", bias], ["sum"]),
+        helper.make_node("Tanh", ["sum"], ["next"]),
+        helper.make_node("Identity", ["going"], ["again"]),
+        helper.make_node("ReduceSum", ["next"], ["row"], keepdims=0),
+    ]
+    body = helper.make_graph(
+        nodes, "body", [VALUE("i", INT, []), VALUE("going", TensorProto.BOOL, []), VALUE("h", FLOAT, [3, 8])],
+        [VALUE("again", TensorProto.BOOL, []), VALUE("next", FLOAT, [3, 8]), VALUE("row", FLOAT, [])])
+    last, rows_ = b.ops("Loop", 2, count, "", x, body=body)
+    b.write([[normal(3, 8)], [normal(3, 8)], [np.full((3, 8), -0.5, np.float32)]],
+            last=(last, FLOAT), rows=(rows_, FLOAT), mean=(b.op("ReduceSum", rows_, keepdims=0), FLOAT))
+
+
+def growth():
+    """What is carried grows by what is large, until there is enough of it."""
+    b = Staged("growth")
+    x = b.take("x", 6)
+    nodes = [
+        helper.make_node("Cast", ["i"], ["number"], to=FLOAT),
+        helper.make_node("Sub", [x, "number"], ["less"]),
+        helper.make_node("Greater", ["less", "limit"], ["large"]),
+        helper.make_node("Compress", ["less", "large"], ["some"], axis=0),
+        helper.make_node("Concat", ["list", "some"], ["more"], axis=0),
+        helper.make_node("Size", ["more"], ["size"]),
+        helper.make_node("Less", ["size", "enough"], ["small"]),
+        helper.make_node("Less", ["i", "turns"], ["early"]),
+        helper.make_node("And", ["small", "early"], ["again"]),
+    ]
+    weights = [numpy_helper.from_array(np.array(v), n)
+               for n, v in (("limit", np.float32(-2)), ("enough", np.int64(12)), ("turns", np.int64(9)))]
+    body = helper.make_graph(
+        nodes, "body", [VALUE("i", INT, []), VALUE("going", TensorProto.BOOL, []), VALUE("list", FLOAT, ["n"])],
+        [VALUE("again", TensorProto.BOOL, []), VALUE("more", FLOAT, ["m"])], weights)
+    start = b.op("Greater", b.op("ReduceMax", x, keepdims=0), b.scalar(np.float32(-1)))
+    last = b.op("Loop", "", start, b.op("Neg", x), body=body)
+    b.write([[normal(6)], [normal(6, scale=3.0)], [np.full(6, -3, np.float32)], [np.zeros(6, np.float32)]],
+            y=(b.op("Abs", last), FLOAT))
+
+
 def pieces():
     """One of several values, of which data say the place."""
     b = Staged("pieces")
@@ -196,5 +246,6 @@ def pieces():
 
 
 if __name__ == "__main__":
-    for model in (detector, places, rows, words, twice, numbers, branches, turns, pieces):
+    for model in (detector, places, rows, words, twice, numbers, branches, turns, steps, growth,
+                  pieces):
         model()

@@ -16,8 +16,9 @@ use kiln_runtime::plan::{DIMS, PlanDim};
 use kiln_runtime::tensor::Tensor;
 
 use super::proto::{GraphProto, NodeProto};
+use super::turns::Body;
 use super::{Held, Import};
-use crate::error::Diagnostic;
+use crate::error::{Diagnostic, Error, ErrorKind};
 use crate::graph::eval::Value;
 use crate::graph::op::{Op, Type};
 use crate::graph::used::{Span, Used};
@@ -38,6 +39,17 @@ pub struct Compute {
     pub counted: &'static [Option<u8>],
     /// The results.
     pub results: Arc<dyn Fn(&[Value]) -> Result<Vec<Tensor>, Diagnostic> + Send + Sync>,
+}
+
+/// What is done with operands between two stages.
+#[derive(Clone)]
+pub enum Work {
+    /// They are the answer.
+    Value,
+    /// A function of them.
+    Function(Compute),
+    /// A loop.
+    Loop(Arc<Body>),
 }
 
 /// What earlier stages have made, as far as code hangs on it.
@@ -155,7 +167,7 @@ impl Known {
 struct Asked {
     key: Key,
     operands: Vec<NodeId>,
-    compute: Option<Compute>,
+    work: Work,
 }
 
 /// What follows a stage: the questions that its outputs answer, in order, and the values of the
@@ -179,31 +191,38 @@ impl Later {
     }
 
     /// What is known after the stage has given `outputs`, and the tensors that are new inputs of
-    /// the stages that follow.
+    /// the stages that follow. `turns` gives the results of a loop.
     ///
     /// # Errors
-    /// Where a function refuses its data.
-    pub fn after(
+    /// Where a function refuses its data, and those of `turns`.
+    pub fn after<E: From<Error>>(
         &self,
         known: &Known,
         outputs: Vec<Tensor>,
-    ) -> Result<(Known, Vec<(String, Tensor)>), Diagnostic> {
+        mut turns: impl FnMut(&Arc<Body>, Vec<Tensor>) -> Result<Vec<Tensor>, E>,
+    ) -> Result<(Known, Vec<(String, Tensor)>), E> {
         let (mut known, mut tensors) = (known.clone(), Vec::new());
         let mut outputs = outputs.into_iter();
-        for Asked { key, operands, compute } in &self.asked {
+        for Asked { key, operands, work } in &self.asked {
             let given: Vec<Tensor> = outputs.by_ref().take(operands.len()).collect();
-            let answer = match compute {
-                None => Answer::Value(given.into_iter().next().unwrap_or_else(nothing)),
-                Some(compute) => {
-                    let values: Vec<Value> = given.iter().map(Value::from_tensor).collect();
-                    let results = (compute.results)(&values)?;
-                    let types = known.counted(*key, &results, compute.counted);
-                    let named = results.into_iter().enumerate();
-                    tensors.extend(named.map(|(i, tensor)| (result_name(*key, i), tensor)));
-                    Answer::Results(types)
+            let (results, counted) = match work {
+                Work::Value => {
+                    let value = given.into_iter().map(|value| (*key, Answer::Value(value)));
+                    known.answers.extend(value);
+                    continue;
                 }
+                Work::Function(compute) => {
+                    let values: Vec<Value> = given.iter().map(Value::from_tensor).collect();
+                    let results = (compute.results)(&values);
+                    let results = results.map_err(|d| Error::new(ErrorKind::Model, d))?;
+                    (results, compute.counted.to_vec())
+                }
+                Work::Loop(body) => (turns(body, given)?, body.counted()),
             };
-            known.answers.push((*key, answer));
+            let types = known.counted(*key, &results, &counted);
+            let named = results.into_iter().enumerate();
+            tensors.extend(named.map(|(i, tensor)| (result_name(*key, i), tensor)));
+            known.answers.push((*key, Answer::Results(types)));
         }
         for (name, shelf) in &self.crossing {
             let names = port_names(name, shelf);
@@ -212,10 +231,6 @@ impl Later {
         }
         Ok((known, tensors))
     }
-}
-
-fn nothing() -> Tensor {
-    Tensor::from_slice::<i64>(&[0], &[])
 }
 
 /// The name of an input that is a result.
@@ -252,8 +267,13 @@ impl Asks {
         self.asked.last().is_some_and(|asked| asked.key.0 == self.now.0)
     }
 
-    fn ask(&mut self, operands: Vec<NodeId>, compute: Option<Compute>) {
-        self.asked.push(Asked { key: self.now, operands, compute });
+    fn ask(&mut self, operands: Vec<NodeId>, work: Work) {
+        self.asked.push(Asked { key: self.now, operands, work });
+    }
+
+    /// Whether questions may be asked.
+    pub fn may_ask(&self) -> bool {
+        self.known.is_some()
     }
 
     /// A value that follows from constants or from an answer; else it is asked for.
@@ -274,15 +294,19 @@ impl Asks {
             }
             Some((_, Answer::Results(_))) => None,
             None => {
-                self.ask(vec![id], None);
+                self.ask(vec![id], Work::Value);
                 None
             }
         }
     }
 
-    /// The results of a function of values that are not known, as inputs of the graph; else they
-    /// are asked for.
-    pub fn results(&mut self, operands: &[NodeId], compute: Compute) -> Option<Vec<NodeId>> {
+    /// The results of work with values that are not known, as inputs of the graph; else they are
+    /// asked for.
+    pub fn results(
+        &mut self,
+        operands: &[NodeId],
+        work: impl FnOnce() -> Work,
+    ) -> Option<Vec<NodeId>> {
         self.known.as_ref()?;
         if self.waits() {
             return None;
@@ -291,13 +315,13 @@ impl Asks {
             self.now.1 += 1;
             return Some(results.clone());
         }
-        self.ask(operands.to_vec(), Some(compute));
+        self.ask(operands.to_vec(), work());
         None
     }
 }
 
 /// Names that nodes read, those of graphs within them too.
-fn names_read<'n>(node: &'n NodeProto, names: &mut HashSet<&'n str>) {
+pub fn names_read<'n>(node: &'n NodeProto, names: &mut HashSet<&'n str>) {
     names.extend(node.input.iter().map(String::as_str));
     let graphs = node.attribute.iter().flat_map(|a| a.g.as_deref().into_iter().chain(&a.graphs));
     for graph in graphs {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kiln_runtime::tensor::{DType, Tensor};
 
-use super::asks::{Asks, Compute};
+use super::asks::{Asks, Compute, Work};
 use super::proto::{AttributeProto, NodeProto};
 use super::tensor::Files;
 use crate::error::Diagnostic;
@@ -119,7 +119,8 @@ impl<'a> Call<'a> {
         let (node, op, opset) = (self.origin.clone(), self.op().to_string(), self.opset);
         let named = move |d: Diagnostic| d.node(node.as_ref()).op(op.clone(), opset);
         let results = Arc::new(move |values: &[Value]| compute(values).map_err(&named));
-        let results = self.asks.borrow_mut().results(&ids, Compute { counted, results });
+        let work = || Work::Function(Compute { counted, results });
+        let results = self.asks.borrow_mut().results(&ids, work);
         results.ok_or_else(|| self.not_known(operands[0], ids[0]))
     }
 

@@ -9,7 +9,7 @@ use super::proto::{GraphProto, NodeProto};
 use super::recurrent::MOST_STEPS;
 use super::sequence::SEQUENCES;
 use super::table::full_name;
-use super::{Held, Import, NEEDS_VALUE, scan};
+use super::{Held, Import, NEEDS_VALUE, scan, turns};
 use crate::error::Diagnostic;
 use crate::graph::op::{Composite, Op};
 use crate::graph::text::type_text;
@@ -144,6 +144,11 @@ impl Import<'_> {
         if self.room(&ty) { Ok(id) } else { Err(None) }
     }
 
+    /// A number that is known.
+    fn known(&self, id: NodeId) -> Option<f64> {
+        self.graph.value(id).and_then(|v| v.as_f64s().first().copied())
+    }
+
     /// A number that decides what there is to compute. Where it is not known, it is asked for.
     fn number(&mut self, id: NodeId) -> Option<f64> {
         self.asks.value(&self.graph, id).and_then(|v| v.as_f64s().first().copied())
@@ -239,8 +244,7 @@ impl Import<'_> {
 fn choice(import: &mut Import, site: &Site) -> Made {
     let condition = site.input(0)?;
     let (yes, no) = (site.graph("then_branch")?, site.graph("else_branch")?);
-    let known = import.graph.value(condition).and_then(|v| v.as_f64s().first().copied());
-    if let Some(holds) = known.map(|c| c != 0.0) {
+    if let Some(holds) = import.known(condition).map(|c| c != 0.0) {
         let outputs = import.within(if holds { yes } else { no }, &[])?;
         return Ok(outputs.into_iter().map(Held::Tensor).collect());
     }
@@ -268,8 +272,18 @@ fn choice(import: &mut Import, site: &Site) -> Made {
 /// Turns of a graph, as long as its condition holds; what it makes besides is collected.
 fn repetition(import: &mut Import, site: &Site) -> Made {
     let body = site.graph("body")?;
+    match unrolled(import, site, body) {
+        Err(Some(problem)) if problem.code == NEEDS_VALUE && import.asks.may_ask() => {
+            turns::between_stages(import, site, body)
+        }
+        made => made,
+    }
+}
+
+/// All turns one after another, where it is known how many there are.
+fn unrolled(import: &mut Import, site: &Site, body: &GraphProto) -> Made {
     let most = match site.inputs.first().copied().flatten() {
-        Some(most) => import.number(most).ok_or_else(|| not_known("the number of turns"))?,
+        Some(most) => import.known(most).ok_or_else(|| not_known("the number of turns"))?,
         None => f64::INFINITY,
     };
     let origin = &site.origin;
@@ -285,7 +299,7 @@ fn repetition(import: &mut Import, site: &Site) -> Made {
     let mut rows = vec![Vec::new(); body.output.len() - 1 - carried.len()];
     let mut turn = 0;
     while (turn as f64) < most {
-        let holds = import.number(again).ok_or_else(|| not_known("whether a turn is the last"))?;
+        let holds = import.known(again).ok_or_else(|| not_known("whether a turn is the last"))?;
         if holds == 0.0 {
             break;
         }

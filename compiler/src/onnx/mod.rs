@@ -31,6 +31,7 @@ pub mod table;
 pub mod tensor;
 mod training;
 mod trees;
+mod turns;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -52,6 +53,7 @@ use call::Call;
 use proto::tensor_shape_proto::{Dimension, dimension::Value as DimensionValue};
 use proto::{ModelProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 use tensor::{Files, dtype_of};
+pub use turns::Body;
 
 /// Code of the diagnostic for an operand whose value decides a shape and is not known.
 pub const NEEDS_VALUE: &str = "K0121";

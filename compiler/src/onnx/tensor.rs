@@ -47,6 +47,12 @@ pub fn dtype_of(number: i32) -> Result<DType, Diagnostic> {
     })
 }
 
+/// The number of an element type; the inverse of [`dtype_of`].
+pub fn number_of(dtype: DType) -> i32 {
+    let found = (1..=26).find(|&number| dtype_of(number) == Ok(dtype));
+    found.expect("every type of a model has a number")
+}
+
 /// Files beside the model, opened once.
 pub struct Files {
     folder: Option<PathBuf>,
