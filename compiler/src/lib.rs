@@ -42,7 +42,7 @@ pub use kiln_runtime::session::{Executable, RunError, Session};
 pub use kiln_runtime::{code, gpu, manifest, npz, tensor, work};
 pub use load::{is_artifact, is_cuda_artifact, load, load_cuda, load_opened, open_artifact};
 pub use model::{Dim, DimRange, Limits, Model, ModelNode, ModelPort, read_tensor_pb};
-pub use on_demand::OnDemand;
+pub use on_demand::{OnDemand, RunWith};
 pub use package::{Form, Kind, Package, identifier};
 pub use precision::Precision;
 

@@ -74,6 +74,10 @@ type Kept<E> = (E, Option<Arc<Later>>);
 /// Tensors with the names of ports.
 type Named = Vec<(String, Tensor)>;
 
+/// Runs what was compiled on tensors given by name.
+pub type RunWith<'r, E, X> =
+    dyn Fn(&E, &[(&str, TensorView<'_>)]) -> std::result::Result<Named, X> + 'r;
+
 /// What shapes hang on beside the shapes of inputs.
 struct Deciding {
     /// Inputs whose values decide shapes.
@@ -130,7 +134,7 @@ impl<E: Clone> OnDemand<E> {
     pub fn run_with<X: From<Error>>(
         &self,
         inputs: &[(&str, TensorView<'_>)],
-        run: &dyn Fn(&E, &[(&str, TensorView<'_>)]) -> std::result::Result<Named, X>,
+        run: &RunWith<'_, E, X>,
     ) -> std::result::Result<Named, X> {
         let ordered = self.ordered(inputs)?;
         let (compiler, deciding) = self.compiler_for(&ordered)?;

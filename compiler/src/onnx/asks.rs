@@ -38,8 +38,11 @@ pub struct Compute {
     /// The axis of each result, in order, that is as long as data say; all are equally long.
     pub counted: &'static [Option<u8>],
     /// The results.
-    pub results: Arc<dyn Fn(&[Value]) -> Result<Vec<Tensor>, Diagnostic> + Send + Sync>,
+    pub results: Arc<Function>,
 }
+
+/// A function of values.
+pub type Function = dyn Fn(&[Value]) -> Result<Vec<Tensor>, Diagnostic> + Send + Sync;
 
 /// What is done with operands between two stages.
 #[derive(Clone)]

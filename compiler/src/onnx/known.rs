@@ -11,7 +11,7 @@ use crate::graph::eval::Value;
 use crate::graph::op::{Op, Shape};
 use crate::graph::scalar::Number;
 
-/// Pairs of boxes that the importer compares at most, and classes of images that it goes through.
+/// Pairs of boxes that are compared at most, and scores that are looked at.
 const MOST: usize = 1 << 28;
 
 /// The ends of a box along y and x.
@@ -79,13 +79,13 @@ fn suppressed(boxes: &Value, scores: &Value, told: Suppression) -> Result<Vec<Te
     let ([images, count, 4], [batch, classes, of_each]) = (&bs[..], &ss[..]) else {
         return Err(not_supported(format!("boxes {bs:?} with scores {ss:?}")));
     };
+    let too_many = || not_supported(format!("boxes {bs:?} with scores {ss:?}, {most} of a class"));
     // Without boxes there still is something to do for each class.
-    let each = count.min(&most).checked_mul(*count).and_then(|n| n.checked_add(1));
-    let rounds = images.checked_mul(*classes);
-    let pairs = each.zip(rounds).and_then(|(each, rounds)| each.checked_mul(rounds));
-    if images != batch || count != of_each || pairs.is_none_or(|n| n > MOST) {
-        return Err(not_supported(format!("boxes {bs:?} with scores {ss:?}, {most} of a class")));
+    let looks = images.checked_mul(*classes).and_then(|n| n.checked_mul(count + 1));
+    if images != batch || count != of_each || looks.is_none_or(|n| n > MOST) {
+        return Err(too_many());
     }
+    let mut compared = 0;
     let (numbers, scores) = (boxes.as_f64s(), scores.as_f64s());
     let mut found: Vec<i64> = Vec::new();
     for image in 0..*images {
@@ -100,6 +100,10 @@ fn suppressed(boxes: &Value, scores: &Value, told: Suppression) -> Result<Vec<Te
             for i in order {
                 if taken.len() == most {
                     break;
+                }
+                compared += taken.len();
+                if compared > MOST {
+                    return Err(too_many());
                 }
                 let apart = |&j: &usize| shared(&boxes[i], &boxes[j]) <= limit;
                 if taken.iter().all(apart) {
@@ -293,8 +297,8 @@ mod tests {
             let empty = model(made, false).expect_err("slices of nothing");
             assert!(empty.contains("slices without elements"), "{empty}");
         }
-        let many = boxes(&[1, 20_000, 4], &[1, 1, 20_000], 1e9).expect_err("too many pairs");
-        assert!(many.contains("20000"), "{many}");
+        let many = boxes(&[1, 24_000, 4], &[1, 1, 24_000], 1e9).expect_err("too many pairs");
+        assert!(many.contains("24000"), "{many}");
         assert!(boxes(&[1, 3, 4], &[1, 1, 3], -1.0).is_ok());
     }
 }

@@ -70,12 +70,11 @@ pub(super) fn between_stages(import: &mut Import, site: &Site, body: &GraphProto
     Ok(results.into_iter().map(Held::Tensor).collect())
 }
 
-/// What a body reads from outside of it: constants, and values.
-#[allow(clippy::type_complexity)]
-fn outside(
-    import: &Import,
-    body: &GraphProto,
-) -> Result<(Vec<TensorProto>, Vec<(String, NodeId)>), Option<Diagnostic>> {
+/// Constants, and values by name.
+type Outside = (Vec<TensorProto>, Vec<(String, NodeId)>);
+
+/// What a body reads from outside of it.
+fn outside(import: &Import, body: &GraphProto) -> Result<Outside, Option<Diagnostic>> {
     let mut names = HashSet::new();
     body.node.iter().for_each(|node| names_read(node, &mut names));
     names.extend(body.output.iter().filter_map(|output| output.name.as_deref()));
