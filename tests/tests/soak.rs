@@ -2,7 +2,8 @@
 //! between. `KILN_SOAK` is how long threads share, in seconds (2).
 
 use std::fs;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use kiln::onnx::proto::tensor_shape_proto::{Dimension, dimension::Value as Dim};
@@ -11,7 +12,7 @@ use kiln::onnx::proto::{
     GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorShapeProto, TypeProto,
     ValueInfoProto,
 };
-use kiln::tensor::{Tensor, TensorView};
+use kiln::tensor::{DType, Tensor, TensorView};
 use kiln::{Compiler, Limits, Model};
 use kiln_tests::Random;
 use kiln_tests::grown::{Diet, grow};
@@ -51,25 +52,30 @@ fn memory_is_flat_over_compilations() {
     });
 }
 
-/// relu(x + y) of two dims.
-fn model() -> Model {
-    let dim = |name: &str| Dimension { value: Some(Dim::DimParam(name.into())), denotation: None };
-    let port = |name: &str| {
-        let shape = TensorShapeProto { dim: vec![dim("n"), dim("m")] };
+/// A model of these nodes, each an operator, its inputs and its output; its inputs and its output
+/// `z` are f32 of two axes, of a number or a dim each.
+fn model(nodes: &[(&str, [&str; 2], &str)], inputs: &[(&str, [&str; 2])], z: [&str; 2]) -> Model {
+    let dim = |name: &&str| {
+        let number = name.parse().map_or(Dim::DimParam(name.to_string()), Dim::DimValue);
+        Dimension { value: Some(number), denotation: None }
+    };
+    let port = |(name, dims): &(&str, [&str; 2])| {
+        let shape = TensorShapeProto { dim: dims.iter().map(dim).collect() };
         let tensor = TensorType { elem_type: Some(1), shape: Some(shape) };
         let ty = TypeProto { value: Some(TypeValue::TensorType(tensor)), ..TypeProto::default() };
-        ValueInfoProto { name: Some(name.into()), r#type: Some(ty), ..ValueInfoProto::default() }
+        let name = Some(name.to_string());
+        ValueInfoProto { name, r#type: Some(ty), ..ValueInfoProto::default() }
     };
-    let node = |op: &str, inputs: &[&str], output: &str| NodeProto {
-        op_type: Some(op.into()),
-        input: inputs.iter().map(|name| name.to_string()).collect(),
-        output: vec![output.into()],
+    let node = |(op, inputs, output): &(&str, [&str; 2], &str)| NodeProto {
+        op_type: Some(op.to_string()),
+        input: inputs.iter().filter(|n| !n.is_empty()).map(|n| n.to_string()).collect(),
+        output: vec![output.to_string()],
         ..NodeProto::default()
     };
     let graph = GraphProto {
-        node: vec![node("Add", &["x", "y"], "sum"), node("Relu", &["sum"], "z")],
-        input: vec![port("x"), port("y")],
-        output: vec![port("z")],
+        node: nodes.iter().map(node).collect(),
+        input: inputs.iter().map(port).collect(),
+        output: vec![port(&("z", z))],
         ..GraphProto::default()
     };
     let opset = OperatorSetIdProto { version: Some(20), ..OperatorSetIdProto::default() };
@@ -84,7 +90,8 @@ fn model() -> Model {
 
 #[test]
 fn memory_is_flat_over_shapes() {
-    let model = model();
+    let nodes = [("Add", ["x", "y"], "sum"), ("Relu", ["sum", ""], "z")];
+    let model = model(&nodes, &[("x", ["n", "m"]), ("y", ["n", "m"])], ["n", "m"]);
     let compiler = Compiler::new().kept_bytes(1 << 20);
     let on_demand = compiler.dim_range("n", 1..=64).dim_range("m", 1..=64).on_demand(&model);
     let mut random = Random::new(7);
@@ -141,4 +148,50 @@ fn threads_share_an_executable_and_leave_nothing_running() {
     let idle = processor() - before;
     // A thread that spins would show half a second.
     assert!(idle <= Duration::from_millis(20), "{idle:?} of work while nothing runs");
+}
+
+/// Short runs of 63 threads come to their ends while a long one of the same executable goes on: no
+/// lock is held in a run.
+#[test]
+fn threads_that_share_an_executable_do_not_wait_for_one_another() {
+    const THREADS: usize = 64;
+    const LONGEST: usize = 16_384;
+    const RUNS: u64 = 20;
+    let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
+    let values: Vec<String> = (1..16).map(|i| format!("v{i}")).collect();
+    let values: Vec<&str> =
+        ["x"].into_iter().chain(values.iter().map(|v| v.as_str())).chain(["z"]).collect();
+    let products: Vec<_> = values.windows(2).map(|v| ("MatMul", [v[0], "w"], v[1])).collect();
+    let inputs = [("x", ["n", "256"]), ("w", ["256", "256"])];
+    let model = model(&products, &inputs, ["n", "256"]);
+    let executable =
+        Compiler::new().dim_range("n", 1..=LONGEST).compile_ranges(&model).expect("it compiles");
+    let w = Tensor::zeros(DType::F32, &[256, 256]);
+    let (begin, over) = (Barrier::new(THREADS), AtomicBool::new(false));
+    let work = |length: usize| {
+        let shape = [length, 256];
+        let (x, mut z) = (Tensor::zeros(DType::F32, &shape), Tensor::zeros(DType::F32, &shape));
+        begin.wait();
+        let mut run = || {
+            let given = [x.view(), w.view()];
+            executable.run_into(&given, &mut [z.view_mut()]).expect("a run");
+        };
+        if length == LONGEST {
+            run();
+            over.store(true, Ordering::Release);
+            return false;
+        }
+        // The long run is the first one.
+        std::thread::sleep(Duration::from_millis(20));
+        (0..RUNS).for_each(|_| run());
+        over.load(Ordering::Acquire)
+    };
+    let started = Instant::now();
+    let late = std::thread::scope(|scope| {
+        let lengths = (0..THREADS).map(|i| if i == 0 { LONGEST } else { 1 });
+        let all: Vec<_> = lengths.map(|length| scope.spawn(move || work(length))).collect();
+        all.into_iter().map(|thread| thread.join().expect("no panic")).filter(|&late| late).count()
+    });
+    println!("{RUNS} runs of each of {THREADS} threads beside one of {:?}", started.elapsed());
+    assert_eq!(late, 0, "threads were not done before the long run was");
 }

@@ -94,7 +94,7 @@ pub fn lower(mut lower: Lower, root: usize, parts: &Attention, name: &str) -> Lo
         return super::gpu_attention::lower(lower, root, parts, name);
     }
     let weight = lower.register(DType::F32, 1);
-    lower.bind_cell(parts.weights, Expr::Load(weight, origin_place()));
+    lower.bind_cell(parts.weights, Expr::Load(weight, origin_place()), None);
     let product = contract::product(&mut lower, root, parts.mixed)?;
     let asked = lower.asked(parts.weights);
     lower.unbind(parts.weights);
@@ -203,7 +203,7 @@ pub fn scores(
 ) -> Lowering<Tiles> {
     let (cell, dtype) = (lower.register(DType::F32, 1), lower.ty(parts.products).dtype);
     let sum = as_dtype(lower, dtype, Arc::new(Expr::Load(cell, origin_place())));
-    lower.bind_cell(parts.products, (*sum).clone());
+    lower.bind_cell(parts.products, (*sum).clone(), None);
     let key = lower.var(keys)?;
     let mut index = row.to_vec();
     index.push(Place::affine(Affine::axis(key as usize)));
@@ -233,7 +233,7 @@ fn most(
     let value = (*lower.value(parts.most, &index)?).clone();
     let place = add(start, &Place::affine(Affine::constant(keys as i64 + 1)));
     body.push(Stmt::Store { buffer: *buffer, place: place.clone(), value });
-    lower.bind_cell(parts.most, Expr::Load(*buffer, place));
+    lower.bind_cell(parts.most, Expr::Load(*buffer, place), None);
     Ok(body)
 }
 

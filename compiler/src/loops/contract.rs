@@ -108,7 +108,7 @@ pub fn product(lower: &mut Lower, root: usize, contract: usize) -> Lowering<Prod
         None => lower.axes_of(&ty)?,
     };
     let (out, place) = lower.result(root, &index);
-    lower.bind_cell(contract, Expr::Load(cell, origin_place()));
+    lower.bind_cell(contract, Expr::Load(cell, origin_place()), None);
     let result = lower.value(root, &index)?;
     let (operands, summed) = operands(lower, contract)?;
     Ok(Product { vars, summed, operands, cell, out, place, result, parts: None })

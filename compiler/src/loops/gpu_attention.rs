@@ -134,7 +134,7 @@ impl Work {
         shape: Option<Shape>,
     ) -> Lowering<Work> {
         let weight = lower.register(lower.ty(parts.weights).dtype, 1);
-        lower.bind_cell(parts.weights, Expr::Load(weight, origin_place()));
+        lower.bind_cell(parts.weights, Expr::Load(weight, origin_place()), None);
         let product = contract::product(lower, root, parts.mixed)?;
         let asked = lower.asked(parts.weights);
         lower.unbind(parts.weights);
@@ -382,7 +382,7 @@ impl Block {
         second.extend(in_fours(lower, other, shares, vec![add])?);
         for (node, value) in [(parts.sum, now), (parts.powers, number(1.0))] {
             let value = as_dtype(lower, lower.ty(node).dtype, value);
-            lower.bind_cell(node, (*value).clone());
+            lower.bind_cell(node, (*value).clone(), None);
         }
         let mut index = row.to_vec();
         index.push(origin_place());

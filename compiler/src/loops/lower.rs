@@ -392,9 +392,9 @@ impl<'a> Lower<'a> {
         Ok((index, vars))
     }
 
-    /// Gives a node one value; the index for which it is asked is remembered.
-    pub fn bind_cell(&mut self, node: usize, value: Expr) {
-        self.bound[node] = Some(Bound::Cell { value: Arc::new(value), asked: None });
+    /// Gives a node one value: that of an index, or of the one that is asked for first.
+    pub fn bind_cell(&mut self, node: usize, value: Expr, index: Option<Vec<Index>>) {
+        self.bound[node] = Some(Bound::Cell { value: Arc::new(value), asked: index });
         self.memo.clear();
     }
 
@@ -438,7 +438,7 @@ impl<'a> Lower<'a> {
             Some(Bound::Cell { value, asked }) => {
                 match asked {
                     Some(before) if before.as_slice() != index => {
-                        return Err(Refused("a reduction is used at two places".into()));
+                        return Err(Refused("a reduction of another place".into()));
                     }
                     _ => *asked = Some(index.to_vec()),
                 }

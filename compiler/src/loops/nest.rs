@@ -165,7 +165,7 @@ pub fn inline_reduce(mut lower: Lower, root: usize, reduce: usize) -> Lowering<L
     let cell = lower.register(dtype, 1);
     let (index, vars) = lower.axes_of(&ty)?;
     let (out, place) = lower.result(root, &index);
-    lower.bind_cell(reduce, Expr::Load(cell, Place::affine(Affine::default())));
+    lower.bind_cell(reduce, Expr::Load(cell, origin_place()), None);
     let result = lower.value(root, &index)?;
     let mut from = lower.asked(reduce).ok_or_else(|| Refused("a dead reduction".into()))?;
     let operand = lower.body.nodes[reduce].args[0].index();
@@ -381,7 +381,9 @@ pub fn reduce_pass(
         }
         Some(last) => out.extend(reduce_lanes(lower, f, cell, (last, &vars), start, step)?),
     }
-    lower.bind_cell(reduce, Expr::Load(cell, Place::affine(Affine::default())));
+    let mut index = outer.to_vec();
+    index.resize(lower.ty(reduce).rank(), origin_place());
+    lower.bind_cell(reduce, Expr::Load(cell, origin_place()), Some(index));
     Ok(out)
 }
 
@@ -460,10 +462,12 @@ pub fn reduce_lanes(
 mod tests {
     use kiln_runtime::tensor::{DType, Tensor};
 
+    use super::super::lower::{Arguments, lower};
     use crate::Compiler;
-    use crate::graph::Graph;
     use crate::graph::eval::{Value, eval};
     use crate::graph::op::{BinaryFn, ReduceFn, Type};
+    use crate::graph::text::parse;
+    use crate::graph::{Body, Graph};
 
     #[test]
     fn sums_of_rows_may_lie_along_another_axis() {
@@ -482,5 +486,20 @@ mod tests {
             let got = executable.run(&[("x", given.view())]).unwrap_or_else(|e| panic!("{e}"));
             assert!(Value::from_tensor(&got[0].1) == expected[0]);
         }
+    }
+
+    #[test]
+    fn a_row_reads_no_sum_of_another() {
+        let text = "%0 = input 0 : f32[4,4,5] \"x\"
+             %1 = reduce max [2] %0 : f32[4,4,1] \"n\"
+             %2 = reduce sum [2] %0 : f32[4,4,1] \"n\"
+             %3 = permute [1,0,2] %2 : f32[4,4,1] \"n\"
+             %4 = add %1 %3 : f32[4,4,1] \"n\"
+             %5 = mul %0 %4 : f32[4,4,5] \"n\"
+             output \"y\" %5";
+        let body = Body { nodes: parse(text, &[]).expect("a graph").nodes };
+        let target = Compiler::new().cpu().target();
+        let lowered = lower(&body, &[], Arguments::default(), target, "n");
+        assert_eq!(lowered.map(drop).map_err(|e| e.0), Err("a reduction of another place".into()));
     }
 }

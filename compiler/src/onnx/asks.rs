@@ -340,9 +340,8 @@ impl Import<'_> {
         self.graph.dims.extend_from_slice(&known.dims);
         for (name, shelf) in &known.made {
             let names = port_names(name, shelf);
-            let types = shelf.types().iter();
-            let ids = names.iter().zip(types).map(|(n, ty)| self.graph.input(n, ty.clone()));
-            let ids: Vec<NodeId> = ids.collect();
+            let ids: Vec<NodeId> =
+                names.iter().zip(shelf.types()).map(|(name, ty)| self.port(name, ty)).collect();
             let held = match shelf {
                 Shelf::Tensor(_) => Held::Tensor(ids[0]),
                 Shelf::Sequence(_) => Held::Sequence(ids),
@@ -352,10 +351,17 @@ impl Import<'_> {
         for (key, answer) in &known.answers {
             let Answer::Results(types) = answer else { continue };
             let named = types.iter().enumerate();
-            let ids = named.map(|(i, ty)| self.graph.input(&result_name(*key, i), ty.clone()));
-            let ids = ids.collect();
+            let ids = named.map(|(i, ty)| self.port(&result_name(*key, i), ty)).collect();
             self.asks.results.insert(*key, ids);
         }
+    }
+
+    /// An input that holds what is known.
+    fn port(&mut self, name: &str, ty: &Type) -> NodeId {
+        if let Err(problem) = self.room(ty) {
+            self.problems.push(problem.tensor(name));
+        }
+        self.graph.input(name, ty.clone())
     }
 
     /// Whether an earlier stage has made a value.

@@ -141,7 +141,7 @@ impl Import<'_> {
     ) -> Result<NodeId, Option<Diagnostic>> {
         let id = self.graph.add(op, args, origin).map_err(Some)?;
         let ty = self.graph.ty(id).clone();
-        if self.room(&ty) { Ok(id) } else { Err(None) }
+        self.room(&ty).map(|()| id).map_err(Some)
     }
 
     /// A number that is known.
@@ -168,14 +168,14 @@ impl Import<'_> {
         if self.depth >= self.options.limits.depth {
             let (limit, found) = (self.options.limits.depth, self.depth + 1);
             let help = "--max-depth raises it";
-            self.limit("graphs within each other", limit.to_string(), found.to_string(), help);
-            return Err(None);
+            let what = "graphs within each other";
+            return Err(Some(self.limit(what, limit.to_string(), found.to_string(), help)));
         }
         self.nodes = self.nodes.saturating_add(graph.node.len());
         if self.nodes > self.options.limits.nodes {
             let limit = self.options.limits.nodes.to_string();
-            self.limit("nodes", limit, self.nodes.to_string(), "--max-nodes raises it");
-            return Err(None);
+            let (found, help) = (self.nodes.to_string(), "--max-nodes raises it");
+            return Err(Some(self.limit("nodes", limit, found, help)));
         }
         let names = graph.initializer.iter().filter_map(|t| t.name.as_ref());
         let names = names.chain(graph.input.iter().filter_map(|i| i.name.as_ref()));
@@ -328,14 +328,14 @@ fn flex_attention(import: &mut Import, site: &Site) -> Made {
     let state = (&mut import.graph, &mut import.files, &mut import.asks);
     let mut call = Call::new(state, site.node, inputs, 1, origin.as_ref());
     let (scores, values, dtype) = flexible(&mut call).map_err(Some)?;
-    import.all_fit(before)?;
+    import.all_fit(before).map_err(Some)?;
     let scores = changed(import, site, "score_mod", scores)?;
     let weights = import.put(Op::Composite(Composite::Softmax(3)), &[scores], origin)?;
     let weights = changed(import, site, "prob_mod", weights)?;
     let before = import.graph.nodes.len();
     let y = import.graph.matmul(weights, values, origin).map_err(Some)?;
     let y = import.graph.cast(y, dtype, origin).map_err(Some)?;
-    import.all_fit(before)?;
+    import.all_fit(before).map_err(Some)?;
     Ok(vec![Held::Tensor(y)])
 }
 
@@ -370,7 +370,7 @@ pub(super) mod tests {
         type_proto,
     };
     use super::super::proto::{TensorShapeProto, TypeProto};
-    use super::super::{ImportOptions, import};
+    use super::super::{ImportOptions, Limits, import};
     use super::*;
     use crate::graph::Graph;
     use crate::graph::eval::{Data, Value, eval};
@@ -429,6 +429,15 @@ pub(super) mod tests {
 
     /// The same at an opset.
     pub fn model_at(newest: i64, graph: GraphProto, known: bool) -> Result<Graph, String> {
+        within_limits(newest, graph, known, Limits::default())
+    }
+
+    fn within_limits(
+        newest: i64,
+        graph: GraphProto,
+        known: bool,
+        limits: Limits,
+    ) -> Result<Graph, String> {
         let domains = ["", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training"];
         let opset = |(domain, version): (&str, i64)| OperatorSetIdProto {
             domain: Some(domain.into()),
@@ -436,8 +445,7 @@ pub(super) mod tests {
         };
         let opset_import = domains.into_iter().zip([newest, 5, 1, 1]).map(opset).collect();
         let model = ModelProto { graph: Some(graph), opset_import, ..Default::default() };
-        let mut options =
-            ImportOptions { limits: super::super::Limits::default(), ..Default::default() };
+        let mut options = ImportOptions { limits, ..Default::default() };
         if known {
             options.values.push(("m".into(), Tensor::from_slice(&[], &[5i64])));
         }
@@ -518,5 +526,30 @@ pub(super) mod tests {
         nested.input = vec![port("c", &[], 9), port("x", &[2], 1)];
         let problem = model(nested, false).expect_err("too deep");
         assert!(problem.contains("graphs within each other"), "{problem}");
+        assert!(problem.contains("at        x2 (If, opset 26)"), "{problem}");
+    }
+
+    #[test]
+    fn limits_say_what_goes_beyond_them() {
+        let plain = |op: &str, inputs: &[&str]| {
+            graph(&[port("x", &[2], 1)], &[node(op, inputs, &["y"])], &["y"])
+        };
+        let turns = || doubling(&[node("Identity", &["going"], &["next"])]);
+        let limits = Limits::default;
+        let cases = [
+            (plain("Neg", &["x"]), Limits { rank: 0, ..limits() }, "axes", "tensor    x"),
+            (plain("Neg", &["x"]), Limits { bytes: 7, ..limits() }, "bytes", "tensor    x"),
+            (plain("Flatten", &["x"]), Limits { rank: 1, ..limits() }, "axes", "y (Flatten, "),
+            (plain("Add", &["x", "x"]), Limits { bytes: 15, ..limits() }, "bytes", "y (Add, "),
+            (turns(), Limits { bytes: 30, ..limits() }, "bytes", "z (Add, "),
+            (turns(), Limits { rank: 1, ..limits() }, "axes", "last (Loop, "),
+            (turns(), Limits { nodes: 7, ..limits() }, "nodes", "last (Loop, "),
+        ];
+        for (graph, limits, what, at) in cases {
+            let problem = within_limits(26, graph, true, limits).expect_err("beyond a limit");
+            assert!(problem.contains(&format!("too many {what}")), "{problem}");
+            assert!(problem.contains(at), "{problem} does not say {at}");
+            assert_eq!(problem.matches("error[").count(), 1, "{problem}");
+        }
     }
 }

@@ -191,7 +191,9 @@ impl Import<'_> {
         }
         if graph.node.len() > self.options.limits.nodes {
             let limit = self.options.limits.nodes.to_string();
-            self.limit("nodes", limit, graph.node.len().to_string(), "--max-nodes raises it");
+            let found = graph.node.len().to_string();
+            let problem = self.limit("nodes", limit, found, "--max-nodes raises it");
+            self.problems.push(problem);
             return None;
         }
         self.nodes = graph.node.len();
@@ -237,12 +239,12 @@ impl Import<'_> {
     fn constants(&mut self, tensors: &[TensorProto]) {
         for tensor in tensors {
             let name = tensor.name.clone().unwrap_or_default();
-            let value = match self.files.constant(tensor) {
-                Ok(constant) if self.room(&constant.ty) => {
+            let constant = self.files.constant(tensor);
+            let value = match constant.and_then(|c| self.room(&c.ty).map(|()| c)) {
+                Ok(constant) => {
                     let origin = Origin::from(name.as_str());
                     Some(self.graph.constant_bytes(constant.ty, constant.bytes, &origin))
                 }
-                Ok(_) => None,
                 Err(problem) => {
                     self.problems.push(problem.tensor(name.clone()));
                     None
@@ -252,50 +254,46 @@ impl Import<'_> {
         }
     }
 
-    fn limit(&mut self, what: &str, expected: String, found: String, help: &str) {
+    /// The problem that a limit is; nothing is imported after it.
+    fn limit(&mut self, what: &str, expected: String, found: String, help: &str) -> Diagnostic {
         self.limited = true;
         let message = format!("the model has too many {what}");
         let limit = Diagnostic::new("K0104", message).expected(format!("at most {expected}"));
-        self.problems.push(limit.found(found).help(help));
+        limit.found(found).help(help)
     }
 
-    /// Whether a value fits into what is left of the memory limit, and takes it.
-    fn room(&mut self, ty: &Type) -> bool {
+    /// Takes what a value needs of what is left of the memory limit, where it fits into it.
+    fn room(&mut self, ty: &Type) -> std::result::Result<(), Diagnostic> {
         let limits = &self.options.limits;
         let size = size_bytes(ty.dtype, &ty.shape).unwrap_or(usize::MAX);
         self.bytes = self.bytes.saturating_add(size);
         let found = || crate::graph::text::type_text(ty);
         if ty.rank() > limits.rank {
             let (expected, help) = (limits.rank.to_string(), "--max-rank raises it");
-            self.limit("axes", expected, found(), help);
-            return false;
+            return Err(self.limit("axes", expected, found(), help));
         }
         if self.bytes > limits.bytes {
             let (expected, help) = (limits.bytes.to_string(), "--max-memory raises it");
-            self.limit("bytes", expected, found(), help);
-            return false;
-        }
-        true
-    }
-
-    /// Whether there is room for all nodes from one on.
-    fn all_fit(&mut self, first: usize) -> std::result::Result<(), Option<Diagnostic>> {
-        for i in first..self.graph.nodes.len() {
-            let ty = self.graph.nodes[i].ty.clone();
-            if !self.room(&ty) {
-                return Err(None);
-            }
+            return Err(self.limit("bytes", expected, found(), help));
         }
         Ok(())
+    }
+
+    /// The same for all nodes from one on.
+    fn all_fit(&mut self, first: usize) -> std::result::Result<(), Diagnostic> {
+        (first..self.graph.nodes.len()).try_for_each(|i| {
+            let ty = self.graph.nodes[i].ty.clone();
+            self.room(&ty)
+        })
     }
 
     fn input(&mut self, input: &ValueInfoProto, name: &str) -> Option<NodeId> {
         if let Some((_, value)) = self.options.values.iter().find(|v| v.0 == name) {
             return Some(self.graph.tensor(value, &Origin::from(name)));
         }
-        match self.input_type(input, name) {
-            Ok(ty) if self.room(&ty) => Some(self.graph.input(name, ty)),
-            Ok(_) => None,
+        let ty = self.input_type(input, name);
+        match ty.and_then(|ty| self.room(&ty).map(|()| ty)) {
+            Ok(ty) => Some(self.graph.input(name, ty)),
             Err(problem) => {
                 self.problems.push(problem.tensor(name));
                 None
@@ -476,7 +474,7 @@ impl Import<'_> {
                     .found(unread.join(", ")),
             ));
         }
-        self.all_fit(before)?;
+        self.all_fit(before).map_err(|d| Some(d.node(name).op(op, opset)))?;
         Ok(outputs.into_iter().map(Held::from).collect())
     }
 }

@@ -373,12 +373,12 @@ impl Body<'_> {
             matches!(self.op(r), Op::Reduce(_, a) if a == axes)
                 && self.args(r).all(|a| self.ty(a).shape == full)
         });
-        let above = self.above(first);
+        let above: Vec<usize> = reduces.iter().flat_map(|&r| self.above(r)).collect();
         let fits = self.members().all(|n| {
             let shape = &self.ty(n).shape;
             let op = self.op(n);
             if is_view(op) || matches!(op, Op::Gather(_)) {
-                // Views below the reductions only; a row is not moved once it is being folded.
+                // Views below all reductions only; what is folded of a row is not moved to another.
                 return !above.contains(&n);
             }
             *shape == full || *shape == reduced
