@@ -11,7 +11,7 @@ use crate::error::{Diagnostic, Error, ErrorKind, Result};
 use crate::model::Model;
 use crate::onnx::{Body, Known, Later};
 use crate::stages::{Step, through};
-use crate::{Compiler, Executable};
+use crate::{Compiler, Executable, onnx};
 
 /// Elements of an input whose values may decide shapes.
 const SHAPE_ELEMENTS: usize = 1024;
@@ -57,7 +57,7 @@ struct Shared<E> {
 
 /// How many of these are remembered, and of models that loops repeat.
 const REFUSED: usize = 256;
-const BODIES: usize = 64;
+const BODIES: usize = 16;
 
 /// Compiles a model for shapes that the compiler knows.
 type Compile<E> = dyn Fn(&Compiler, &Model) -> Result<E> + Send + Sync;
@@ -142,7 +142,11 @@ impl<E: Clone> OnDemand<E> {
         let is_own = |name: &str| !deciding.inputs.iter().any(|constant| constant == name);
         let own: Vec<_> = ordered.iter().filter(|(name, _)| is_own(name)).copied().collect();
         if !deciding.staged {
-            return run(&self.stage(&compiler, &ordered, deciding)?.0, &own);
+            match self.stage(&compiler, &ordered, deciding) {
+                // Tensors of other shapes did not need stages.
+                Err(error) if needs_value(&error) => {}
+                whole => return run(&whole?.0, &own),
+            }
         }
         let stage = |compiler: Compiler| Ok(self.stage(&compiler, &ordered, deciding)?);
         let outputs = through((&compiler, false), &own, stage, |step| {
@@ -237,10 +241,13 @@ impl<E: Clone> OnDemand<E> {
         Ok(made)
     }
 
-    /// Bytes that the specialisations that are kept take together.
+    /// Bytes that the specialisations that are kept take together, with those of loops that run
+    /// between stages.
     pub fn kept_bytes(&self) -> usize {
+        let bodies = self.0.bodies.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = self.0.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.iter().map(|(_, known)| (self.0.bytes)(&known.0)).sum()
+        let own: usize = kept.iter().map(|(_, known)| (self.0.bytes)(&known.0)).sum();
+        own + bodies.iter().map(|(_, body)| body.kept_bytes()).sum::<usize>()
     }
 
     /// How many specialisations are kept.
@@ -377,6 +384,11 @@ fn deciding(
         }
     }
     Ok(Deciding { inputs: names, staged: !fewest.is_empty() })
+}
+
+/// Whether a value decides shapes and is not known.
+fn needs_value(error: &Error) -> bool {
+    error.diagnostics.iter().any(|d| d.code == onnx::NEEDS_VALUE)
 }
 
 fn usage(diagnostic: Diagnostic) -> Error {

@@ -235,6 +235,40 @@ def growth():
             y=(b.op("Abs", last), FLOAT))
 
 
+def bounds():
+    """Bounds of which one is known in some stages only, beside results whose number varies."""
+    b = Staged("bounds")
+    x = b.take("x", 4, 20)
+    where = b.op("Transpose", b.op("NonZero", b.op("Greater", x, b.number(1.0))), perm=[1, 0])
+    above = b.op("Cast", b.op("Greater", x, b.number(0.5)), to=INT)
+    count = b.op("Min", b.op("ReduceSum", above, keepdims=0), b.ints(20))
+    starts = b.op("ConstantOfShape", b.ints(2), value=helper.make_tensor("v", INT, [1], [0]))
+    ends = b.op("Concat", b.ints(4), count, axis=0)
+    y = b.op("Mul", b.op("Slice", x, starts, ends), b.number(2.0))
+    b.write([[normal(4, 20)], [normal(4, 20)], [normal(4, 20, scale=0.4)], [normal(4, 20, scale=0.01)]],
+            y=(y, FLOAT), values=(b.op("GatherND", x, where), FLOAT))
+
+
+def maybe():
+    """A loop over rows, of which there may be none: then nothing hangs on data."""
+    b = Staged("maybe")
+    x = b.take("x", "n", 3)
+    count = b.op("Gather", b.op("Shape", x), b.scalar(np.int64(0)), axis=0)
+    start = b.op("ReduceSum", b.op("Concat", x, b.weight(1, 3, scale=1.0), axis=0), b.ints(0),
+                 keepdims=0)
+    nodes = [
+        helper.make_node("Add", ["y", "y"], ["next"]),
+        helper.make_node("ReduceMax", ["next"], ["top"], keepdims=0),
+        helper.make_node("Less", ["top", "limit"], ["again"]),
+    ]
+    body = helper.make_graph(
+        nodes, "body", [VALUE("i", INT, []), VALUE("going", TensorProto.BOOL, []), VALUE("y", FLOAT, [3])],
+        [VALUE("again", TensorProto.BOOL, []), VALUE("next", FLOAT, [3])],
+        [numpy_helper.from_array(np.float32(6), "limit")])
+    y = b.op("Loop", count, "", start, body=body)
+    b.write([[normal(n, 3)] for n in (0, 5, 0, 9)], y=(b.op("Neg", y), FLOAT))
+
+
 def pieces():
     """One of several values, of which data say the place."""
     b = Staged("pieces")
@@ -247,5 +281,5 @@ def pieces():
 
 if __name__ == "__main__":
     for model in (detector, places, rows, words, twice, numbers, branches, turns, steps, growth,
-                  pieces):
+                  bounds, maybe, pieces):
         model()

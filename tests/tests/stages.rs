@@ -75,10 +75,11 @@ fn every_way_gives_what_onnxruntime_gives() {
     let Some(subjects) = subjects() else { return };
     let mut problems = Vec::new();
     for subject in &subjects {
+        let mut staged = 0;
         for (number, case) in subject.cases.iter().enumerate() {
             let inputs = subject.named(case);
             let compiler = Compiler::new().for_inputs(&subject.model, &inputs).expect("a compiler");
-            assert!(compiler.needs_stages(), "{}", subject.name);
+            staged += usize::from(compiler.needs_stages());
             for (way, run) in WAYS {
                 let run = |graph: &Graph, tensors: &[(&str, TensorView)]| {
                     let wanted = graph.inputs.iter().map(|(port, _)| {
@@ -95,8 +96,11 @@ fn every_way_gives_what_onnxruntime_gives() {
                 problems.extend(why.map(|why| format!("{} {number} {way}: {why}", subject.name)));
             }
         }
+        // Where there is no row, no turn of the loop over rows waits for data.
+        let whole = if subject.name == "maybe" { 2 } else { 0 };
+        assert_eq!(staged + whole, subject.cases.len(), "{}", subject.name);
     }
-    assert!(subjects.len() >= 11, "{} models", subjects.len());
+    assert!(subjects.len() >= 13, "{} models", subjects.len());
     assert!(problems.is_empty(), "{}", problems.join("\n"));
 }
 

@@ -14,8 +14,10 @@ use super::op::{Op, Type};
 use super::used::{Span, span};
 use super::{Constant, Graph, NodeId, Origin};
 
-/// Lengths of one dim that are tried: all of them, where there are no more.
-const EACH: usize = 4096;
+/// Lengths of one dim that are tried: all of them, where there are no more; else those near the
+/// ends, and as many between.
+const EACH: i64 = 4096;
+const NEAR: i64 = 128;
 /// Lengths of several dims at once that are tried.
 const TOGETHER: usize = 64;
 
@@ -39,12 +41,15 @@ impl Lengths {
         };
         let mut trials: Vec<Vec<i64>> = (0..dims.len()).map(|dim| only(dim, 1)).collect();
         for (dim, &span) in spans.iter().enumerate() {
-            let count = span.min(EACH as i64);
-            trials.extend((2..=count).map(|i| only(dim, i * span / count)));
+            let near = if span <= EACH { span } else { NEAR };
+            let between = if span <= EACH { 0 } else { EACH };
+            trials.extend((2..=near).map(|shorter| only(dim, shorter)));
+            trials.extend((1..between).map(|i| only(dim, i * (span / between))));
+            trials.extend((0..near.min(span - near)).map(|longer| only(dim, span - longer)));
         }
         if dims.len() > 1 {
             // Steps of a Weyl sequence: spread evenly, and the same in every run.
-            let part = |i: usize, dim: usize| (i + 1) as f64 * f64::sqrt(2.0 + dim as f64) % 1.0;
+            let part = |i: usize, dim: usize| (i + 1) as f64 * f64::sqrt(2.5 + dim as f64) % 1.0;
             let shorter = |i, dim: usize| (part(i, dim) * (spans[dim] + 1) as f64).floor() as i64;
             trials.extend(
                 (0..TOGETHER).map(|i| (0..dims.len()).map(|dim| shorter(i, dim)).collect()),

@@ -22,15 +22,29 @@ use crate::error::{Diagnostic, Error, ErrorKind};
 use crate::graph::eval::Value;
 use crate::graph::op::{Op, Type};
 use crate::graph::used::{Span, Used};
-use crate::graph::{Graph, NodeId};
+use crate::graph::{Graph, NodeId, Origin};
 
 /// Elements of a value that may decide a shape.
 const MOST: usize = 1 << 16;
 /// Results that there is room for at least.
 const LEAST_ROOM: usize = 16;
 
-/// A node of the model, by its place in the list, and how often it has asked before.
-type Key = (usize, usize);
+/// Who asks: a node of the model, by its place in the list, and the name of that node or of one
+/// within it; and how often it has asked, or found known, before. So it is the same question in
+/// every stage, whatever is known there.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    node: usize,
+    asker: Origin,
+    count: usize,
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Key { node, asker, count } = self;
+        write!(f, "{asker} ({node}.{count})")
+    }
+}
 
 /// A function of data, computed between two stages.
 #[derive(Clone)]
@@ -112,7 +126,7 @@ impl Known {
                 Answer::Results(types) => &mut types[..],
                 Answer::Value(_) => &mut [],
             };
-            types.iter_mut().enumerate().map(|(i, ty)| (result_name(*key, i), ty))
+            types.iter_mut().enumerate().map(|(i, ty)| (result_name(key, i), ty))
         });
         made.chain(results)
     }
@@ -144,7 +158,7 @@ impl Known {
     }
 
     /// Types of results of so many elements along an axis each, which is that of a new dim.
-    fn counted(&mut self, key: Key, results: &[Tensor], axes: &[Option<u8>]) -> Vec<Type> {
+    fn counted(&mut self, key: &Key, results: &[Tensor], axes: &[Option<u8>]) -> Vec<Type> {
         let mut types: Vec<Type> =
             results.iter().map(|result| Type::new(result.dtype(), result.shape())).collect();
         let axes = types.iter_mut().zip(axes);
@@ -158,7 +172,7 @@ impl Known {
                 ty.shape[usize::from(*axis)] = most;
                 ty.used = Used::from_slice(&[(*axis, Span::Dim { dim, more: 0 })]);
             }
-            let name = format!("results {}.{}", key.0, key.1);
+            let name = format!("results of {key}");
             self.dims.push(PlanDim { name, least: 0, most });
         }
         types
@@ -189,8 +203,8 @@ impl fmt::Debug for Later {
 
 impl Later {
     /// Which questions are asked.
-    pub fn keys(&self) -> Vec<(usize, usize)> {
-        self.asked.iter().map(|asked| asked.key).collect()
+    pub fn keys(&self) -> Vec<Key> {
+        self.asked.iter().map(|asked| asked.key.clone()).collect()
     }
 
     /// What is known after the stage has given `outputs`, and the tensors that are new inputs of
@@ -210,7 +224,7 @@ impl Later {
             let given: Vec<Tensor> = outputs.by_ref().take(operands.len()).collect();
             let (results, counted) = match work {
                 Work::Value => {
-                    let value = given.into_iter().map(|value| (*key, Answer::Value(value)));
+                    let value = given.into_iter().map(|value| (key.clone(), Answer::Value(value)));
                     known.answers.extend(value);
                     continue;
                 }
@@ -222,10 +236,10 @@ impl Later {
                 }
                 Work::Loop(body) => (turns(body, given)?, body.counted()),
             };
-            let types = known.counted(*key, &results, &counted);
+            let types = known.counted(key, &results, &counted);
             let named = results.into_iter().enumerate();
-            tensors.extend(named.map(|(i, tensor)| (result_name(*key, i), tensor)));
-            known.answers.push((*key, Answer::Results(types)));
+            tensors.extend(named.map(|(i, tensor)| (result_name(key, i), tensor)));
+            known.answers.push((key.clone(), Answer::Results(types)));
         }
         for (name, shelf) in &self.crossing {
             let names = port_names(name, shelf);
@@ -237,8 +251,8 @@ impl Later {
 }
 
 /// The name of an input that is a result.
-fn result_name((node, count): Key, result: usize) -> String {
-    format!("result {node}.{count}.{result}")
+fn result_name(key: &Key, result: usize) -> String {
+    format!("result {result} of {key}")
 }
 
 /// Names of the inputs that hold a value of the model.
@@ -254,24 +268,26 @@ pub struct Asks {
     known: Option<Arc<Known>>,
     /// Inputs of the graph that hold results.
     results: HashMap<Key, Vec<NodeId>>,
-    /// The node that is imported, and how often it has asked.
-    now: Key,
+    /// The node that is imported, and how often nodes within it have needed to know something.
+    now: usize,
+    counts: HashMap<Origin, usize>,
     asked: Vec<Asked>,
 }
 
 impl Asks {
     pub fn new(known: Option<Arc<Known>>) -> Asks {
-        Asks { known, results: HashMap::new(), now: (0, 0), asked: Vec::new() }
+        let (results, counts) = Default::default();
+        Asks { known, results, now: 0, counts, asked: Vec::new() }
     }
 
-    /// Whether the node has a question that is not answered. It has one at a time, so that its
-    /// questions have the same order in every stage.
+    fn begin(&mut self, node: usize) {
+        self.now = node;
+        self.counts.clear();
+    }
+
+    /// Whether the node has a question that is not answered. It has one at a time.
     fn waits(&self) -> bool {
-        self.asked.last().is_some_and(|asked| asked.key.0 == self.now.0)
-    }
-
-    fn ask(&mut self, operands: Vec<NodeId>, work: Work) {
-        self.asked.push(Asked { key: self.now, operands, work });
+        self.asked.last().is_some_and(|asked| asked.key.node == self.now)
     }
 
     /// Whether questions may be asked.
@@ -279,47 +295,52 @@ impl Asks {
         self.known.is_some()
     }
 
+    fn key(&mut self, asker: &Origin) -> Key {
+        let count = self.counts.entry(asker.clone()).or_default();
+        *count += 1;
+        Key { node: self.now, asker: asker.clone(), count: *count - 1 }
+    }
+
     /// A value that follows from constants or from an answer; else it is asked for.
-    pub fn value(&mut self, graph: &Graph, id: NodeId) -> Option<Value> {
+    pub fn value(&mut self, graph: &Graph, asker: &Origin, id: NodeId) -> Option<Value> {
+        let key = self.key(asker);
         if let Some(value) = graph.value(id) {
             return Some(value);
         }
         let known = self.known.as_ref()?;
+        let answer = known.answers.iter().find(|(answered, _)| *answered == key);
+        if let Some((_, Answer::Value(tensor))) = answer {
+            return Some(Value::from_tensor(tensor));
+        }
         // Of a constant that hangs on dims, there is none to ask for.
-        if self.waits() || graph.constant(id).is_some() || graph.ty(id).numel() > MOST {
-            return None;
+        let there = !self.waits() && graph.constant(id).is_none() && graph.ty(id).numel() <= MOST;
+        if there && answer.is_none() {
+            self.asked.push(Asked { key, operands: vec![id], work: Work::Value });
         }
-        let answer = known.answers.iter().find(|(key, _)| *key == self.now);
-        match answer {
-            Some((_, Answer::Value(tensor))) => {
-                self.now.1 += 1;
-                Some(Value::from_tensor(tensor))
-            }
-            Some((_, Answer::Results(_))) => None,
-            None => {
-                self.ask(vec![id], Work::Value);
-                None
-            }
-        }
+        None
     }
 
-    /// The results of work with values that are not known, as inputs of the graph; else they are
-    /// asked for.
+    /// The results of work with operands, as inputs of the graph; else they are asked for.
     pub fn results(
         &mut self,
+        asker: &Origin,
         operands: &[NodeId],
         work: impl FnOnce() -> Work,
     ) -> Option<Vec<NodeId>> {
+        let key = self.key(asker);
         self.known.as_ref()?;
-        if self.waits() {
-            return None;
-        }
-        if let Some(results) = self.results.get(&self.now) {
-            self.now.1 += 1;
+        if let Some(results) = self.results.get(&key) {
             return Some(results.clone());
         }
-        self.ask(operands.to_vec(), work());
+        if !self.waits() {
+            self.asked.push(Asked { key, operands: operands.to_vec(), work: work() });
+        }
         None
+    }
+
+    /// Notes that results were made at once.
+    pub fn made(&mut self, asker: &Origin) {
+        self.key(asker);
     }
 }
 
@@ -351,8 +372,8 @@ impl Import<'_> {
         for (key, answer) in &known.answers {
             let Answer::Results(types) = answer else { continue };
             let named = types.iter().enumerate();
-            let ids = named.map(|(i, ty)| self.port(&result_name(*key, i), ty)).collect();
-            self.asks.results.insert(*key, ids);
+            let ids = named.map(|(i, ty)| self.port(&result_name(key, i), ty)).collect();
+            self.asks.results.insert(key.clone(), ids);
         }
     }
 
@@ -377,7 +398,7 @@ impl Import<'_> {
         if outputs.peek().is_some() && outputs.all(|name| self.is_made(name)) {
             return;
         }
-        self.asks.now = (number, 0);
+        self.asks.begin(number);
         let problems = self.problems.len();
         self.node(node);
         let new = &self.problems[problems..];

@@ -99,7 +99,7 @@ impl<'a> Call<'a> {
 
     /// A value that decides shapes. Where it is not known, the model asks for it.
     fn asked(&self, id: NodeId) -> Option<Value> {
-        self.asks.borrow_mut().value(self.graph, id)
+        self.asks.borrow_mut().value(self.graph, &self.origin, id)
     }
 
     /// The results of a function of operands: computed now where these are known, else between the
@@ -113,6 +113,7 @@ impl<'a> Call<'a> {
         let ids: Vec<NodeId> = operands.iter().map(|&i| self.input(i)).collect::<Result<_, _>>()?;
         let known: Option<Vec<Value>> = ids.iter().map(|&id| self.graph.value(id)).collect();
         if let Some(values) = known {
+            self.asks.borrow_mut().made(&self.origin);
             let results = compute(&values)?;
             return Ok(results.iter().map(|r| self.graph.tensor(r, &self.origin)).collect());
         }
@@ -120,7 +121,7 @@ impl<'a> Call<'a> {
         let named = move |d: Diagnostic| d.node(node.as_ref()).op(op.clone(), opset);
         let results = Arc::new(move |values: &[Value]| compute(values).map_err(&named));
         let work = || Work::Function(Compute { counted, results });
-        let results = self.asks.borrow_mut().results(&ids, work);
+        let results = self.asks.borrow_mut().results(&self.origin, &ids, work);
         results.ok_or_else(|| self.not_known(operands[0], ids[0]))
     }
 

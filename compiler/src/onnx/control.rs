@@ -150,8 +150,8 @@ impl Import<'_> {
     }
 
     /// A number that decides what there is to compute. Where it is not known, it is asked for.
-    fn number(&mut self, id: NodeId) -> Option<f64> {
-        self.asks.value(&self.graph, id).and_then(|v| v.as_f64s().first().copied())
+    fn number(&mut self, id: NodeId, asker: &Origin) -> Option<f64> {
+        self.asks.value(&self.graph, asker, id).and_then(|v| v.as_f64s().first().copied())
     }
 
     /// The outputs of a graph within a node, for these inputs. Its names are its own.
@@ -253,7 +253,7 @@ fn choice(import: &mut Import, site: &Site) -> Made {
         |import: &Import, (x, y): (&NodeId, &NodeId)| import.graph.ty(*x) == import.graph.ty(*y);
     if yes.len() != no.len() || !yes.iter().zip(&no).all(|pair| same(import, pair)) {
         let what = "which of two graphs with results of other types is meant";
-        let holds = import.number(condition).ok_or_else(|| not_known(what))? != 0.0;
+        let holds = import.number(condition, &site.origin).ok_or_else(|| not_known(what))? != 0.0;
         let outputs = if holds { yes } else { no };
         return Ok(outputs.into_iter().map(Held::Tensor).collect());
     }

@@ -45,8 +45,12 @@ fn all(values: Vec<NodeId>) -> Made {
 }
 
 /// The numbers of an operand, which decide how long sequences are.
-fn numbers(import: &mut Import, id: NodeId, what: &str) -> Refusable<Vec<i64>> {
-    import.asks.value(&import.graph, id).and_then(|v| v.as_i64s()).ok_or_else(|| not_known(what))
+fn numbers(import: &mut Import, site: &Site, id: NodeId, what: &str) -> Refusable<Vec<i64>> {
+    import
+        .asks
+        .value(&import.graph, &site.origin, id)
+        .and_then(|v| v.as_i64s())
+        .ok_or_else(|| not_known(what))
 }
 
 /// A place in a sequence of so many, where the operand says one; it may count from the end.
@@ -57,7 +61,7 @@ fn place(
     count: usize,
 ) -> Refusable<Option<usize>> {
     let Some(id) = site.inputs.get(operand).copied().flatten() else { return Ok(None) };
-    let given = numbers(import, id, "a place in a sequence")?;
+    let given = numbers(import, site, id, "a place in a sequence")?;
     let [given] = given[..] else {
         return Err(Some(not_supported(format!("{} places in a sequence", given.len()))));
     };
@@ -137,7 +141,7 @@ fn split(import: &mut Import, site: &Site) -> Made {
     let dropped = by.is_none() && site.int("keepdims") == Some(0);
     let lengths = match by {
         None => vec![1; extent.min(MOST_STEPS + 1)],
-        Some(by) => lengths(import, by, extent)?,
+        Some(by) => lengths(import, site, by, extent)?,
     };
     let sum = lengths.iter().try_fold(0usize, |sum, &n| sum.checked_add(n));
     if sum != Some(extent) || lengths.len() > MOST_STEPS {
@@ -166,8 +170,8 @@ fn split(import: &mut Import, site: &Site) -> Made {
 }
 
 /// The lengths of pieces: a list, or one number, which the last piece may fall short of.
-fn lengths(import: &mut Import, by: NodeId, extent: usize) -> Refusable<Vec<usize>> {
-    let given = numbers(import, by, "how an axis is cut")?;
+fn lengths(import: &mut Import, site: &Site, by: NodeId, extent: usize) -> Refusable<Vec<usize>> {
+    let given = numbers(import, site, by, "how an axis is cut")?;
     let list: Option<Vec<usize>> = given.iter().map(|&n| usize::try_from(n).ok()).collect();
     let misfit = || Some(not_supported(format!("pieces of {given:?} of {extent}")));
     let list = list.ok_or_else(misfit)?;

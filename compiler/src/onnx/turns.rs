@@ -65,7 +65,7 @@ pub(super) fn between_stages(import: &mut Import, site: &Site, body: &GraphProto
             told.map(|t| t.is_some()),
         )))
     };
-    let results = import.asks.results(&operands, work);
+    let results = import.asks.results(&site.origin, &operands, work);
     let results = results.ok_or_else(|| not_known("whether a turn is the last"))?;
     Ok(results.into_iter().map(Held::Tensor).collect())
 }

@@ -1,5 +1,5 @@
-//! Random graphs for tests of the rules, and the reference interpreter on all that an e-graph holds;
-//! the kernels of such graphs compute what the graphs do.
+//! Random graphs for tests of the rules, and the reference interpreter on all that an e-graph
+//! holds; the kernels of such graphs compute what the graphs do.
 
 use std::collections::HashMap;
 

@@ -18,7 +18,7 @@ use kiln::onnx::proto::tensor_shape_proto::{Dimension, dimension::Value as Dim};
 use kiln::onnx::proto::type_proto::Value::TensorType;
 use kiln::onnx::proto::{GraphProto, ModelProto, ValueInfoProto};
 use kiln::onnx::tensor_type;
-use kiln::onnx::{ImportOptions, Known, Limits, import, import_stage};
+use kiln::onnx::{Body, ImportOptions, Known, Limits, import, import_stage};
 use kiln::tensor::{DType, Tensor};
 use kiln_tests::cases::{folders, read};
 use kiln_tests::mutate::mutate;
@@ -184,9 +184,12 @@ fn stages(
         };
         let inputs: Vec<Tensor> = graph.inputs.iter().map(|(_, ty)| input(ty)).collect();
         let outputs = interpret(&graph, &inputs);
-        // Of a loop, what it repeats is imported as another model.
-        let refused = || Error::new(ErrorKind::Model, Diagnostic::new("", "a loop"));
-        known = later.after(&known, outputs, |_, _| Err(refused()))?.0;
+        // What a loop repeats is a model: it is imported, and not run.
+        let turns = |body: &Arc<Body>, _| {
+            import(body.model.clone(), &ImportOptions { known: None, ..options.clone() })?;
+            Err(Error::new(ErrorKind::Model, Diagnostic::new("", "a loop")))
+        };
+        known = later.after(&known, outputs, turns)?.0;
     }
     Ok(())
 }
