@@ -1,16 +1,15 @@
-//! The rules against the reference interpreter: on random graphs, every e-node of every class has
-//! the value of its class, and the kernels compute what the graph did.
+//! Random graphs for tests of the rules, and the reference interpreter on all that an e-graph
+//! holds; the kernels of such graphs compute what the graphs do.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use egg::Id;
 use kiln_runtime::tensor::{DType, Tensor, TensorView};
 
-use super::lang::{ENode, Saturated, build};
-use super::table::{RULES, saturate};
-use super::{Budget, fuse, optimise};
+use super::lang::{ENode, Saturated};
+use super::{Budget, optimise};
 use crate::graph::build::Added;
-use crate::graph::eval::{Data, Value, eval, eval_op};
+use crate::graph::eval::{Data, Value, eval, eval_body, eval_op};
 use crate::graph::op::{BinaryFn, Composite, Op, ReduceFn, Type, UnaryFn};
 use crate::graph::scalar::Dots;
 use crate::graph::{Graph, NodeId, text};
@@ -344,6 +343,10 @@ fn value_of(
     Some(match &node.op {
         Op::Input(i) => inputs[*i as usize].clone(),
         Op::Const(i) => Value::from_constant(&egraph.analysis.constants[*i as usize]),
+        Op::Fused(i) => {
+            let body = &egraph.analysis.bodies[*i as usize];
+            eval_body(body, &args, &egraph.analysis.constants)
+        }
         op => eval_op(op, &args, ty),
     })
 }
@@ -443,29 +446,6 @@ fn kernels(graph: &Graph) -> usize {
     }
     let is_kernel = |i: &usize| matches!(graph.nodes[*i].op, Op::Fused(_)) && !constant[*i];
     (0..graph.nodes.len()).filter(is_kernel).count()
-}
-
-#[test]
-fn every_class_has_one_value() {
-    let mut fired: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut checked = 0;
-    for seed in 1..=800 {
-        let graph = Random::new(seed, DType::F64).finish();
-        let plain = fuse::expand(&graph).expect("definitions are typed");
-        let mut saturated = build(&plain);
-        saturated.egraph.analysis.dots.whole = seed % 2 == 1;
-        let counts = saturate(&mut saturated.egraph, Budget { rounds: 8, nodes: 1500 });
-        for (rule, count) in counts {
-            *fired.entry(rule).or_insert(0) += count.values().sum::<usize>();
-        }
-        let inputs = inputs_of(&plain);
-        checked += check_classes(&saturated, &inputs)
-            .unwrap_or_else(|e| panic!("seed {seed}: {e}\n{}", text::print(&plain)));
-    }
-    println!("{checked} e-nodes, fired {fired:?}");
-    for rule in RULES {
-        assert!(fired[rule.name] >= 20, "{} fired {} times", rule.name, fired[rule.name]);
-    }
 }
 
 #[test]
