@@ -60,7 +60,7 @@ pub fn run_loops(graph: &Graph, inputs: &[Tensor]) -> Result<Vec<Tensor>, String
 
 /// What a shared library says that was written and loaded.
 pub fn run_library(graph: &Graph, inputs: &[Tensor]) -> Result<Vec<Tensor>, String> {
-    let form = Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
+    let form = Form::new(Kind::Shared, "net");
     let package = Compiler::new().package_of(graph, [0; 32], &form).map_err(|e| e.to_string())?;
     let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
     let path = folder.path().join("net.so");
