@@ -32,6 +32,11 @@ pub fn skip(why: &str) {
     let _ = writeln!(std::io::stderr().lock(), "skipped: {why}");
 }
 
+/// A number that a variable of the environment says, such as how many cases are tried.
+pub fn environment(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(otherwise)
+}
+
 pub use kiln::interpret;
 pub use kiln_cases::{ONNX, Random, Tolerance, cases, difference, small, suite};
 

@@ -20,10 +20,10 @@ use kiln::onnx::{ImportOptions, Limits, import};
 use kiln::tensor::Tensor;
 use kiln_tests::cases::{folders, read};
 use kiln_tests::mutate::mutate;
-use kiln_tests::{Random, oracle};
+use kiln_tests::{Random, environment, oracle};
 use prost::Message;
 
-use crate::{cases, memory_of};
+use crate::memory_of;
 
 const MUTATIONS: u64 = 50_000;
 /// The limit on the tensors of a model, and what its import and compilation may take in all: the
@@ -182,7 +182,7 @@ fn damaged_models_are_refused_and_never_panic() {
     let (mut accepted, mut most, mut slowest) = (0, 0, Duration::ZERO);
     let mut panicked = Vec::new();
     let compiler = Compiler::new();
-    let count = cases(MUTATIONS);
+    let count = environment("KILN_CASES", MUTATIONS);
     for seed in 0..count {
         let (damaged, options) = damage(seed, &seeds);
         let start = Instant::now();
