@@ -34,7 +34,7 @@ fn load(criterion: &mut Criterion) {
         }
         let model = Model::open(&path, &Limits::default()).expect("a model that the tests read");
         let compiler = compiler(&path);
-        let form = Form { kind: Kind::Shared, name: "model".into(), file: None, weights: None };
+        let form = Form::new(Kind::Shared, "model");
         let file = compiler.package(&model, &form).expect("a sound model").file;
         let name = path.iter().rev().nth(1).expect("a folder").to_string_lossy().into_owned();
         let artifact: PathBuf = folder.join(format!("{name}.so"));

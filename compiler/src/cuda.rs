@@ -61,8 +61,7 @@ impl Compiler {
         };
         let key = cache::key(graph, (self.budget(), self.exact), self.precision, &gpus);
         cache::compile_cuda(folder, &key, |name| {
-            let form =
-                Form { kind: Kind::Shared, name: name.to_string(), file: None, weights: None };
+            let form = Form::new(Kind::Shared, name);
             let artifact = self.compile_cuda_of(graph, gpus)?;
             Ok(package::gpu::package(artifact, model.hash(), &form)?.file)
         })

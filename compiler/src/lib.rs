@@ -236,8 +236,7 @@ impl Compiler {
         cpu.must_run_here()?;
         let key = cache::key(graph, (self.budget(), self.exact), self.precision, &cpu);
         cache::compile(folder, &key, self.threads, |name| {
-            let form =
-                Form { kind: Kind::Shared, name: name.to_string(), file: None, weights: None };
+            let form = Form::new(Kind::Shared, name);
             Ok(self.package_of(graph, model.hash(), &form)?.file)
         })
     }

@@ -1,31 +1,20 @@
 #!/bin/sh
 # A CPU libtorch for tch 0.26 (which wants 2.13.0), from wheels on PyPI; x86-64 Linux.
 #   libtorch.sh DEST        makes DEST/{include,lib}; does nothing where it is already complete
-# Needs python3 with pip (any version: wheel tags are given) and cc. Downloads 540 MB, once.
-set -eu
-dest=$1
-stamp="torch-2.13.0 cudart-13.0.96 cupti-13.0.85 layout-1"
-[ "$(cat "$dest/.stamp" 2>/dev/null || true)" = "$stamp" ] && exit 0
+# Needs python3 with pip (any version) and cc. Downloads 540 MB, once.
+. "$(dirname "$0")/wheels.sh"
+begin "$1" "torch-2.13.0 cudart-13.0.96 cupti-13.0.85 layout-1"
 [ "$(uname -sm)" = "Linux x86_64" ] || { echo "libtorch.sh: only Linux x86_64" >&2; exit 1; }
-python=${PYTHON:-python3}
 wheels="$dest.wheels"                      # survives a failure, so that nothing is fetched twice
-work="$dest.work.$$"
-mkdir -p "$wheels" "$work"
-trap 'rm -rf "$work"' EXIT
-
-cat > "$work/requirements.txt" <<R
+mkdir -p "$wheels"
+echo "libtorch: downloading 540 MB of wheels from PyPI (once)" >&2
+fetch "$wheels" <<R
 torch==2.13.0 --hash=sha256:60fcdcb2f3876e21146cb4524ef06397d727ca9ad5f020818547e25075fe3cb7
 nvidia-cuda-runtime==13.0.96 \
  --hash=sha256:7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548
 nvidia-cuda-cupti==13.0.85 \
  --hash=sha256:4eb01c08e859bf924d222250d2e8f8b8ff6d3db4721288cf35d14252a4d933c8
 R
-echo "libtorch: downloading 540 MB of wheels from PyPI (once)" >&2
-"$python" -m pip download -q --disable-pip-version-check --no-cache-dir --no-deps \
-    --require-hashes --only-binary=:all: --implementation cp --python-version 3.11 --abi cp311 \
-    --platform manylinux_2_28_x86_64 --platform manylinux_2_25_x86_64 \
-    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-    -d "$wheels" -r "$work/requirements.txt"
 
 # Only what the CPU library needs: it was linked in a CUDA build and names two CUDA libraries.
 "$python" - "$wheels" "$work/out" <<'P'
@@ -61,7 +50,5 @@ ${CC:-cc} -shared -fPIC -Wl,-soname,libtorch.so -Wl,--no-as-needed -Wl,-rpath,'$
     -o "$work/out/lib/libtorch.so" "$work/stub.c" -L"$work/out/lib" \
     -Wl,--allow-shlib-undefined -ltorch_cpu
 echo "2.13.0+cpu" > "$work/out/build-version"      # torch-sys checks it
-echo "$stamp" > "$work/out/.stamp"
-rm -rf "$dest"
-mv "$work/out" "$dest"
+finish
 rm -rf "$wheels"

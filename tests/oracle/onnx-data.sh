@@ -2,22 +2,12 @@
 # The ONNX test data (1765 node tests, the light models, onnx.proto) of the onnx 1.22.0 wheel, the
 # last one that carries it.
 #   onnx-data.sh DEST       does nothing where DEST is already complete
-set -eu
-dest=$1
-stamp="onnx-1.22.0 layout-1"
-[ "$(cat "$dest/.stamp" 2>/dev/null || true)" = "$stamp" ] && exit 0
-python=${PYTHON:-python3}
-work="$dest.work.$$"
-mkdir -p "$work"
-trap 'rm -rf "$work"' EXIT
-cat > "$work/requirements.txt" <<R
+. "$(dirname "$0")/wheels.sh"
+begin "$1" "onnx-1.22.0 layout-1"
+echo "onnx: downloading 19 MB of test data from PyPI (once)" >&2
+fetch "$work" <<R
 onnx==1.22.0 --hash=sha256:1d0a2bdb15eb2b3cb65c438f3423d9620d14fdce32f92380e6bb1b2e09568ef5
 R
-echo "onnx: downloading 19 MB of test data from PyPI (once)" >&2
-"$python" -m pip download -q --disable-pip-version-check --no-cache-dir --no-deps \
-    --require-hashes --only-binary=:all: --implementation cp --python-version 3.11 --abi cp311 \
-    --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
-    -d "$work" -r "$work/requirements.txt"
 "$python" - "$work" <<'P'
 import glob, os, shutil, sys, zipfile
 
@@ -39,6 +29,4 @@ with zipfile.ZipFile(glob.glob(work + "/*.whl")[0]) as archive:
         with archive.open(name) as source, open(path, "wb") as target:
             shutil.copyfileobj(source, target)
 P
-echo "$stamp" > "$work/out/.stamp"
-rm -rf "$dest"
-mv "$work/out" "$dest"
+finish

@@ -32,6 +32,11 @@ pub fn skip(why: &str) {
     let _ = writeln!(std::io::stderr().lock(), "skipped: {why}");
 }
 
+/// A number that a variable of the environment says, such as how many cases are tried.
+pub fn environment(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(otherwise)
+}
+
 pub use kiln::interpret;
 pub use kiln_cases::{ONNX, Random, Tolerance, cases, difference, small, suite};
 
@@ -60,7 +65,7 @@ pub fn run_loops(graph: &Graph, inputs: &[Tensor]) -> Result<Vec<Tensor>, String
 
 /// What a shared library says that was written and loaded.
 pub fn run_library(graph: &Graph, inputs: &[Tensor]) -> Result<Vec<Tensor>, String> {
-    let form = Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
+    let form = Form::new(Kind::Shared, "net");
     let package = Compiler::new().package_of(graph, [0; 32], &form).map_err(|e| e.to_string())?;
     let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
     let path = folder.path().join("net.so");

@@ -46,9 +46,6 @@ impl Drop for Server {
     }
 }
 
-const FORM: fn() -> Form =
-    || Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
-
 /// 64-bit Arm and RISC-V.
 pub fn emulators() -> [Emulator; 2] {
     let cpu = |target| Cpu::named(Some(target), None).expect("a target that is known");
@@ -107,8 +104,9 @@ impl Machine {
         inputs: &[Tensor],
     ) -> Result<Vec<Tensor>, String> {
         let compiler = Compiler::new().verify_code(true).target(cpu);
-        let package =
-            compiler.package_of(graph, [0; 32], &FORM()).map_err(|e| format!("compiling: {e}"))?;
+        let package = compiler
+            .package_of(graph, [0; 32], &Form::new(Kind::Shared, "net"))
+            .map_err(|e| format!("compiling: {e}"))?;
         let port = |(_, node): &(String, _)| {
             let Type { dtype, shape, .. } = graph.ty(*node);
             (*dtype, shape.to_vec())
@@ -173,7 +171,9 @@ fn serve(emulator: &Emulator) -> Server {
     let x = graph.input("x", Type::new(DType::F32, &[1]));
     graph.outputs.push(("y".into(), x));
     let compiler = Compiler::new().target(emulator.cpu.clone());
-    let package = compiler.package_of(&graph, [0; 32], &FORM()).expect("the least of graphs");
+    let package = compiler
+        .package_of(&graph, [0; 32], &Form::new(Kind::Shared, "net"))
+        .expect("the least of graphs");
     fs::write(folder.path().join("net.h"), package.header).expect("a header");
     let program = folder.path().join("serve");
     let mut cc = Command::new(emulator.cc);

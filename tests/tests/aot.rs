@@ -315,7 +315,7 @@ fn programs_of_the_examples_link_the_object() {
     }
     let model = example.join("../digits.onnx");
     let model = Model::open(model, &Limits::default()).expect("the model of the example");
-    let form = Form { kind: Kind::Object, name: "digits".into(), file: None, weights: None };
+    let form = Form::new(Kind::Object, "digits");
     let package = Compiler::new().dim("batch", 1).package(&model, &form).expect("a package");
     fs::write(folder.path().join("digits.o"), package.file).expect("an object");
     fs::write(folder.path().join("digits.h"), package.header).expect("a header");

@@ -32,7 +32,7 @@ fn objects_are_whole() {
     let model = Model::open(path, &Limits::default()).expect("a model");
     for triple in TRIPLES {
         let cpu = Cpu::named(Some(triple.name), None).expect("a known target");
-        let form = Form { kind: Kind::Object, name: "net".into(), file: None, weights: None };
+        let form = Form::new(Kind::Object, "net");
         let package = Compiler::new().target(cpu).package(&model, &form);
         let package = package.unwrap_or_else(|e| panic!("{}: {e}", triple.name));
         let file = object::File::parse(&*package.file).expect("an object file");
@@ -198,7 +198,7 @@ fn objects_of_other_systems_run() {
             return;
         }
         let want = run_compiled(&graph, &case.inputs, &here).expect("a run");
-        let form = Form { kind: Kind::Object, name: "net".into(), file: None, weights: None };
+        let form = Form::new(Kind::Object, "net");
         let compiler = Compiler::new().target(level(Some(triple.name)));
         let package = compiler.package_of(&graph, [0; 32], &form).expect("a package");
         let linked = link(&package.file);

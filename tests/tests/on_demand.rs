@@ -2,7 +2,7 @@
 
 use kiln::tensor::Tensor;
 use kiln::{Compiler, Limits, Model};
-use kiln_tests::oracle;
+use kiln_tests::{environment, oracle};
 
 #[test]
 fn the_shape_of_a_reshape_is_an_input() {
@@ -40,7 +40,7 @@ fn memory_stays_for_any_number_of_shapes() {
     let Some(data) = oracle("dynamic") else { return };
     let path = data.join("decoder/model.onnx");
     let model = Model::open(path, &Limits::default()).expect("the model");
-    let shapes = std::env::var("KILN_SHAPES").ok().and_then(|n| n.parse().ok()).unwrap_or(300);
+    let shapes = environment("KILN_SHAPES", 300);
     let limit = 4 << 20;
     let on_demand = Compiler::new().kept_bytes(limit).on_demand(&model);
     let mut random = kiln_tests::Random::new(5);

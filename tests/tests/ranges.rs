@@ -179,7 +179,7 @@ fn other_architectures_take_any_length() {
     for machine in machines() {
         let mut machine = machine.lock().expect("no other test panics with it");
         let target = machine.cpu().triple.name;
-        let form = Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
+        let form = Form::new(Kind::Shared, "net");
         let compiler = ranges(Compiler::new().target(machine.cpu().clone()));
         let library = compiler.package(&model, &form).expect("a package").file;
         let mut random = Random::new(9);

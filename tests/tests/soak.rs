@@ -14,8 +14,8 @@ use kiln::onnx::proto::{
 };
 use kiln::tensor::{DType, Tensor, TensorView};
 use kiln::{Compiler, Limits, Model};
-use kiln_tests::Random;
 use kiln_tests::grown::{Diet, grow};
+use kiln_tests::{Random, environment};
 use prost::Message;
 
 /// One at a time: memory is that of the whole process.
@@ -124,7 +124,7 @@ fn threads_share_an_executable_and_leave_nothing_running() {
     let names = grown.graph.inputs.iter().map(|port| port.0.as_str());
     let named: Vec<(&str, TensorView)> = names.zip(tensors.iter().map(Tensor::view)).collect();
     let expected = executable.run(&named).expect("a run");
-    let seconds = std::env::var("KILN_SOAK").ok().and_then(|n| n.parse().ok()).unwrap_or(2);
+    let seconds = environment("KILN_SOAK", 2);
     let end = Instant::now() + Duration::from_secs(seconds);
     let runs: usize = std::thread::scope(|scope| {
         let work = || {

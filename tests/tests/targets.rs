@@ -67,7 +67,7 @@ fn programs_of_other_architectures_link_models() {
         for (kind, name) in [(Kind::Object, "net.o"), (Kind::Archive, "net.a")] {
             let folder = tempfile::tempdir().expect("a folder");
             let path = |name: &str| folder.path().join(name);
-            let form = Form { kind, name: "net".into(), file: None, weights: None };
+            let form = Form::new(kind, "net");
             let compiler = Compiler::new().target(emulator.cpu.clone());
             let package = compiler.package_of(&graph, [0; 32], &form).expect("a package");
             fs::write(path(name), package.file).expect("a file");
@@ -167,7 +167,7 @@ fn several_levels_are_loaded() {
 /// The file of one compiler gives the same bytes as the kernels of another one.
 #[cfg(target_arch = "x86_64")]
 fn loaded_as(graph: &Graph, inputs: &[Tensor], compiler: &Compiler, here: &Compiler) {
-    let form = Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
+    let form = Form::new(Kind::Shared, "net");
     let package = compiler.package_of(graph, [0; 32], &form).expect("a package");
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("net.so");

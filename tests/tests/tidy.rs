@@ -156,7 +156,7 @@ fn every_package_has_the_lints_of_the_workspace() {
     }
 }
 
-/// Tests that hold every rule to fire go over the table itself: no list of names can be old.
+/// The test that holds every rule to fire goes over the table itself: no list of names can be old.
 #[test]
 fn every_rule_is_tested_for_soundness() {
     let file = root().join("compiler/src/rules/tests.rs");

@@ -139,7 +139,7 @@ fn a_compiled_file_gives_what_the_model_gives() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("digits.so");
     let model = Model::open(shipped("digits.onnx"), &Limits::default()).expect("the model");
-    let form = Form { kind: Kind::Shared, name: "digits".into(), file: None, weights: None };
+    let form = Form::new(Kind::Shared, "digits");
     let compiler = Compiler::new().dim("batch", IMAGES);
     let package = compiler.package(&model, &form).expect("it compiles");
     std::fs::write(&path, &package.file).expect("a file");

@@ -41,6 +41,13 @@ pub struct Form {
     pub weights: Option<String>,
 }
 
+impl Form {
+    /// A file with the weights in it, whose functions begin with a name.
+    pub fn new(kind: Kind, name: &str) -> Form {
+        Form { kind, name: name.to_string(), file: None, weights: None }
+    }
+}
+
 /// A compiled model as files.
 pub struct Package {
     /// The shared library, object or static library.

@@ -1,5 +1,5 @@
-//! Rules are sound: in saturated random graphs, every node of every class has the value of the
-//! class, and so has every kernel that fusion keeps.
+//! Rules are sound: in saturated random graphs, every node of every class has the class's value,
+//! and so has every kernel that fusion keeps.
 
 use std::collections::BTreeMap;
 

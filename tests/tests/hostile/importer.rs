@@ -22,10 +22,10 @@ use kiln::onnx::{Body, ImportOptions, Known, Limits, import, import_stage};
 use kiln::tensor::{DType, Tensor};
 use kiln_tests::cases::{folders, read};
 use kiln_tests::mutate::mutate;
-use kiln_tests::{Random, interpret, oracle};
+use kiln_tests::{Random, environment, interpret, oracle};
 use prost::Message;
 
-use crate::{cases, memory_of};
+use crate::memory_of;
 
 const MUTATIONS: u64 = 50_000;
 /// Stages of a model that are tried.
@@ -218,7 +218,7 @@ fn damaged_models_are_refused_and_never_panic() {
     let (mut accepted, mut most, mut slowest) = (0, 0, Duration::ZERO);
     let mut panicked = Vec::new();
     let compiler = Compiler::new();
-    let count = cases(MUTATIONS);
+    let count = environment("KILN_CASES", MUTATIONS);
     for seed in 0..count {
         let (damaged, options) = damage(seed, &seeds);
         let start = Instant::now();

@@ -58,11 +58,6 @@ fn memory_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
     (result, usize::try_from(MOST.get() - before).unwrap_or(0))
 }
 
-/// How many cases are tried.
-fn cases(otherwise: u64) -> u64 {
-    std::env::var("KILN_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(otherwise)
-}
-
 /// The result of something that should not panic, or where it did.
 fn calmly<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {

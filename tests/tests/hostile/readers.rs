@@ -9,12 +9,12 @@ use kiln::onnx::proto::TensorProto;
 use kiln::tensor::{DType, Tensor};
 use kiln::{Compiler, Form, Kind, npz};
 use kiln_cases::readers::{self, Reader};
-use kiln_tests::Random;
 use kiln_tests::grown::{Diet, grow};
 use kiln_tests::mutate::mutate;
+use kiln_tests::{Random, environment};
 use prost::Message;
 
-use crate::{calmly, cases, memory_of};
+use crate::{calmly, memory_of};
 
 /// Damaged files that each reader is given.
 const CASES: u64 = 25_000;
@@ -113,11 +113,11 @@ fn tiny() -> Graph {
 
 fn artifacts() -> Vec<Vec<u8>> {
     let file = |kind| {
-        let form = Form { kind, name: "net".into(), file: None, weights: None };
+        let form = Form::new(kind, "net");
         Compiler::new().package_of(&tiny(), [7; 32], &form).expect("it compiles").file
     };
     let gpu = [Gpu::of(80).expect("the least of GPUs")];
-    let form = Form { kind: Kind::Shared, name: "net".into(), file: None, weights: None };
+    let form = Form::new(Kind::Shared, "net");
     let cuda = Compiler::new().package_cuda_of(&tiny(), [7; 32], &gpu, &form);
     vec![file(Kind::Shared), file(Kind::Object), cuda.expect("it compiles").file]
 }
@@ -130,7 +130,7 @@ fn damaged_files_are_refused_and_take_little_memory() {
     for (name, reader, seeds) in READERS {
         let seeds = seeds();
         let sound = seeds.iter().all(|seed| reader(seed).is_ok());
-        let count = cases(CASES);
+        let count = environment("KILN_CASES", CASES);
         let (mut refused, mut most) = (0, 0);
         for case in 0..count {
             let mut random = Random::new(case);

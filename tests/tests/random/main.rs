@@ -16,16 +16,14 @@ use kiln::tensor::Tensor;
 use kiln_tests::grown::{Diet, Grown, grow};
 use kiln_tests::machines::machines;
 use kiln_tests::noise::{Expected, difference, expected};
-use kiln_tests::{Run, compilers, old_compiler, ptx, run_compiled, run_library, run_loops};
+use kiln_tests::{
+    Run, compilers, environment, old_compiler, ptx, run_compiled, run_library, run_loops,
+};
 
 /// Slow ways are tried on one graph of so many.
 const RARE: u64 = 8;
 /// The slowest ones, on one of so many.
 const VERY_RARE: u64 = 64;
-
-fn environment(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(otherwise)
-}
 
 /// Failures that are shown at most.
 const SHOWN: usize = 4;

@@ -15,6 +15,7 @@ mod sums;
 mod trial;
 
 use kiln::tensor::DType;
+use kiln_tests::environment;
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use tch::Kind;
@@ -40,13 +41,9 @@ fn dtypes() -> impl Iterator<Item = DType> {
     KINDS.into_iter().map(|k| k.0)
 }
 
-fn environment(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
-}
-
 /// How many cases an operation has in a dtype.
 fn cases(dtype: DType) -> u32 {
-    let all = environment("KILN_CASES").map_or(256, |n| n as u32);
+    let all = environment("KILN_CASES", 256) as u32;
     match dtype {
         DType::F32 | DType::I64 | DType::Bool => all,
         // Functions of f64 are long code that is slow to compile.
@@ -61,7 +58,7 @@ fn property<S: Strategy>(cases: u32, strategy: S, test: impl Fn(S::Value) -> Che
     // Failures are printed; a seed file beside the sources would be one more thing to keep.
     let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
     let mut seed = [0u8; 32];
-    seed[..8].copy_from_slice(&environment("KILN_SEED").unwrap_or(1).to_le_bytes());
+    seed[..8].copy_from_slice(&environment("KILN_SEED", 1).to_le_bytes());
     let random = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
     if let Err(failure) = TestRunner::new_with_rng(config, random).run(&strategy, test) {
         panic!("{failure}");

@@ -10,12 +10,12 @@ use kiln::graph::op::Type;
 use kiln::graph::{Graph, NodeId, Origin};
 use kiln::tensor::{DType, Tensor};
 use kiln_tests::machines::{Emulator, emulators, machines};
-use kiln_tests::{compilers, emit_for, interpret, old_compiler, ptx, run_compiled};
+use kiln_tests::{compilers, emit_for, environment, interpret, old_compiler, ptx, run_compiled};
 use proptest::test_runner::TestCaseError;
 use tch::Kind;
 
 use crate::refused::refused;
-use crate::{KINDS, environment, longs};
+use crate::{KINDS, longs};
 
 /// Result of a case.
 pub type Checked = Result<(), TestCaseError>;
@@ -241,7 +241,7 @@ impl Trial {
 fn rare(graph: &Graph) -> bool {
     let mut hash = std::hash::DefaultHasher::new();
     kiln::graph::text::print(graph).hash(&mut hash);
-    hash.finish().is_multiple_of(environment("KILN_EMULATED").unwrap_or(8).max(1))
+    hash.finish().is_multiple_of(environment("KILN_EMULATED", 8).max(1))
 }
 
 fn compare(way: &str, got: &[Tensor], wants: &[&Want]) -> Checked {
