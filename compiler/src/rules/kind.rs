@@ -252,7 +252,19 @@ impl Body<'_> {
         let root = self.nodes.len() - 1;
         let size = self.ty(node).numel();
         let mut moved = false;
+        // The moves on the way to each node: one element has one index, whoever asks for it.
+        let mut ways: Vec<Option<Vec<&Op>>> = vec![None; self.nodes.len()];
+        ways[node] = Some(Vec::new());
         for &n in above.iter().skip(1) {
+            let mut below = self.args(n).filter_map(|a| ways[a].clone());
+            let Some(mut way) = below.next() else { return false };
+            if below.any(|other| other != way) {
+                return false;
+            }
+            if is_view(self.op(n)) {
+                way.push(self.op(n));
+            }
+            ways[n] = Some(way);
             let fits = match self.op(n) {
                 op if is_pointwise(op) => !moved && self.ty(n).numel() == size,
                 // Values computed after a permutation would have to be read elsewhere.

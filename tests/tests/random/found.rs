@@ -137,6 +137,17 @@ const FOUND: &[(&str, &str, &[&[f64]])] = &[
             &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 1.0, 0.0, 3.0],
         ],
     ),
+    (
+        "a reduction that is read through two rows of reshapes was refused",
+        "%0 = input 0 : f32[3,20] \"x\"
+         %1 = reduce max [0] %0 : f32[1,20] \"n\"
+         %2 = reshape [1,2,10] %1 : f32[1,2,10] \"n\"
+         %3 = reshape [2,2,5] %1 : f32[2,2,5] \"n\"
+         %4 = reshape [1,2,10] %3 : f32[1,2,10] \"n\"
+         %5 = mul %2 %4 : f32[1,2,10] \"n\"
+         output \"y\" %5",
+        &[&[2.0; 60]],
+    ),
 ];
 
 #[test]
