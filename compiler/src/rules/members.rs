@@ -17,6 +17,7 @@ use super::lang::{ENode, build};
 use super::table::saturate;
 use super::{Budget, Fired};
 use crate::Compiler;
+use crate::error::Error;
 use crate::graph::eval::{Value, eval};
 use crate::graph::{Graph, text};
 
@@ -53,13 +54,12 @@ fn members(graph: &Graph, compiler: &Compiler, seed: u64) -> (Vec<Graph>, Fired)
     (members.into_values().collect(), fired)
 }
 
-fn run(compiler: &Compiler, graph: &Graph, inputs: &[Tensor]) -> Vec<Value> {
-    let kernels = fuse(graph);
-    let executable = compiler.build(&kernels).unwrap_or_else(|e| panic!("{e}"));
+fn run(compiler: &Compiler, graph: &Graph, inputs: &[Tensor]) -> Result<Vec<Value>, Error> {
+    let executable = compiler.build(&fuse(graph))?;
     let named: Vec<(&str, TensorView)> =
         graph.inputs.iter().zip(inputs).map(|((name, _), t)| (&name[..], t.view())).collect();
     let outputs = executable.run(&named).expect("the inputs are those of the graph");
-    outputs.iter().map(|(_, tensor)| Value::from_tensor(tensor)).collect()
+    Ok(outputs.iter().map(|(_, tensor)| Value::from_tensor(tensor)).collect())
 }
 
 fn environment(name: &str, otherwise: u64) -> u64 {
@@ -83,9 +83,10 @@ fn every_member_of_an_e_graph_is_right() {
         }
         for member in members {
             tried += 1;
-            let found = run(&compiler, &member, &inputs);
-            let right = found.iter().zip(&expected).all(|(a, b)| close(a, b, 1e-3));
             let text = || format!("{}member:\n{}", text::print(&graph), text::print(&member));
+            let found = run(&compiler, &member, &inputs);
+            let found = found.unwrap_or_else(|e| panic!("graph {seed}: {e}\n{}", text()));
+            let right = found.iter().zip(&expected).all(|(a, b)| close(a, b, 1e-3));
             assert!(right, "graph {seed}: {}", text());
         }
     }
