@@ -137,7 +137,11 @@ fn turns<E: From<Error>>(
     given: Vec<Tensor>,
     mut run: impl FnMut(&[(&str, TensorView<'_>)]) -> Result<Vec<Tensor>, E>,
 ) -> Result<Vec<Tensor>, E> {
-    let wrong = |what: String| E::from(Error::new(ErrorKind::Model, not_supported(what)));
+    let (node, opset) = &body.node;
+    let wrong = |what: String| {
+        let problem = not_supported(what).node(node.as_ref()).op("Loop", *opset);
+        E::from(Error::new(ErrorKind::Model, problem))
+    };
     let mut given = given.into_iter();
     let mut told = |index: usize| {
         let tensor = if body.told[index] { given.next() } else { None };

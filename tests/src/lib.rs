@@ -53,6 +53,22 @@ pub fn run_compiled(
 /// Computes the outputs of a graph, or says why not.
 pub type Run = fn(&Graph, &[Tensor]) -> Result<Vec<Tensor>, String>;
 
+/// Ways of computing a graph that must all give right results, with their names.
+pub const WAYS: [(&str, Run); 6] = [
+    ("interpreted", |graph, inputs| Ok(interpret(graph, inputs))),
+    ("compiled", |graph, inputs| code(graph, inputs, &Compiler::new())),
+    ("compiled without the e-graph", |graph, inputs| {
+        code(graph, inputs, &Compiler::new().egraph(false))
+    }),
+    ("as loops", run_loops),
+    ("as a library", run_library),
+    ("as PTX", |graph, inputs| ptx::run(graph, inputs, &Compiler::new())),
+];
+
+fn code(graph: &Graph, inputs: &[Tensor], compiler: &Compiler) -> Result<Vec<Tensor>, String> {
+    run_compiled(graph, inputs, compiler).map_err(|e| e.to_string())
+}
+
 /// What the interpreter of loops says.
 pub fn run_loops(graph: &Graph, inputs: &[Tensor]) -> Result<Vec<Tensor>, String> {
     let compiler = Compiler::new();

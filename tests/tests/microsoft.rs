@@ -1,31 +1,11 @@
 //! Operators of onnxruntime's own, against what it says of them.
 
-use kiln::Compiler;
-use kiln::graph::Graph;
 use kiln::onnx::{ImportOptions, import};
-use kiln::tensor::Tensor;
 use kiln_tests::cases::{folders, name_of, read_case};
-use kiln_tests::{
-    Run, Tolerance, difference, interpret, oracle, ptx, run_compiled, run_library, run_loops,
-};
+use kiln_tests::{Tolerance, WAYS, difference, oracle};
 
 /// Sums of f32 in another order than onnxruntime's.
 const TOLERANCE: Tolerance = Tolerance { rtol: 1e-4, atol: 2e-5 };
-
-const WAYS: [(&str, Run); 6] = [
-    ("interpreted", |graph, inputs| Ok(interpret(graph, inputs))),
-    ("compiled", |graph, inputs| code(graph, inputs, &Compiler::new())),
-    ("compiled without the e-graph", |graph, inputs| {
-        code(graph, inputs, &Compiler::new().egraph(false))
-    }),
-    ("as loops", run_loops),
-    ("as a library", run_library),
-    ("as PTX", |graph, inputs| ptx::run(graph, inputs, &Compiler::new())),
-];
-
-fn code(graph: &Graph, inputs: &[Tensor], compiler: &Compiler) -> Result<Vec<Tensor>, String> {
-    run_compiled(graph, inputs, compiler).map_err(|e| e.to_string())
-}
 
 #[test]
 fn operators_give_what_onnxruntime_gives() {

@@ -2,30 +2,19 @@
 
 use kiln::error::Error;
 use kiln::graph::Graph;
+use kiln::onnx::proto::tensor_shape_proto::{Dimension, dimension::Value::DimValue};
+use kiln::onnx::proto::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorShapeProto,
+    TypeProto, ValueInfoProto, type_proto,
+};
 use kiln::tensor::{Tensor, TensorView};
 use kiln::{Compiler, Limits, Model};
 use kiln_tests::cases::{Case, folders, name_of, read_case};
-use kiln_tests::{
-    Run, Tolerance, difference, interpret, oracle, ptx, run_compiled, run_library, run_loops,
-};
+use kiln_tests::{Tolerance, WAYS, difference, oracle};
+use prost::Message;
 
 /// Sums of f32 in another order than onnxruntime's.
 const TOLERANCE: Tolerance = Tolerance { rtol: 1e-4, atol: 1e-5 };
-
-const WAYS: [(&str, Run); 6] = [
-    ("interpreted", |graph, inputs| Ok(interpret(graph, inputs))),
-    ("compiled", |graph, inputs| code(graph, inputs, &Compiler::new())),
-    ("compiled without the e-graph", |graph, inputs| {
-        code(graph, inputs, &Compiler::new().egraph(false))
-    }),
-    ("as loops", run_loops),
-    ("as a library", run_library),
-    ("as PTX", |graph, inputs| ptx::run(graph, inputs, &Compiler::new())),
-];
-
-fn code(graph: &Graph, inputs: &[Tensor], compiler: &Compiler) -> Result<Vec<Tensor>, String> {
-    run_compiled(graph, inputs, compiler).map_err(|e| e.to_string())
-}
 
 /// A model and its cases.
 struct Subject {
@@ -131,5 +120,77 @@ fn what_was_compiled_serves_other_numbers_of_results() {
             _ => continue,
         };
         assert_eq!(kept[half], expected, "{}: {kept:?}", subject.name);
+    }
+}
+
+fn node(op: &str, inputs: &[&str], outputs: &[&str], attributes: Vec<AttributeProto>) -> NodeProto {
+    let all = |names: &[&str]| names.iter().map(|name| name.to_string()).collect();
+    NodeProto {
+        op_type: Some(op.into()),
+        name: Some(outputs[0].into()),
+        input: all(inputs),
+        output: all(outputs),
+        attribute: attributes,
+        ..NodeProto::default()
+    }
+}
+
+fn int(name: &str, value: i64) -> AttributeProto {
+    AttributeProto { name: Some(name.into()), i: Some(value), ..AttributeProto::default() }
+}
+
+fn named(name: &str, ty: Option<TypeProto>) -> ValueInfoProto {
+    ValueInfoProto { name: Some(name.into()), r#type: ty, ..ValueInfoProto::default() }
+}
+
+/// Two numbers, as many turns as their sum, in which what is carried, and collected, gets longer.
+fn growing(body_inputs: &[&str]) -> Result<Model, Error> {
+    let body = GraphProto {
+        node: vec![
+            node("Identity", &["going"], &["again"], vec![]),
+            node("Concat", &["y", "y"], &["next"], vec![int("axis", 0)]),
+            node("Identity", &["next"], &["row"], vec![]),
+        ],
+        input: body_inputs.iter().map(|name| named(name, None)).collect(),
+        output: ["again", "next", "row"].map(|name| named(name, None)).to_vec(),
+        ..GraphProto::default()
+    };
+    let body = AttributeProto {
+        name: Some("body".into()),
+        g: Some(Box::new(body)),
+        ..AttributeProto::default()
+    };
+    let dim = Dimension { value: Some(DimValue(2)), denotation: None };
+    let shape = Some(TensorShapeProto { dim: vec![dim] });
+    let tensor = type_proto::Tensor { elem_type: Some(1), shape };
+    let value = Some(type_proto::Value::TensorType(tensor));
+    let graph = GraphProto {
+        node: vec![
+            node("ReduceSum", &["x"], &["sum"], vec![int("keepdims", 0)]),
+            node("Cast", &["sum"], &["turns"], vec![int("to", 7)]),
+            node("Loop", &["turns", "", "x"], &["last", "rows"], vec![body]),
+        ],
+        input: vec![named("x", Some(TypeProto { value, ..TypeProto::default() }))],
+        output: ["last", "rows"].map(|name| named(name, None)).to_vec(),
+        ..GraphProto::default()
+    };
+    let opset = OperatorSetIdProto { domain: None, version: Some(17) };
+    let model =
+        ModelProto { graph: Some(graph), opset_import: vec![opset], ..ModelProto::default() };
+    Model::from_bytes(model.encode_to_vec().into(), &Limits::default())
+}
+
+#[test]
+fn a_loop_that_fails_is_named() {
+    let x = Tensor::from_slice(&[2], &[1.0f32, 2.0]);
+    for (inputs, expected) in [
+        (&["i", "going", "y"][..], "values of [4] and of [8]"),
+        (&["i", "going"][..], "a graph of 2 inputs for 3 values"),
+    ] {
+        let on_demand = Compiler::new().on_demand(&growing(inputs).expect("a model"));
+        let error = on_demand.run(&[("x", x.view())]).expect_err("no such loop").to_string();
+        for part in [expected, "last", "Loop, opset 17"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
     }
 }

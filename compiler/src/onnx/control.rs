@@ -1,5 +1,5 @@
 //! Operators that have graphs of their own. Such a graph is imported where it stands, and that of
-//! a loop once for every turn: how many there are has to be known.
+//! a loop once for every turn, where it is known how many there are (else see `turns.rs`).
 
 use smallvec::SmallVec;
 
@@ -272,6 +272,14 @@ fn choice(import: &mut Import, site: &Site) -> Made {
 /// Turns of a graph, as long as its condition holds; what it makes besides is collected.
 fn repetition(import: &mut Import, site: &Site) -> Made {
     let body = site.graph("body")?;
+    let (inputs, outputs) = (site.inputs.len().max(2), body.output.len());
+    if outputs + 1 < inputs {
+        return Err(Some(not_supported("a loop that gives less than it is given")));
+    }
+    if body.input.len() != inputs {
+        let what = format!("a graph of {} inputs for {inputs} values", body.input.len());
+        return Err(Some(not_supported(what)));
+    }
     match unrolled(import, site, body) {
         Err(Some(problem)) if problem.code == NEEDS_VALUE && import.asks.may_ask() => {
             turns::between_stages(import, site, body)
@@ -293,9 +301,6 @@ fn unrolled(import: &mut Import, site: &Site, body: &GraphProto) -> Made {
     };
     let mut carried: Vec<NodeId> =
         (2..site.inputs.len()).map(|i| site.input(i)).collect::<Result<_, _>>()?;
-    if body.output.len() <= carried.len() {
-        return Err(Some(not_supported("a loop that gives less than it is given")));
-    }
     let mut rows = vec![Vec::new(); body.output.len() - 1 - carried.len()];
     let mut turn = 0;
     while (turn as f64) < most {

@@ -7,8 +7,10 @@ use kiln_runtime::tensor::Tensor;
 
 use super::call::{Call, Outputs, not_supported, one};
 use crate::error::Diagnostic;
+use crate::graph::NodeId;
+use crate::graph::build::Added;
 use crate::graph::eval::Value;
-use crate::graph::op::{Op, Shape};
+use crate::graph::op::Op;
 use crate::graph::scalar::Number;
 
 /// Pairs of boxes that are compared at most, and scores that are looked at.
@@ -131,19 +133,28 @@ pub(super) fn non_zero(call: &mut Call) -> Outputs {
     one(call.computed(&[0], &[Some(1)], places)?[0])
 }
 
+/// The first operand and an axis of it; without one, all of its elements in a row.
+fn along_an_axis(call: &mut Call) -> Result<(NodeId, usize), Diagnostic> {
+    let x = call.input(0)?;
+    let shape = call.shape(x);
+    match call.int("axis") {
+        Some(axis) => Ok((x, call.axis(axis, shape.len())?)),
+        None => Ok((call.graph.reshape(x, &[shape.iter().product()], &call.origin)?, 0)),
+    }
+}
+
+/// Slices of a value at the places that an index lists, if any.
+fn picked(call: &mut Call, x: NodeId, axis: usize, index: NodeId) -> Added {
+    match call.shape(index)[0] {
+        0 => call.cut(x, axis, (0, 1, 0)),
+        _ => call.graph.add(Op::Gather(axis as u8), &[x, index], &call.origin),
+    }
+}
+
 /// The elements along an axis for which a condition holds.
 pub(super) fn compress(call: &mut Call) -> Outputs {
-    let mut x = call.input(0)?;
-    let mut shape = call.shape(x);
-    let axis = match call.int("axis") {
-        Some(axis) => call.axis(axis, shape.len())?,
-        None => {
-            shape = Shape::from_elem(shape.iter().product(), 1);
-            x = call.graph.reshape(x, &shape, &call.origin)?;
-            0
-        }
-    };
-    let extent = shape[axis];
+    let (x, axis) = along_an_axis(call)?;
+    let extent = call.shape(x)[axis];
     let chosen = move |values: &[Value]| {
         let holds = values[0].as_f64s();
         let chosen = (0..holds.len().min(extent)).filter(|&i| holds[i] != 0.0);
@@ -151,10 +162,7 @@ pub(super) fn compress(call: &mut Call) -> Outputs {
         Ok(vec![Tensor::from_slice(&[chosen.len()], &chosen)])
     };
     let index = call.computed(&[1], &[Some(0)], chosen)?[0];
-    if call.shape(index)[0] == 0 {
-        return one(call.cut(x, axis, (0, 1, 0))?);
-    }
-    one(call.graph.add(Op::Gather(axis as u8), &[x, index], &call.origin)?)
+    one(picked(call, x, axis, index)?)
 }
 
 /// The order of numbers of one dtype; what is no number comes last, and is the same as another.
@@ -174,16 +182,8 @@ fn order(a: Number, b: Number) -> Ordering {
 /// each, which of them each slice is, and how often each is there.
 pub(super) fn unique(call: &mut Call) -> Outputs {
     let sorted = call.int_or("sorted", 1) != 0;
-    let mut x = call.input(0)?;
-    let mut shape = call.shape(x);
-    let axis = match call.int("axis") {
-        Some(axis) => call.axis(axis, shape.len())?,
-        None => {
-            shape = Shape::from_elem(shape.iter().product(), 1);
-            x = call.graph.reshape(x, &shape, &call.origin)?;
-            0
-        }
-    };
+    let (x, axis) = along_an_axis(call)?;
+    let shape = call.shape(x);
     // Other axes may be as long as they like there.
     if call.ty(x).numel() == 0 && shape.len() > 1 {
         return Err(not_supported(format!(
@@ -194,10 +194,7 @@ pub(super) fn unique(call: &mut Call) -> Outputs {
     let found =
         call.computed(&[0], counted, move |values| Ok(groups(&values[0], &shape, axis, sorted)))?;
     let index = found[0];
-    let y = match call.shape(index)[0] {
-        0 => call.cut(x, axis, (0, 1, 0))?,
-        _ => call.graph.add(Op::Gather(axis as u8), &[x, index], &call.origin)?,
-    };
+    let y = picked(call, x, axis, index)?;
     Ok([y].into_iter().chain(found).map(Some).collect())
 }
 

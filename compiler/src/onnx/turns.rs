@@ -17,10 +17,12 @@ use super::tensor::number_of;
 use super::{Held, Import, tensor_type};
 use crate::error::Diagnostic;
 use crate::graph::op::{Shape, Type};
-use crate::graph::{Constant, NodeId};
+use crate::graph::{Constant, NodeId, Origin};
 
 /// What a loop repeats.
 pub struct Body {
+    /// The node of the loop, and its opset.
+    pub node: (Origin, i64),
     /// A model. Its outputs are whether to go on, what is carried into the next turn, and rows that
     /// are collected.
     pub model: Bytes,
@@ -54,11 +56,12 @@ pub(super) fn between_stages(import: &mut Import, site: &Site, body: &GraphProto
     let operands: Vec<NodeId> =
         told.into_iter().flatten().chain(carried.clone()).chain(read.iter().map(|r| r.1)).collect();
     let names: Vec<String> = read.into_iter().map(|(name, _)| name).collect();
+    let node = (site.origin.clone(), import.opsets.get("").copied().unwrap_or(0));
     let mut opsets: Vec<(String, i64)> = import.opsets.clone().into_iter().collect();
     opsets.sort_unstable();
     let work = || {
         Work::Loop(Arc::new(made(
-            body,
+            (node, body),
             &names,
             (constants, types),
             opsets,
@@ -129,7 +132,7 @@ fn input(name: &str, number: i32) -> ValueInfoProto {
 
 /// A body as a model, for values of those types that it carries and reads.
 fn made(
-    body: &GraphProto,
+    (node, body): ((Origin, i64), &GraphProto),
     read: &[String],
     (constants, types): (Vec<TensorProto>, Vec<Type>),
     opsets: Vec<(String, i64)>,
@@ -158,5 +161,5 @@ fn made(
         |(domain, version)| OperatorSetIdProto { domain: Some(domain), version: Some(version) };
     let opset_import = opsets.into_iter().map(opset).collect();
     let model = ModelProto { graph: Some(graph), opset_import, ..ModelProto::default() };
-    Body { model: Bytes::from(model.encode_to_vec()), inputs, told, carried, rows }
+    Body { node, model: Bytes::from(model.encode_to_vec()), inputs, told, carried, rows }
 }
